@@ -1,0 +1,574 @@
+"""Fused AdamW over many tensors: statistics of the gradient, then the update.
+
+One kernel in two parts. The first sums up the squared gradient and looks for non-finite
+values; the second updates. The second needs the result of the first for *all* tensors
+(global-norm clipping; a non-finite gradient must change nothing), so between them lies
+either a grid barrier (one cooperative launch) or the end of a launch (two launches).
+
+The update moves 28 bytes a parameter, in FP32 and in 16 bit with FP32 masters; the first
+part reads the gradient once more, the slow EMA adds 8.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton_hybrid.kernels.chunks import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    GRAD,
+    INTERPRETED,
+    LAUNCH,
+    PARAM,
+    REFERENCE_BLOCK,
+    SLOW_EMA,
+    WEIGHT,
+    TensorSet,
+    load_row,
+    on_device,
+    store_row,
+)
+from triton_hybrid.kernels.divergence import (
+    observe,
+    observe_reference,
+    slow_decay,
+    slow_decay_reference,
+)
+from triton_hybrid.kernels.ledger import APPLIED, HOLD, INDEX, LOSS, NONFINITE, NORM, SKIPPED
+
+HYPER_FIELDS: tuple[str, ...] = (
+    "lr",
+    "beta1",
+    "beta2",
+    "log_beta1",
+    "log_beta2",
+    "eps",
+    "weight_decay",
+    "sign",
+    "horizon",
+)
+"""Columns of the hyperparameter table, FP64, one row a parameter group. ``sign`` is -1 when
+maximising; ``horizon`` is how many base steps one predicted step stands for."""
+
+HYPER = {name: index for index, name in enumerate(HYPER_FIELDS)}
+HYPER_COLUMNS = tl.constexpr(len(HYPER_FIELDS))
+LR = tl.constexpr(HYPER["lr"])
+BETA1 = tl.constexpr(HYPER["beta1"])
+BETA2 = tl.constexpr(HYPER["beta2"])
+LOG_BETA1 = tl.constexpr(HYPER["log_beta1"])
+LOG_BETA2 = tl.constexpr(HYPER["log_beta2"])
+EPS = tl.constexpr(HYPER["eps"])
+WEIGHT_DECAY = tl.constexpr(HYPER["weight_decay"])
+SIGN = tl.constexpr(HYPER["sign"])
+HORIZON = tl.constexpr(HYPER["horizon"])
+
+PARTIAL_ROWS = 6
+"""First-stage sums of each program: squared gradient, non-finite gradients, squared update,
+update · slow direction, squared slow direction, squared slow EMA."""
+
+STATISTICS, UPDATE = 1, 2
+
+
+class Workspace:
+    """Scratch memory of the kernel for the tensor sets of one device.
+
+    Args:
+        sets: The tensor sets whose gradients are clipped and checked together.
+    """
+
+    def __init__(self, sets: Sequence[TensorSet]) -> None:
+        device = sets[0].device
+        self.offsets: list[int] = []
+        total = 0
+        for tensors in sets:
+            self.offsets.append(total)
+            total += tensors.tiling.programs
+        self.columns = triton.next_power_of_2(total)
+        self.partials = torch.zeros(PARTIAL_ROWS, self.columns, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(2, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def precise_sqrt(x):
+    """Square root, correctly rounded."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def precise_div(x, y):
+    """Quotient, correctly rounded."""
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def _gradient_statistics(
+    addresses, n_tensors, tensor, offsets, length, square, bad, GRAD_TYPE: tl.constexpr,
+    COMPUTE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    g = load_row(addresses, GRAD, n_tensors, tensor, offsets, length, GRAD_TYPE, COMPUTE, FULL)
+    finite = tl.abs(g) < float("inf")
+    square += (g * g).to(tl.float32)
+    bad = tl.maximum(bad, tl.where(finite, 0.0, 1.0))
+    return square, bad
+
+
+@triton.jit
+def _update_block(
+    addresses, n_tensors, tensor, offsets, length,
+    clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
+    uu, us, ss, ee,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    MASTER: tl.constexpr, SLOW: tl.constexpr, MEASURE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, COMPUTE, COMPUTE, FULL)
+    g = load_row(addresses, GRAD, n_tensors, tensor, offsets, length, GRAD_TYPE, COMPUTE, FULL)
+    m = load_row(addresses, EXP_AVG, n_tensors, tensor, offsets, length, COMPUTE, COMPUTE, FULL)
+    v = load_row(addresses, EXP_AVG_SQ, n_tensors, tensor, offsets, length, COMPUTE, COMPUTE, FULL)
+    g = g * clip
+    m = m + (1.0 - beta1) * (g - m)
+    v = v * beta2 + (1.0 - beta2) * (g * g)
+    denominator = precise_div(precise_sqrt(v), root_correction2) + eps
+    update = step_size * precise_div(m, denominator)
+    w = w * decay - update
+    store_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, w, COMPUTE, FULL)
+    store_row(addresses, EXP_AVG, n_tensors, tensor, offsets, length, m, COMPUTE, FULL)
+    store_row(addresses, EXP_AVG_SQ, n_tensors, tensor, offsets, length, v, COMPUTE, FULL)
+    if MASTER:
+        store_row(addresses, PARAM, n_tensors, tensor, offsets, length, w, PARAM_TYPE, FULL)
+    if SLOW:
+        s = load_row(
+            addresses, SLOW_EMA, n_tensors, tensor, offsets, length, COMPUTE, COMPUTE, FULL
+        )
+        if MEASURE:
+            direction = step_size * precise_div(s, denominator)
+            uu += (update * update).to(tl.float32)
+            us += (update * direction).to(tl.float32)
+            ss += (direction * direction).to(tl.float32)
+        s = s + slow_rate * (g - s)
+        ee += (s * s).to(tl.float32)
+        store_row(addresses, SLOW_EMA, n_tensors, tensor, offsets, length, s, COMPUTE, FULL)
+    return uu, us, ss, ee
+
+
+@triton.jit
+def _adamw_kernel(
+    addresses, lengths, aligned, n_tensors,
+    chunk_tensor, chunk_start, n_chunks, present,
+    group, hyper, steps,
+    partials, first_column, arrivals, ledger,
+    max_norm, slow_beta,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    MASTER: tl.constexpr, SLOW: tl.constexpr, MEASURE: tl.constexpr, CLIP: tl.constexpr,
+    STATISTICS_PART: tl.constexpr, UPDATE_PART: tl.constexpr, LAST: tl.constexpr,
+    OBSERVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    TENSORS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    column = first_column + program
+    lane = tl.arange(0, BLOCK)
+
+    if STATISTICS_PART:
+        square = tl.zeros([BLOCK], tl.float32)
+        bad = tl.zeros([BLOCK], tl.float32)
+        for chunk in range(program, n_chunks, programs):
+            tensor = tl.load(chunk_tensor + chunk)
+            start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
+            length = tl.load(lengths + tensor)
+            full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
+            for inner in range(0, CHUNK, BLOCK):
+                offsets = start + inner + lane
+                if full:
+                    square, bad = _gradient_statistics(
+                        addresses, n_tensors, tensor, offsets, length, square, bad,
+                        GRAD_TYPE, COMPUTE, True,
+                    )  # fmt: skip
+                else:
+                    square, bad = _gradient_statistics(
+                        addresses, n_tensors, tensor, offsets, length, square, bad,
+                        GRAD_TYPE, COMPUTE, False,
+                    )  # fmt: skip
+        tl.store(partials + column, tl.sum(square, axis=0))
+        tl.store(partials + COLUMNS + column, tl.max(bad, axis=0))
+
+    if STATISTICS_PART and UPDATE_PART:
+        # A grid barrier: all programs are resident together (cooperative launch), each
+        # adds one when its sums are written, and waits for the others.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals, 1, sem="acq_rel") + 1
+        while arrived < programs:
+            arrived = tl.atomic_add(arrivals, 0, sem="acq_rel")
+        tl.debug_barrier()
+
+    if UPDATE_PART:
+        columns = tl.arange(0, COLUMNS)
+        squares = tl.load(partials + columns, cache_modifier=".cg").to(tl.float64)
+        flags = tl.load(partials + COLUMNS + columns, cache_modifier=".cg")
+        norm = tl.sqrt(tl.sum(squares, axis=0))
+        nonfinite = tl.max(flags, axis=0) > 0
+        held = tl.load(ledger + HOLD) > 0
+        coefficient = 1.0
+        slow_rate = 0.0
+        if SLOW:
+            slow_rate = (1.0 - slow_decay(ledger, slow_beta)).to(COMPUTE)
+        if CLIP:
+            coefficient = tl.minimum(max_norm / (norm + 1e-6), 1.0)
+
+        uu = tl.zeros([BLOCK], tl.float32)
+        us = tl.zeros([BLOCK], tl.float32)
+        ss = tl.zeros([BLOCK], tl.float32)
+        ee = tl.zeros([BLOCK], tl.float32)
+        n_updated = tl.where(nonfinite | held, 0, n_chunks)
+        for chunk in range(program, n_updated, programs):
+            tensor = tl.load(chunk_tensor + chunk)
+            start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
+            length = tl.load(lengths + tensor)
+            full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
+            row = hyper + tl.load(group + tensor) * HYPER_COLUMNS
+            lr = tl.load(row + LR)
+            step = tl.load(steps + tensor).to(tl.float64) + 1.0
+            correction1 = 1.0 - tl.exp(step * tl.load(row + LOG_BETA1))
+            correction2 = 1.0 - tl.exp(step * tl.load(row + LOG_BETA2))
+            step_size = (lr / correction1).to(COMPUTE)
+            root_correction2 = tl.sqrt(correction2).to(COMPUTE)
+            decay = (1.0 - lr * tl.load(row + WEIGHT_DECAY)).to(COMPUTE)
+            clip = (coefficient * tl.load(row + SIGN)).to(COMPUTE)
+            beta1 = tl.load(row + BETA1).to(COMPUTE)
+            beta2 = tl.load(row + BETA2).to(COMPUTE)
+            eps = tl.load(row + EPS).to(COMPUTE)
+            for inner in range(0, CHUNK, BLOCK):
+                offsets = start + inner + lane
+                if full:
+                    uu, us, ss, ee = _update_block(
+                        addresses, n_tensors, tensor, offsets, length,
+                        clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
+                        uu, us, ss, ee,
+                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, MEASURE, True,
+                    )  # fmt: skip
+                else:
+                    uu, us, ss, ee = _update_block(
+                        addresses, n_tensors, tensor, offsets, length,
+                        clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
+                        uu, us, ss, ee,
+                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, MEASURE, False,
+                    )  # fmt: skip
+        if SLOW:
+            tl.store(partials + 2 * COLUMNS + column, tl.sum(uu, axis=0))
+            tl.store(partials + 3 * COLUMNS + column, tl.sum(us, axis=0))
+            tl.store(partials + 4 * COLUMNS + column, tl.sum(ss, axis=0))
+            tl.store(partials + 5 * COLUMNS + column, tl.sum(ee, axis=0))
+
+        # The last program to finish keeps the books: nobody else reads them any more.
+        tl.debug_barrier()
+        finished = tl.atomic_add(arrivals + 1, 1, sem="acq_rel") + 1
+        if finished == programs:
+            tl.store(arrivals, 0)
+            tl.store(arrivals + 1, 0)
+            applied = (nonfinite == 0) & (held == 0)
+            for begin in range(0, n_tensors, TENSORS):
+                t = begin + tl.arange(0, TENSORS)
+                here = t < n_tensors
+                advance = tl.where(applied, tl.load(present + t, mask=here, other=0), 0)
+                old = tl.load(steps + t, mask=here, other=0.0)
+                tl.store(steps + t, old + advance.to(tl.float32), mask=here)
+            if LAST:
+                if nonfinite == 0:
+                    tl.store(ledger + NORM, norm)
+                tl.store(ledger + NONFINITE, nonfinite.to(tl.float64))
+                tl.store(ledger + SKIPPED, tl.load(ledger + SKIPPED) + nonfinite.to(tl.float64))
+                tl.store(ledger + APPLIED, tl.load(ledger + APPLIED) + applied.to(tl.float64))
+                if OBSERVE:  # noqa: SIM102 - known when compiled, unlike the next
+                    # A norm that overflowed would spoil every running mean for good.
+                    if applied & (norm * coefficient < float("inf")):
+                        sums_uu = tl.load(partials + 2 * COLUMNS + columns, cache_modifier=".cg")
+                        sums_us = tl.load(partials + 3 * COLUMNS + columns, cache_modifier=".cg")
+                        sums_ss = tl.load(partials + 4 * COLUMNS + columns, cache_modifier=".cg")
+                        sums_ee = tl.load(partials + 5 * COLUMNS + columns, cache_modifier=".cg")
+                        observe(
+                            ledger,
+                            norm * coefficient,
+                            tl.sum(sums_uu.to(tl.float64), axis=0),
+                            tl.sum(sums_us.to(tl.float64), axis=0),
+                            tl.sum(sums_ss.to(tl.float64), axis=0),
+                            tl.sum(sums_ee.to(tl.float64), axis=0),
+                            slow_beta,
+                            SLOW,
+                            MEASURE,
+                        )
+                tl.store(ledger + LOSS, float("nan"))
+                tl.store(ledger + HOLD, 0.0)
+
+
+@functools.cache
+def cooperative_launches(device: torch.device) -> bool:
+    """Whether statistics and update can share one launch on this device.
+
+    True for the interpreter (one program, nobody to wait for) and for a Triton that can
+    launch cooperatively (not 3.2).
+    """
+    if device.type != "cuda":
+        return True
+    from triton.compiler import make_backend
+    from triton.runtime import driver
+
+    options = make_backend(driver.active.get_current_target()).parse_options({})
+    return hasattr(options, "launch_cooperative_grid")
+
+
+def adamw_step(
+    sets: Sequence[TensorSet],
+    groups: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    hyper: Tensor,
+    ledger: Tensor,
+    workspace: Workspace,
+    *,
+    max_norm: float | None,
+    slow_beta: float,
+    observed: bool,
+    measured: bool = True,
+    cooperative: bool | None = None,
+) -> None:
+    """One AdamW step over tensor sets of different dtypes on one device.
+
+    One launch for a single set (statistics, grid barrier, update); two for each set
+    otherwise, or where Triton cannot launch cooperatively.
+
+    Args:
+        sets: Tensor sets with rows ``param``, ``grad``, ``weight``, ``exp_avg``,
+            ``exp_avg_sq`` and, when ``slow_beta`` is positive, ``slow_ema``.
+        groups: For each set, int32 ``[tensors]``: the row of ``hyper`` that applies.
+        steps: For each set, FP32 ``[tensors]``: applied steps, advanced in place.
+        hyper: FP64 ``[groups, len(HYPER_FIELDS)]``.
+        ledger: FP64 ledger. ``hold`` keeps the update back.
+        workspace: Scratch memory made for these sets.
+        max_norm: Global-norm clipping threshold, or None.
+        slow_beta: Largest decay of the slow gradient EMA; 0 for none.
+        observed: Whether the running statistics of the ledger are kept.
+        measured: Whether update and slow direction are compared in this step.
+        cooperative: Forces or forbids the single launch; None takes what the device can.
+    """
+    alone = not INTERPRETED or sets[0].tiling.programs == 1
+    if cooperative is None:
+        cooperative = alone and cooperative_launches(sets[0].device)
+    elif cooperative and not alone:
+        raise ValueError(
+            "cooperative=True: allowed in the interpreter only with a tiling of programs=1, "
+            "because there programs run one after another and cannot wait for each other"
+        )
+    single = cooperative and len(sets) == 1
+    parts = [STATISTICS | UPDATE] if single else [STATISTICS, UPDATE]
+    extra = {"launch_cooperative_grid": True} if single and not INTERPRETED else {}
+    for part in parts:
+        for index, tensors in enumerate(sets):
+            addresses, lengths, aligned = tensors.tables()
+            chunks = tensors.chunks()
+            with on_device(tensors.device):
+                _adamw_kernel[(tensors.tiling.programs,)](
+                    addresses, lengths, aligned, len(tensors),
+                    chunks.tensor, chunks.start, chunks.count, chunks.present,
+                    groups[index], hyper, steps[index],
+                    workspace.partials, workspace.offsets[index], workspace.arrivals, ledger,
+                    max_norm or 0.0, float(slow_beta),
+                    PARAM_TYPE=tensors.dtype_of("param"), GRAD_TYPE=tensors.dtype_of("grad"),
+                    COMPUTE=tensors.dtype_of("weight"),
+                    MASTER=tensors.has_master, SLOW=slow_beta > 0,
+                    MEASURE=measured and slow_beta > 0, CLIP=max_norm is not None,
+                    STATISTICS_PART=bool(part & STATISTICS), UPDATE_PART=bool(part & UPDATE),
+                    LAST=index == len(sets) - 1, OBSERVE=observed,
+                    BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk,
+                    COLUMNS=workspace.columns, TENSORS=128,
+                    **LAUNCH, **extra,
+                )  # fmt: skip
+
+
+def adamw_step_reference(
+    sets: Sequence[TensorSet],
+    groups: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    hyper: Tensor,
+    ledger: Tensor,
+    *,
+    max_norm: float | None,
+    slow_beta: float,
+    observed: bool,
+    measured: bool = True,
+) -> None:
+    """`adamw_step` in plain torch, block by block in cache; the CPU backend.
+
+    On a GPU it does not wait for the device either: a skipped step is written back as it
+    was. On the CPU it returns early instead.
+    """
+    device = ledger.device
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    norms: list[Tensor] = []
+    for tensors in sets:
+        grads = [g for g in tensors.flat["grad"] if g.numel()]
+        if grads:
+            wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+            norms.extend(n.double() for n in torch._foreach_norm(grads, 2, wide))
+    norm = torch.stack(norms).square().sum().sqrt() if norms else zero
+    # An infinite sum of squares of finite values is an overflow, not a non-finite gradient.
+    nonfinite = ~norm.isfinite()
+    if device.type != "cpu" or bool(nonfinite):
+        finite = [g.isfinite().all() for tensors in sets for g in tensors.flat["grad"] if g.numel()]
+        nonfinite = ~torch.stack(finite).all() if finite else nonfinite
+    held = ledger[INDEX["hold"]] > 0
+    applied = ~(nonfinite | held)
+    coefficient = torch.ones_like(zero)
+    if max_norm is not None:
+        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    slow_rate = None if slow_beta == 0 else 1.0 - slow_decay_reference(ledger, slow_beta)
+    measured = measured and slow_rate is not None
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    skip = None if device.type == "cpu" else ~applied
+    if skip is not None or bool(applied):
+        for tensors, group, step in zip(sets, groups, steps):
+            table = _scalars(group, step, hyper, coefficient)
+            if skip is None:
+                rate = None if slow_rate is None else float(slow_rate)
+                sums += _update_on_cpu(tensors, table, step, rate, measured)
+            else:
+                rows = [row.unbind() for row in table.to(tensors.compute_dtype).unbind()]
+                sums += _update_unless(tensors, rows, skip, slow_rate, measured)
+            here = torch.tensor(tensors.present, device=device) if not all(tensors.present) else 1.0
+            step.add_(applied.float() * here)
+
+    ledger[INDEX["norm"]] = torch.where(nonfinite, ledger[INDEX["norm"]], norm)
+    ledger[INDEX["nonfinite"]] = nonfinite.double()
+    ledger[INDEX["skipped"]] += nonfinite
+    ledger[INDEX["applied"]] += applied
+    if observed:
+        used = norm * coefficient
+        # A norm that overflowed would spoil every running mean for good.
+        seen = applied & used.isfinite()
+        uu, us, ss, ee = sums.unbind()
+        observe_reference(ledger, used, uu, us, ss, ee, slow_beta, seen, measured)
+    ledger[INDEX["loss"]] = torch.nan
+    ledger[INDEX["hold"]] = 0.0
+
+
+def _scalars(group: Tensor, steps: Tensor, hyper: Tensor, coefficient: Tensor) -> Tensor:
+    """FP64 ``[tensors, 9]``: what the update of each tensor needs (see `adamw_block`)."""
+    rows = hyper[group.long()]
+    lr = rows[:, HYPER["lr"]]
+    step = steps.double() + 1.0
+    columns = [
+        coefficient * rows[:, HYPER["sign"]],
+        1.0 - lr * rows[:, HYPER["weight_decay"]],
+        rows[:, HYPER["beta1"]],
+        rows[:, HYPER["beta2"]],
+        (1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt(),
+        rows[:, HYPER["eps"]],
+        lr / (1.0 - (step * rows[:, HYPER["log_beta1"]]).exp()),
+        lr,
+        rows[:, HYPER["weight_decay"]],
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def adamw_block(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, row: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The formula: new weight, new moments, and the denominator. Nothing in place.
+
+    Args:
+        w: Weight.
+        g: Gradient in the weight's dtype.
+        m: First moment.
+        v: Second moment.
+        row: Clipping coefficient times sign, decay, beta1, beta2, square root of the
+            second bias correction, eps, step size, learning rate, weight decay.
+    """
+    clip, decay, beta1, beta2, root, eps, size = row[:7]
+    g = g * clip
+    m = m + (1.0 - beta1) * (g - m)
+    v = v * beta2 + (1.0 - beta2) * (g * g)
+    denominator = v.sqrt() / root + eps
+    return w * decay - size * (m / denominator), m, v, denominator
+
+
+def _update_unless(
+    tensors: TensorSet,
+    rows: Sequence[Sequence[Tensor]],
+    skip: Tensor,
+    slow_rate: Tensor | None,
+    measured: bool,
+) -> Tensor:
+    """Updates one set where ``skip`` is false, without reading it on the host."""
+    flat = tensors.flat
+    sums = torch.zeros(4, dtype=torch.float64, device=skip.device)
+    for index, here in enumerate(tensors.present):
+        for part in tensors.reference_blocks(index) if here else ():
+            w, m, v = (flat[name][index][part] for name in ("weight", "exp_avg", "exp_avg_sq"))
+            g = flat["grad"][index][part].to(tensors.compute_dtype)
+            row = rows[index]
+            new_w, new_m, new_v, denominator = adamw_block(w, g, m, v, row)
+            if slow_rate is not None:
+                s = flat["slow_ema"][index][part]
+                if measured:
+                    update = row[6] * (new_m / denominator)
+                    direction = row[6] * (s / denominator)
+                    sums[0] += update.dot(update)
+                    sums[1] += update.dot(direction)
+                    sums[2] += direction.dot(direction)
+                new_s = s + slow_rate.to(s.dtype) * (g * row[0] - s)
+                sums[3] += new_s.dot(new_s)
+                s.copy_(torch.where(skip, s, new_s))
+            w.copy_(torch.where(skip, w, new_w))
+            m.copy_(torch.where(skip, m, new_m))
+            v.copy_(torch.where(skip, v, new_v))
+            if tensors.has_master:
+                flat["param"][index][part].copy_(w)
+    return sums
+
+
+def _update_on_cpu(
+    tensors: TensorSet, table: Tensor, steps: Tensor, slow_rate: float | None, measured: bool
+) -> Tensor:
+    """Updates one set in place, with torch's own fused CPU operator for the AdamW part.
+
+    Measured on 2 cores with GPT-2 small: the fused operator takes 0.09 s, plain operations
+    block by block 0.31 s, ``AdamW(foreach=True)`` 0.38 s. Blocks stay in cache, so what
+    follows the operator costs no main memory.
+    """
+    flat = tensors.flat
+    compute = tensors.compute_dtype
+    sums = torch.zeros(4, dtype=torch.float64)
+    scratch = torch.empty(2, REFERENCE_BLOCK, dtype=compute)
+    after = steps + 1.0
+    for index, (here, row) in enumerate(zip(tensors.present, table.tolist())):
+        clip, _, beta1, beta2, root, eps, size, lr, weight_decay = row
+        for part in tensors.reference_blocks(index) if here else ():
+            w, m, v = (flat[name][index][part] for name in ("weight", "exp_avg", "exp_avg_sq"))
+            g = flat["grad"][index][part].to(compute)
+            if clip != 1.0:
+                g = g * clip
+            torch._fused_adamw_(
+                [w], [g], [m], [v], [], [after[index]],
+                lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
+                amsgrad=False, maximize=False,
+            )  # fmt: skip
+            if tensors.has_master:
+                flat["param"][index][part].copy_(w)
+            if slow_rate is None:
+                continue
+            s = flat["slow_ema"][index][part]
+            if measured:
+                denominator = torch.sqrt(v, out=scratch[0, : v.numel()]).add_(eps * root)
+                direction = torch.div(s, denominator, out=scratch[1, : v.numel()])
+                update = torch.div(m, denominator, out=denominator)
+                scale = (size * root) ** 2
+                sums[0] += scale * float(update.dot(update))
+                sums[1] += scale * float(update.dot(direction))
+                sums[2] += scale * float(direction.dot(direction))
+            s.lerp_(g, slow_rate)
+            sums[3] += float(s.dot(s))
+    return sums

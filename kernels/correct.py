@@ -1,0 +1,214 @@
+"""The verdict's two bandwidth kernels: slopes before it, correction after it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton_hybrid.kernels.adamw import HYPER, HYPER_COLUMNS, SIGN
+from triton_hybrid.kernels.chunks import (
+    GRAD,
+    LAUNCH,
+    PARAM,
+    SNAPSHOT,
+    WEIGHT,
+    TensorSet,
+    load_row,
+    on_device,
+    store_row,
+)
+from triton_hybrid.kernels.divergence import FRACTION_COLUMN, MEMORY_COLUMNS
+from triton_hybrid.kernels.gram import reduce_partials
+from triton_hybrid.kernels.ledger import INDEX, VERDICT
+
+SLOPE_SUMS = 3
+"""Sums of a judging gradient: slope, squared gradient, non-finite gradients."""
+
+
+@triton.jit
+def _slopes_block(
+    addresses, n_tensors, tensor, offsets, length, slope, square, bad,
+    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    g = load_row(addresses, GRAD, n_tensors, tensor, offsets, length, GRAD_TYPE, STATE, FULL)
+    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    start = load_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    slope += (g * (w - start)).to(tl.float32)
+    square += (g * g).to(tl.float32)
+    bad = tl.maximum(bad, tl.where(tl.abs(g) < float("inf"), 0.0, 1.0))
+    return slope, square, bad
+
+
+@triton.jit
+def _slopes_kernel(
+    addresses, lengths, aligned, n_tensors,
+    chunk_tensor, chunk_start, n_chunks, group, hyper, partials,
+    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, BLOCK)
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor = tl.load(chunk_tensor + chunk)
+        start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
+        length = tl.load(lengths + tensor)
+        full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
+        sign = tl.load(hyper + tl.load(group + tensor) * HYPER_COLUMNS + SIGN).to(tl.float32)
+        slope = tl.zeros([BLOCK], tl.float32)
+        square = tl.zeros([BLOCK], tl.float32)
+        bad = tl.zeros([BLOCK], tl.float32)
+        for inner in range(0, CHUNK, BLOCK):
+            offsets = start + inner + lane
+            if full:
+                slope, square, bad = _slopes_block(
+                    addresses, n_tensors, tensor, offsets, length, slope, square, bad,
+                    GRAD_TYPE, STATE, True,
+                )  # fmt: skip
+            else:
+                slope, square, bad = _slopes_block(
+                    addresses, n_tensors, tensor, offsets, length, slope, square, bad,
+                    GRAD_TYPE, STATE, False,
+                )  # fmt: skip
+        cell = partials + tl.cast(chunk, tl.int64) * 3
+        tl.store(cell, sign * tl.sum(slope, axis=0))
+        tl.store(cell + 1, tl.sum(square, axis=0))
+        tl.store(cell + 2, tl.max(bad, axis=0))
+
+
+def slopes(
+    tensors: TensorSet, group: Tensor, hyper: Tensor, partials: Tensor, sums: Tensor
+) -> None:
+    """Measures a gradient along the displacement ``weight - snapshot``. Two launches.
+
+    Args:
+        tensors: With rows ``grad``, ``weight`` and ``snapshot``.
+        group: int32 ``[tensors]``, row of ``hyper``.
+        hyper: FP64 ``[groups, HYPER_FIELDS]``; its ``sign`` turns ascent into descent.
+        partials: FP32 ``[chunks, 3]``, scratch.
+        sums: FP64 ``[tensors, 3]``, written: slope, squared gradient, chunks with a
+            non-finite gradient. Zero for a tensor without a gradient.
+    """
+    addresses, lengths, aligned = tensors.tables()
+    chunks = tensors.chunks()
+    with on_device(tensors.device):
+        _slopes_kernel[(tensors.tiling.programs,)](
+            addresses, lengths, aligned, len(tensors),
+            chunks.tensor, chunks.start, chunks.count, group, hyper, partials,
+            GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
+            BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
+        )  # fmt: skip
+    reduce_partials(partials, chunks, sums)
+
+
+def slopes_reference(tensors: TensorSet, group: Tensor, hyper: Tensor, sums: Tensor) -> None:
+    """`slopes` in plain torch."""
+    flat = tensors.flat
+    compute = tensors.compute_dtype
+    totals = []
+    for index, here in enumerate(tensors.present):
+        total = torch.zeros(SLOPE_SUMS, dtype=torch.float64, device=tensors.device)
+        for part in tensors.reference_blocks(index) if here else ():
+            g = flat["grad"][index][part].to(compute)
+            displacement = flat["weight"][index][part] - flat["snapshot"][index][part]
+            square = g.dot(g)
+            total[0] += g.dot(displacement)
+            total[1] += square
+            # A finite sum of squares has finite terms; the second look costs only when not.
+            if square.device.type != "cpu" or not bool(square.isfinite()):
+                total[2] += ~g.isfinite().all()
+        totals.append(total)
+    sums.copy_(torch.stack(totals))
+    sums[:, 0] *= hyper[group.long(), HYPER["sign"]]
+
+
+@triton.jit
+def _correct_block(
+    addresses, n_tensors, tensor, offsets, length, fraction,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
+    RESTART: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    start = load_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    placed = start + fraction * (w - start)
+    # Exactly 0 and 1 must keep the bits, also where w - start is not finite.
+    placed = tl.where(fraction == 0.0, start, tl.where(fraction == 1.0, w, placed))
+    store_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, placed, STATE, FULL)
+    if MASTER:
+        store_row(addresses, PARAM, n_tensors, tensor, offsets, length, placed, PARAM_TYPE, FULL)
+    if RESTART:
+        store_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, placed, STATE, FULL)
+
+
+@triton.jit
+def _correct_kernel(
+    addresses, lengths, aligned, n_tensors,
+    chunk_tensor, chunk_start, n_chunks, memory, ledger,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
+    RESTART: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, BLOCK)
+    judged = tl.load(ledger + VERDICT) > 0
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor = tl.load(chunk_tensor + chunk)
+        fraction = tl.load(memory + MEMORY_COLUMNS * tensor + FRACTION_COLUMN).to(STATE)
+        if judged & ((fraction != 1.0) | RESTART):
+            start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
+            length = tl.load(lengths + tensor)
+            full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
+            for inner in range(0, CHUNK, BLOCK):
+                offsets = start + inner + lane
+                if full:
+                    _correct_block(
+                        addresses, n_tensors, tensor, offsets, length, fraction,
+                        PARAM_TYPE, STATE, MASTER, RESTART, True,
+                    )  # fmt: skip
+                else:
+                    _correct_block(
+                        addresses, n_tensors, tensor, offsets, length, fraction,
+                        PARAM_TYPE, STATE, MASTER, RESTART, False,
+                    )  # fmt: skip
+
+
+def correct(tensors: TensorSet, memory: Tensor, ledger: Tensor, *, restart: bool) -> None:
+    """Places the weights at ``snapshot + fraction · (weight - snapshot)``. One launch.
+
+    Args:
+        tensors: With rows ``param``, ``weight`` and ``snapshot``.
+        memory: FP32 ``[tensors, MEMORY_COLUMNS]``; its step fraction is 0 to take the move
+            back bit for bit, 1 to leave it.
+        ledger: FP64 ledger; nothing happens without a verdict in it.
+        restart: Whether ``snapshot`` becomes the placed weights, the start of a new cycle.
+    """
+    addresses, lengths, aligned = tensors.tables()
+    chunks = tensors.chunks(every=True)
+    with on_device(tensors.device):
+        _correct_kernel[(tensors.tiling.programs,)](
+            addresses, lengths, aligned, len(tensors),
+            chunks.tensor, chunks.start, chunks.count, memory, ledger,
+            PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
+            MASTER=tensors.has_master, RESTART=restart,
+            BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
+        )  # fmt: skip
+
+
+def correct_reference(tensors: TensorSet, memory: Tensor, ledger: Tensor, *, restart: bool) -> None:
+    """`correct` in plain torch."""
+    judged = ledger[INDEX["verdict"]] > 0
+    on_cpu = ledger.device.type == "cpu"
+    if on_cpu and not bool(judged):
+        return
+    fractions = memory[:, FRACTION_COLUMN.value].to(tensors.compute_dtype)
+    known = fractions.tolist() if on_cpu else [None] * len(tensors)
+    for index, fraction in enumerate(fractions.unbind()):
+        if known[index] == 1.0 and not restart:
+            continue
+        for part in tensors.reference_blocks(index):
+            w = tensors.flat["weight"][index][part]
+            start = tensors.flat["snapshot"][index][part]
+            placed = start + fraction * (w - start)
+            placed = torch.where(fraction == 1.0, w, placed)
+            placed = torch.where(fraction == 0.0, start, placed)
+            w.copy_(torch.where(judged, placed, w))
+            if tensors.has_master:
+                tensors.flat["param"][index][part].copy_(w)
+            if restart:
+                start.copy_(torch.where(judged, w, start))

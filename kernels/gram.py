@@ -1,0 +1,148 @@
+"""Per-tensor inner products, in two fixed-order stages.
+
+The bandwidth kernels leave a few partial sums for each chunk; `reduce_partials` adds those
+of a tensor up, in FP64. `gram` is the bandwidth kernel of the trajectory: at the end of a
+cycle it forms the displacement of that cycle, stores it, and multiplies it with every
+stored one, which is the row of the Gram matrix that changed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton_hybrid.kernels.chunks import (
+    HISTORY,
+    LAUNCH,
+    SNAPSHOT,
+    WEIGHT,
+    ChunkTable,
+    TensorSet,
+    load_row,
+    on_device,
+    store_row,
+)
+
+
+@triton.jit
+def _reduce_kernel(partials, first, sums, N: tl.constexpr, BLOCK: tl.constexpr):
+    tensor = tl.program_id(0)
+    begin = tl.load(first + tensor)
+    end = tl.load(first + tensor + 1)
+    for column in tl.static_range(N):
+        total = tl.zeros([BLOCK], tl.float64)
+        for chunk in range(begin, end, BLOCK):
+            c = chunk + tl.arange(0, BLOCK)
+            values = tl.load(partials + c.to(tl.int64) * N + column, mask=c < end, other=0.0)
+            total += values.to(tl.float64)
+        tl.store(sums + tensor * N + column, tl.sum(total, axis=0))
+
+
+def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor) -> None:
+    """Adds the chunk sums of each tensor up. One launch.
+
+    Args:
+        partials: FP32 ``[chunks, columns]``.
+        chunks: The chunk table that the partials were made with.
+        sums: FP64 ``[tensors, columns]``, written.
+    """
+    with on_device(sums.device):
+        _reduce_kernel[(len(sums),)](
+            partials, chunks.first, sums, N=sums.shape[1], BLOCK=256, **LAUNCH
+        )
+
+
+@triton.jit
+def _gram_block(
+    addresses, n_tensors, tensor, offsets, length, slot, partial,
+    STATE: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    start = load_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    newest = w - start
+    store_row(addresses, HISTORY + slot, n_tensors, tensor, offsets, length, newest, STATE, FULL)
+    store_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, w, STATE, FULL)
+    column = tl.arange(0, COLUMNS)
+    for j in tl.static_range(N):
+        other = newest
+        if j != slot:
+            other = load_row(
+                addresses, HISTORY + j, n_tensors, tensor, offsets, length, STATE, STATE, FULL
+            )
+        product = tl.sum((newest * other).to(tl.float32), axis=0)
+        partial = partial + tl.where(column == j, product, 0.0)
+    return partial
+
+
+@triton.jit
+def _gram_kernel(
+    addresses, lengths, aligned, n_tensors,
+    chunk_tensor, chunk_start, n_chunks, slot, partials,
+    STATE: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor = tl.load(chunk_tensor + chunk)
+        start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
+        length = tl.load(lengths + tensor)
+        full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
+        partial = tl.zeros([COLUMNS], tl.float32)
+        for inner in range(0, CHUNK, BLOCK):
+            offsets = start + inner + lane
+            if full:
+                partial = _gram_block(
+                    addresses, n_tensors, tensor, offsets, length, slot, partial,
+                    STATE, N, COLUMNS, True,
+                )  # fmt: skip
+            else:
+                partial = _gram_block(
+                    addresses, n_tensors, tensor, offsets, length, slot, partial,
+                    STATE, N, COLUMNS, False,
+                )  # fmt: skip
+        tl.store(partials + tl.cast(chunk, tl.int64) * N + column, partial, mask=column < N)
+
+
+def gram(tensors: TensorSet, history: int, slot: int, partials: Tensor, sums: Tensor) -> None:
+    """Ends a cycle: newest displacement, and its inner products. Two launches.
+
+    ``history_slot ← weight - snapshot``; ``snapshot ← weight``;
+    ``sums[t, j] ← <history_slot[t], history_j[t]>``.
+
+    Args:
+        tensors: With rows ``weight``, ``snapshot`` and ``history_0`` to ``history_{n-1}``.
+        history: How many displacements are stored, n.
+        slot: Which of them the newest one replaces.
+        partials: FP32 ``[chunks, history]``, scratch.
+        sums: FP64 ``[tensors, history]``, written.
+    """
+    addresses, lengths, aligned = tensors.tables()
+    chunks = tensors.chunks(every=True)
+    with on_device(tensors.device):
+        _gram_kernel[(tensors.tiling.programs,)](
+            addresses, lengths, aligned, len(tensors),
+            chunks.tensor, chunks.start, chunks.count, slot, partials,
+            STATE=tensors.dtype_of("weight"), N=history,
+            COLUMNS=triton.next_power_of_2(history),
+            BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
+        )  # fmt: skip
+    reduce_partials(partials, chunks, sums)
+
+
+def gram_reference(tensors: TensorSet, history: int, slot: int, sums: Tensor) -> None:
+    """`gram` in plain torch."""
+    flat = tensors.flat
+    totals = []
+    for index in range(len(tensors)):
+        total = torch.zeros(history, dtype=torch.float64, device=tensors.device)
+        for part in tensors.reference_blocks(index):
+            rows = [flat[f"history_{j}"][index][part] for j in range(history)]
+            start = flat["snapshot"][index][part]
+            weight = flat["weight"][index][part]
+            torch.sub(weight, start, out=rows[slot])
+            start.copy_(weight)
+            total += torch.stack([rows[slot].dot(row) for row in rows])
+        totals.append(total)
+    sums.copy_(torch.stack(totals))

@@ -1,0 +1,452 @@
+"""The predicted move: combine the basis, move the weights, measure the move.
+
+    displacement = factor · slow_ema / (√v̂ + ε)          (slow EMA)
+    displacement = Σ_j c[t, j] · history_j                 (trajectory)
+
+`predict` moves; `settle` looks at what the move amounts to and takes it back where it is
+not finite or out of proportion. Neither reads a gradient, and the ledger, not the host,
+decides whether anything moves at all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton_hybrid.kernels.adamw import (
+    EPS,
+    HYPER,
+    HYPER_COLUMNS,
+    LOG_BETA1,
+    LOG_BETA2,
+    LR,
+    precise_div,
+    precise_sqrt,
+)
+from triton_hybrid.kernels.adamw import HORIZON as HORIZON_HYPER
+from triton_hybrid.kernels.chunks import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    HISTORY,
+    LAUNCH,
+    PARAM,
+    REFERENCE_BLOCK,
+    SLOW_EMA,
+    SNAPSHOT,
+    WEIGHT,
+    TensorSet,
+    load_row,
+    narrow,
+    on_device,
+    store_row,
+)
+from triton_hybrid.kernels.divergence import (
+    HORIZON_COLUMN,
+    MEMORY_COLUMNS,
+    SLOPE_COLUMN,
+    take_back,
+    take_back_reference,
+)
+from triton_hybrid.kernels.gram import reduce_partials
+from triton_hybrid.kernels.ledger import (
+    CAUSE_JUMP,
+    CAUSE_NONFINITE,
+    CONFIDENCE,
+    COOLDOWN,
+    HORIZON,
+    INDEX,
+    JUMP_SQUARE,
+    MOVED,
+    NONFINITE,
+    STRETCH,
+    UPDATE_SQUARE,
+)
+
+MOVE_COLUMNS = 3
+"""Sums of a move: slope, squared displacement, non-finite results."""
+
+
+@triton.jit
+def _gate(ledger, threshold):
+    """Whether the weights may move.
+
+    At the start of a stretch, if the model is confident and nothing forbids it; later in
+    it, if the first move was not taken back.
+    """
+    fresh = tl.load(ledger + STRETCH) == 0
+    calm = (tl.load(ledger + COOLDOWN) == 0) & (tl.load(ledger + NONFINITE) == 0)
+    sure = tl.load(ledger + CONFIDENCE) >= threshold
+    return (fresh & calm & sure) | ((fresh == 0) & (tl.load(ledger + MOVED) > 0))
+
+
+@triton.jit
+def _predict_block(
+    addresses, n_tensors, tensor, offsets, length, coefficients, factor,
+    inverse_correction1, root_correction2, eps, slope, square, bad,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
+    N: tl.constexpr, SAVE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    m = load_row(addresses, EXP_AVG, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    if SLOW:
+        v = load_row(addresses, EXP_AVG_SQ, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+        s = load_row(addresses, SLOW_EMA, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+        denominator = precise_div(precise_sqrt(v), root_correction2) + eps
+        displacement = factor * precise_div(s, denominator)
+    else:
+        displacement = w * 0.0
+        for j in tl.static_range(N):
+            basis = load_row(
+                addresses, HISTORY + j, n_tensors, tensor, offsets, length, STATE, STATE, FULL
+            )
+            displacement += tl.load(coefficients + tensor * N + j).to(STATE) * basis
+        displacement = factor * displacement
+    if SAVE:
+        store_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, w, STATE, FULL)
+    w = w + displacement
+    store_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, w, STATE, FULL)
+    if MASTER:
+        store_row(addresses, PARAM, n_tensors, tensor, offsets, length, w, PARAM_TYPE, FULL)
+    slope += (inverse_correction1 * m * displacement).to(tl.float32)
+    square += (displacement * displacement).to(tl.float32)
+    # What the model will see is the rounded weight: FP16 overflows at 65504.
+    seen = narrow(w, PARAM_TYPE).to(tl.float32)
+    bad = tl.maximum(bad, tl.where(tl.abs(seen) < float("inf"), 0.0, 1.0))
+    return slope, square, bad
+
+
+@triton.jit
+def _predict_kernel(
+    addresses, lengths, aligned, n_tensors,
+    chunk_tensor, chunk_start, n_chunks,
+    group, hyper, steps, coefficients, memory, ledger, partials,
+    threshold, share,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
+    N: tl.constexpr, SAVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, BLOCK)
+    moving = _gate(ledger, threshold)
+    horizon = tl.load(ledger + HORIZON) * share
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        slope = tl.zeros([BLOCK], tl.float32)
+        square = tl.zeros([BLOCK], tl.float32)
+        bad = tl.zeros([BLOCK], tl.float32)
+        if moving:
+            tensor = tl.load(chunk_tensor + chunk)
+            start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
+            length = tl.load(lengths + tensor)
+            full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
+            row = hyper + tl.load(group + tensor) * HYPER_COLUMNS
+            # A tensor that never had a gradient has empty moments, and does not move.
+            step = tl.maximum(tl.load(steps + tensor).to(tl.float64), 1.0)
+            inverse_correction1 = 1.0 / (1.0 - tl.exp(step * tl.load(row + LOG_BETA1)))
+            root_correction2 = tl.sqrt(1.0 - tl.exp(step * tl.load(row + LOG_BETA2)))
+            scale = tl.load(memory + MEMORY_COLUMNS * tensor + HORIZON_COLUMN).to(tl.float64)
+            factor = horizon * scale
+            if SLOW:
+                steps_ahead = tl.load(row + LR) * tl.load(row + HORIZON_HYPER)
+                factor = -factor * steps_ahead
+            factor = factor.to(STATE)
+            inverse_correction1 = inverse_correction1.to(STATE)
+            root_correction2 = root_correction2.to(STATE)
+            eps = tl.load(row + EPS).to(STATE)
+            for inner in range(0, CHUNK, BLOCK):
+                offsets = start + inner + lane
+                if full:
+                    slope, square, bad = _predict_block(
+                        addresses, n_tensors, tensor, offsets, length, coefficients, factor,
+                        inverse_correction1, root_correction2, eps, slope, square, bad,
+                        PARAM_TYPE, STATE, MASTER, SLOW, N, SAVE, True,
+                    )  # fmt: skip
+                else:
+                    slope, square, bad = _predict_block(
+                        addresses, n_tensors, tensor, offsets, length, coefficients, factor,
+                        inverse_correction1, root_correction2, eps, slope, square, bad,
+                        PARAM_TYPE, STATE, MASTER, SLOW, N, SAVE, False,
+                    )  # fmt: skip
+        cell = partials + tl.cast(chunk, tl.int64) * 3
+        tl.store(cell, tl.sum(slope, axis=0))
+        tl.store(cell + 1, tl.sum(square, axis=0))
+        tl.store(cell + 2, tl.max(bad, axis=0))
+
+
+def predict(
+    tensors: TensorSet,
+    group: Tensor,
+    steps: Tensor,
+    hyper: Tensor,
+    coefficients: Tensor | None,
+    memory: Tensor,
+    ledger: Tensor,
+    partials: Tensor,
+    sums: Tensor,
+    *,
+    threshold: float,
+    share: float,
+    save: bool,
+) -> None:
+    """Moves the weights of one tensor set by one predicted step. Two launches.
+
+    Args:
+        tensors: With rows ``param``, ``weight``, ``exp_avg``, ``snapshot`` and
+            ``exp_avg_sq``, ``slow_ema`` (slow EMA) or ``history_*`` (trajectory).
+        group: int32 ``[tensors]``, row of ``hyper``.
+        steps: FP32 ``[tensors]``, applied base updates.
+        hyper: FP64 ``[groups, HYPER_FIELDS]``.
+        coefficients: FP32 ``[tensors, n]`` of the trajectory basis; None for the slow EMA.
+        memory: FP32 ``[tensors, MEMORY_COLUMNS]``; its horizon factor scales each tensor.
+        ledger: FP64 ledger; it decides whether anything moves, and is not changed.
+        partials: FP32 ``[chunks, 3]``, scratch.
+        sums: FP64 ``[tensors, 3]``, written: inner product of the bias-corrected exp_avg
+            with the displacement, squared displacement, chunks with a non-finite result.
+        threshold: Confidence below which nothing moves.
+        share: Part of the whole displacement that this step makes.
+        save: Whether to keep the weights in ``snapshot`` first.
+    """
+    addresses, lengths, aligned = tensors.tables()
+    chunks = tensors.chunks(every=True)
+    with on_device(tensors.device):
+        _predict_kernel[(tensors.tiling.programs,)](
+            addresses, lengths, aligned, len(tensors),
+            chunks.tensor, chunks.start, chunks.count,
+            group, hyper, steps, memory if coefficients is None else coefficients, memory, ledger,
+            partials, float(threshold), float(share),
+            PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
+            MASTER=tensors.has_master, SLOW=coefficients is None,
+            N=0 if coefficients is None else coefficients.shape[1], SAVE=save,
+            BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
+        )  # fmt: skip
+    reduce_partials(partials, chunks, sums)
+
+
+def gate_reference(ledger: Tensor, threshold: float) -> Tensor:
+    """Whether the weights may move; 0-dim bool."""
+    fresh = ledger[INDEX["stretch"]] == 0
+    calm = (ledger[INDEX["cooldown"]] == 0) & (ledger[INDEX["nonfinite"]] == 0)
+    sure = ledger[INDEX["confidence"]] >= threshold
+    return (fresh & calm & sure) | (~fresh & (ledger[INDEX["moved"]] > 0))
+
+
+def predict_reference(
+    tensors: TensorSet,
+    group: Tensor,
+    steps: Tensor,
+    hyper: Tensor,
+    coefficients: Tensor | None,
+    memory: Tensor,
+    ledger: Tensor,
+    sums: Tensor,
+    *,
+    threshold: float,
+    share: float,
+    save: bool,
+) -> None:
+    """`predict` in plain torch."""
+    moving = gate_reference(ledger, threshold)
+    on_cpu = ledger.device.type == "cpu"
+    sums.zero_()
+    if on_cpu and not bool(moving):
+        return
+    compute = tensors.compute_dtype
+    rows = hyper[group.long()]
+    step = steps.double().clamp(min=1.0)
+    inverse_correction1 = 1.0 / (1.0 - (step * rows[:, HYPER["log_beta1"]]).exp())
+    root_correction2 = (1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt()
+    factor = memory[:, HORIZON_COLUMN.value].double() * ledger[INDEX["horizon"]] * share
+    if coefficients is None:
+        ahead = rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]]
+        factor = -factor * ahead
+    columns = [factor, inverse_correction1, root_correction2, rows[:, HYPER["eps"]]]
+    table = torch.stack(columns, dim=1).to(compute)
+    scalars = table.tolist() if on_cpu else [list(row.unbind()) for row in table.unbind()]
+    weights = None if coefficients is None else coefficients.to(compute)
+
+    flat = tensors.flat
+    scratch = torch.empty(2, REFERENCE_BLOCK, dtype=compute, device=tensors.device)
+    totals = []
+    for index in range(len(tensors)):
+        factor_, inverse1, root2, eps = scalars[index]
+        total = torch.zeros(MOVE_COLUMNS, dtype=torch.float64, device=tensors.device)
+        for part in tensors.reference_blocks(index):
+            w = flat["weight"][index][part]
+            displacement = scratch[0, : w.numel()]
+            if weights is None:
+                v, s = flat["exp_avg_sq"][index][part], flat["slow_ema"][index][part]
+                denominator = torch.sqrt(v, out=scratch[1, : w.numel()]).div_(root2).add_(eps)
+                torch.div(s, denominator, out=displacement).mul_(factor_)
+            else:
+                displacement.zero_()
+                for j, weight in enumerate(weights[index].unbind()):
+                    displacement += weight * flat[f"history_{j}"][index][part]
+                displacement.mul_(factor_)
+            if on_cpu:
+                if save:
+                    flat["snapshot"][index][part].copy_(w)
+                w.add_(displacement)
+            else:
+                if save:
+                    snapshot = flat["snapshot"][index][part]
+                    snapshot.copy_(torch.where(moving, w, snapshot))
+                displacement.copy_(torch.where(moving, displacement, 0.0 * factor_))
+                w.copy_(torch.where(moving, w + displacement, w))
+            seen = w
+            if tensors.has_master:
+                seen = flat["param"][index][part]
+                seen.copy_(w)
+            total[0] += flat["exp_avg"][index][part].dot(displacement) * inverse1
+            total[1] += displacement.dot(displacement)
+            # A finite sum has finite terms; on the CPU the second look costs only when not.
+            if not on_cpu or not bool(seen.sum(dtype=compute).isfinite()):
+                total[2] += ~seen.isfinite().all()
+        totals.append(total)
+    sums.copy_(torch.stack(totals))
+
+
+@triton.jit
+def _settle_kernel(
+    addresses, lengths, aligned, n_tensors,
+    chunk_tensor, chunk_start, n_chunks,
+    sums, n_sums, memory, n_memory, ledger, arrivals, threshold, limit, cooldown,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, TENSORS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    moving = _gate(ledger, threshold)
+    if moving:
+        squares = tl.zeros([TENSORS], tl.float64)
+        flags = tl.zeros([TENSORS], tl.float64)
+        for begin in range(0, n_sums, TENSORS):
+            t = begin + tl.arange(0, TENSORS)
+            squares += tl.load(sums + 3 * t + 1, mask=t < n_sums, other=0.0)
+            flags += tl.load(sums + 3 * t + 2, mask=t < n_sums, other=0.0)
+        distance = tl.sqrt(tl.load(ledger + JUMP_SQUARE)) + tl.sqrt(tl.sum(squares, axis=0))
+        usual = tl.sqrt(tl.load(ledger + UPDATE_SQUARE))
+        nonfinite = (tl.sum(flags, axis=0) > 0) | (distance != distance)
+        too_far = (distance > limit * usual) & (nonfinite == 0)
+        rejected = nonfinite | too_far
+        if rejected:
+            for chunk in range(program, n_chunks, tl.num_programs(0)):
+                tensor = tl.load(chunk_tensor + chunk)
+                start = tl.load(chunk_start + chunk)
+                length = tl.load(lengths + tensor)
+                for inner in range(0, CHUNK, BLOCK):
+                    offsets = start + inner + tl.arange(0, BLOCK)
+                    w = load_row(
+                        addresses, SNAPSHOT, n_tensors, tensor, offsets, length,
+                        STATE, STATE, False,
+                    )  # fmt: skip
+                    store_row(
+                        addresses, WEIGHT, n_tensors, tensor, offsets, length, w, STATE, False
+                    )
+                    if MASTER:
+                        store_row(
+                            addresses, PARAM, n_tensors, tensor, offsets, length, w,
+                            PARAM_TYPE, False,
+                        )  # fmt: skip
+        if LAST:
+            # The last program keeps the books: the others decide by the same entries.
+            tl.debug_barrier()
+            finished = tl.atomic_add(arrivals + 1, 1, sem="acq_rel") + 1
+            if finished == tl.num_programs(0):
+                tl.store(arrivals + 1, 0)
+                for begin in range(0, n_memory, TENSORS):
+                    t = begin + tl.arange(0, TENSORS)
+                    cell = memory + MEMORY_COLUMNS * t + SLOPE_COLUMN
+                    slope = tl.load(sums + 3 * t, mask=t < n_memory, other=0.0)
+                    slope += tl.load(cell, mask=t < n_memory, other=0.0).to(tl.float64)
+                    slope = tl.where(rejected, 0.0, slope)
+                    tl.store(cell, slope.to(tl.float32), mask=t < n_memory)
+                stretch = tl.load(ledger + STRETCH) + 1.0
+                tl.store(ledger + STRETCH, tl.where(rejected, 0.0, stretch))
+                tl.store(ledger + MOVED, tl.where(rejected, 0.0, 1.0))
+                tl.store(ledger + JUMP_SQUARE, tl.where(rejected, 0.0, distance * distance))
+                if rejected:
+                    take_back(ledger, cooldown)
+                    if nonfinite:
+                        tl.store(ledger + CAUSE_NONFINITE, tl.load(ledger + CAUSE_NONFINITE) + 1.0)
+                    else:
+                        tl.store(ledger + CAUSE_JUMP, tl.load(ledger + CAUSE_JUMP) + 1.0)
+
+
+def settle(
+    tensors: TensorSet,
+    sums: Tensor,
+    memory: Tensor,
+    ledger: Tensor,
+    arrivals: Tensor,
+    *,
+    threshold: float,
+    limit: float,
+    cooldown: float,
+    last: bool,
+) -> None:
+    """Books a predicted step, or takes the stretch back bit for bit. One launch.
+
+    Args:
+        tensors: With rows ``param``, ``weight`` and ``snapshot``.
+        sums: FP64 ``[all tensors, 3]`` of `predict`, over every tensor set.
+        memory: FP32 ``[all tensors, MEMORY_COLUMNS]``; its slope is advanced.
+        ledger: FP64 ledger, changed in place by the last set's launch.
+        arrivals: int32 ``[2]``, zero; left zero.
+        threshold: As given to `predict`.
+        limit: Largest distance from the snapshot, in usual base updates.
+        cooldown: Real steps that a first rejection forces before the next prediction.
+        last: Whether this is the last set of the device.
+    """
+    addresses, lengths, aligned = tensors.tables()
+    chunks = tensors.chunks(every=True)
+    with on_device(tensors.device):
+        _settle_kernel[(tensors.tiling.programs,)](
+            addresses, lengths, aligned, len(tensors),
+            chunks.tensor, chunks.start, chunks.count,
+            sums, len(sums), memory, len(memory), ledger, arrivals,
+            float(threshold), float(limit), float(cooldown),
+            PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
+            MASTER=tensors.has_master, LAST=last,
+            BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, TENSORS=128, **LAUNCH,
+        )  # fmt: skip
+
+
+def settle_reference(
+    tensors: TensorSet,
+    sums: Tensor,
+    memory: Tensor,
+    ledger: Tensor,
+    *,
+    threshold: float,
+    limit: float,
+    cooldown: float,
+    last: bool,
+) -> None:
+    """`settle` in plain torch."""
+    moving = gate_reference(ledger, threshold)
+    entries = dict(zip(INDEX, ledger.unbind()))
+    distance = entries["jump_square"].sqrt() + sums[:, 1].sum().sqrt()
+    nonfinite = (sums[:, 2].sum() > 0) | distance.isnan()
+    too_far = (distance > limit * entries["update_square"].sqrt()) & ~nonfinite
+    rejected = moving & (nonfinite | too_far)
+    on_cpu = ledger.device.type == "cpu"
+    if not on_cpu or bool(rejected):
+        flat = tensors.flat
+        for index in range(len(tensors)):
+            w, snapshot = flat["weight"][index], flat["snapshot"][index]
+            w.copy_(torch.where(rejected, snapshot, w))
+            if tensors.has_master:
+                flat["param"][index].copy_(w)
+    if not last:
+        return
+    slope = memory[:, SLOPE_COLUMN.value]
+    advanced = torch.where(moving, (slope.double() + sums[:, 0]).float(), slope)
+    memory[:, SLOPE_COLUMN.value] = torch.where(rejected, torch.zeros_like(slope), advanced)
+    zero = torch.zeros_like(distance)
+    kept = moving & ~rejected
+    entries["stretch"] = torch.where(kept, entries["stretch"] + 1.0, entries["stretch"])
+    entries["jump_square"] = torch.where(kept, distance * distance, entries["jump_square"])
+    entries["moved"] = torch.where(kept, zero + 1.0, entries["moved"])
+    for name in ("stretch", "jump_square", "moved"):
+        entries[name] = torch.where(rejected, zero, entries[name])
+    take_back_reference(entries, cooldown, rejected)
+    entries["cause_nonfinite"] = entries["cause_nonfinite"] + (rejected & nonfinite)
+    entries["cause_jump"] = entries["cause_jump"] + (rejected & too_far)
+    ledger.copy_(torch.stack(list(entries.values())))

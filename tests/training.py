@@ -1,0 +1,120 @@
+"""Small training runs for the tests of the optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_hybrid import HybridConfig, HybridOptimizer, Phase
+
+FAST = {"warmup_steps": 2, "full_steps": 3, "confidence_threshold": 0.0}
+"""A configuration that predicts early and whatever the confidence."""
+
+
+def fast_config(**changes: Any) -> HybridConfig:
+    """A configuration that reaches every phase within ten steps."""
+    return HybridConfig(**{**FAST, "predictor": "slow_ema", **changes})
+
+
+def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 17), nn.Tanh(), nn.Linear(17, 5)).to(dtype)
+
+
+def make_batches(seed: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        x = torch.randn(32, 12, generator=generator)
+        yield x, (x[:, :5] * 2 + 0.1 * torch.randn(32, 5, generator=generator)).argmax(-1)
+
+
+def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    dtype = next(model.parameters()).dtype
+    loss = nn.functional.cross_entropy(model(x.to(dtype)).float(), y)
+    loss.backward()
+    return loss.detach()
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    batches: Iterator[tuple[Tensor, Tensor]] | None = None,
+    observe: bool = True,
+    after: Callable[[int, Phase], None] | None = None,
+) -> list[Phase]:
+    """Runs ``steps`` phase steps; returns the phases they were in."""
+    batches = batches or make_batches()
+    phases = []
+    for index in range(steps):
+        phase = optimizer.phase if isinstance(optimizer, HybridOptimizer) else Phase.FULL
+        phases.append(phase)
+        if phase.needs_gradient:
+            loss = backward(model, next(batches))
+            if observe and isinstance(optimizer, HybridOptimizer):
+                optimizer.observe_loss(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if after is not None:
+            after(index, phase)
+    return phases
+
+
+def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Copies of all parameters."""
+    return [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
+
+
+def state_copy(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """Copies of all state tensors, parameter by parameter."""
+    return [
+        {k: v.detach().clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+        for g in optimizer.param_groups
+        for p in g["params"]
+    ]
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Bitwise equality, NaN included."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    as_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    return torch.equal(left.contiguous().view(as_int), right.contiguous().view(as_int))
+
+
+def assert_same_weights(left: list[Tensor], right: list[Tensor]) -> None:
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert same_bits(a, b), f"parameter {index} differs by {(a - b).abs().max()}"
+
+
+def assert_same_state(
+    left: list[dict[str, Tensor]], right: list[dict[str, Tensor]], but: tuple[str, ...] = ()
+) -> None:
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        assert a.keys() == b.keys()
+        for key in a:
+            if key not in but:
+                assert same_bits(a[key], b[key]), f"state[{index}][{key!r}] differs"
+
+
+def until(optimizer: HybridOptimizer, model: nn.Module, phase: Phase, limit: int = 60) -> None:
+    """Trains until the next step is of the given phase."""
+    batches = make_batches(7)
+    for _ in range(limit):
+        if optimizer.phase is phase:
+            return
+        train(model, optimizer, 1, batches)
+    raise AssertionError(f"{phase} was not reached in {limit} steps")
+
+
+def clone_run(model: nn.Module, optimizer: HybridOptimizer, **options: Any) -> Any:
+    """A second model and optimizer that go on from a checkpoint of the first."""
+    twin = copy.deepcopy(model)
+    other = HybridOptimizer(twin.parameters(), **options)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return twin, other

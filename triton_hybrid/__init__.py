@@ -1,0 +1,54 @@
+"""A PyTorch optimizer that needs fewer backward passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# In a source checkout the kernels lie beside this package instead of in it (their plain
+# name belongs to another project on PyPI); an installed package has them inside.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if (_CHECKOUT / "kernels" / "chunks.py").is_file():
+    __path__.append(str(_CHECKOUT))
+
+from triton_hybrid.config import HybridConfig
+from triton_hybrid.optimizer import HybridOptimizer
+from triton_hybrid.phases import Phase
+from triton_hybrid.stats import HybridStats
+
+__all__ = [
+    "HybridConfig",
+    "HybridOptimizer",
+    "HybridStats",
+    "Phase",
+    "needs_backward",
+    "reshard",
+    "split_param_groups",
+]
+
+__version__ = "0.1.0"
+
+
+def needs_backward(optimizer: Any) -> bool:
+    """Whether the next `step()` of an optimizer reads gradients.
+
+    For loops that hold a wrapper: looks through ``.optimizer`` (accelerate, Lightning) down
+    to a HybridOptimizer. True for every other optimizer.
+    """
+    seen = 0
+    while not isinstance(optimizer, HybridOptimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or inner is optimizer or seen > 8:
+            return True
+        optimizer, seen = inner, seen + 1
+    return optimizer.needs_backward
+
+
+def reshard(module: Any) -> None:
+    """Not built yet: belongs to distributed training."""
+    raise NotImplementedError("reshard is not built yet: distributed training is not supported")
+
+
+def split_param_groups(model: Any, **options: Any) -> list[dict[str, Any]]:
+    """Not built yet: belongs to ``base="muon"``."""
+    raise NotImplementedError("split_param_groups is not built yet: base='muon' is not supported")

@@ -1,0 +1,1 @@
+"""The base update rules: what a gradient step does."""

@@ -1,0 +1,236 @@
+r"""Where state lives: one place for each parameter's tensors, made at the first step.
+
+``optimizer.state[p]`` holds, for every parameter, ready for checkpoints:
+
+    step           FP32, 0-dim      applied base updates
+    exp_avg        like p           first moment (FP32; FP64 for FP64 parameters)
+    exp_avg_sq     like p           second moment
+    master         like p, FP32     only behind 16-bit parameters
+    slow_ema       like p           slow gradient EMA         \
+    snapshot       like p           weights before the move    } unless predictor="none"
+    prediction     FP32 [3]         horizon factor, slope, step fraction  /
+    history_<j>    like p           cycle displacements       \
+    gram           FP64 [n, n]      their inner products       } trajectory models
+    coefficients   FP32 [n]         of the next displacement   |
+    regression     FP64 [2]         least squares of `linear` /
+
+The small ones are views into one tensor for all parameters, so that one launch reaches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_hybrid.kernels.adamw import Workspace
+from triton_hybrid.kernels.chunks import TensorSet, Tiling
+from triton_hybrid.kernels.divergence import HORIZON_COLUMN, MEMORY_COLUMNS
+from triton_hybrid.precision import adopt_parameter, needs_master, new_master, state_dtype
+
+State = dict[Tensor, dict[str, Any]]
+
+
+class ParameterSet:
+    """The parameters of one dtype with their state, bound for launches.
+
+    Args:
+        params: Parameters of one dtype on one device.
+        groups: For each, the index of its parameter group.
+        state: The optimizer's state; missing entries are created, others are kept.
+        predicts: Whether any dynamics model is in use.
+        history: Cycle displacements to keep; 0 for none.
+        memory: FP32 ``[len(params), 3]``: this set's part of the per-tensor memory.
+        tiling: Overrides the device's default tiling.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        groups: list[int],
+        state: State,
+        *,
+        predicts: bool,
+        history: int,
+        memory: Tensor,
+        tiling: Tiling | None = None,
+    ) -> None:
+        self.params = params
+        self.history = history
+        self.memory = memory
+        self._state = state
+        device, count = params[0].device, len(params)
+        self.group = torch.tensor(groups, dtype=torch.int32).to(device)
+        self.steps = torch.zeros(count, dtype=torch.float32, device=device)
+        self._adopt("step", self.steps)
+        rows: dict[str, list[Tensor]] = {"param": params}
+        rows["exp_avg"] = self._like("exp_avg")
+        rows["exp_avg_sq"] = self._like("exp_avg_sq")
+        self.masters: list[Tensor] = []
+        if needs_master(params[0]):
+            self.masters = [self._master(param) for param in params]
+            rows["weight"] = self.masters
+        self.gram: Tensor | None = None
+        self.coefficients: Tensor | None = None
+        self.regression: Tensor | None = None
+        if predicts:
+            rows["slow_ema"] = self._like("slow_ema")
+            rows["snapshot"] = self._like("snapshot")
+            self._adopt("prediction", memory)
+        if history:
+            for j in range(history):
+                rows[f"history_{j}"] = self._like(f"history_{j}")
+            self.gram = torch.zeros(count, history, history, dtype=torch.float64, device=device)
+            self.regression = torch.zeros(count, 2, dtype=torch.float64, device=device)
+            self.coefficients = torch.zeros(count, history, device=device)
+            self._adopt("gram", self.gram)
+            self._adopt("regression", self.regression)
+            self._adopt("coefficients", self.coefficients)
+        self.tensors = TensorSet(rows, tiling)
+        self.partials = torch.empty(0, dtype=torch.float32, device=device)
+
+    def _like(self, key: str) -> list[Tensor]:
+        """One tensor of state for each parameter, in the parameter's memory order."""
+        result = []
+        for param in self.params:
+            entry = self._state[param]
+            tensor = entry.get(key)
+            fresh = torch.zeros_like(
+                param, dtype=state_dtype(param), memory_format=torch.preserve_format
+            )
+            if isinstance(tensor, Tensor) and tensor.shape == param.shape:
+                suits = tensor.stride() == fresh.stride() and tensor.dtype == fresh.dtype
+                fresh = tensor if suits and tensor.device == param.device else fresh.copy_(tensor)
+            entry[key] = fresh
+            result.append(fresh)
+        return result
+
+    def _master(self, param: Tensor) -> Tensor:
+        entry = self._state[param]
+        loaded = entry.get("master")
+        master = new_master(param)
+        if isinstance(loaded, Tensor) and loaded.shape == param.shape:
+            master.copy_(loaded)
+            adopt_parameter(param, master)
+        entry["master"] = master
+        return master
+
+    def _adopt(self, key: str, whole: Tensor) -> None:
+        """Makes ``state[p][key]`` a view into ``whole``, keeping a loaded value."""
+        for view, param in zip(whole.unbind(), self.params):
+            loaded = self._state[param].get(key)
+            if loaded is not None:
+                loaded = torch.as_tensor(loaded)
+                if loaded.shape == view.shape:
+                    view.copy_(loaded)
+            self._state[param][key] = view
+
+    def room_for(self, columns: int) -> Tensor:
+        """Scratch for the chunk sums of a kernel: FP32 ``[chunks, columns]``."""
+        needed = self.tensors.chunks(every=True).count * columns
+        if self.partials.numel() < needed:
+            self.partials = torch.empty(needed, dtype=torch.float32, device=self.steps.device)
+        return self.partials[:needed]
+
+
+class StateMemory:
+    """All state on the device: parameter sets, the ledger's companions, scratch.
+
+    Args:
+        params: Every parameter that may get a gradient, with its group's index.
+        state: The optimizer's state.
+        predicts: Whether any dynamics model is in use.
+        history: Cycle displacements to keep; 0 for none.
+        tiling: Overrides the device's default tiling.
+
+    Raises:
+        NotImplementedError: Parameters on several devices.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[tuple[Tensor, int]],
+        state: State,
+        *,
+        predicts: bool,
+        history: int,
+        tiling: Tiling | None = None,
+    ) -> None:
+        devices = sorted({str(param.device) for param, _ in params})
+        if len(devices) > 1:
+            raise NotImplementedError(f"parameters on several devices ({', '.join(devices)})")
+        self.device = params[0][0].device
+        by_dtype: dict[torch.dtype, list[tuple[Tensor, int]]] = {}
+        for param, group in params:
+            by_dtype.setdefault(param.dtype, []).append((param, group))
+        count = sum(len(members) for members in by_dtype.values())
+        columns = MEMORY_COLUMNS.value
+        self.per_tensor = torch.zeros(count, columns, dtype=torch.float32, device=self.device)
+        self.per_tensor[:, HORIZON_COLUMN.value] = 1.0
+        self.sums = torch.zeros(count, columns, dtype=torch.float64, device=self.device)
+        self.sets: list[ParameterSet] = []
+        self.parts: list[slice] = []
+        begin = 0
+        for members in by_dtype.values():
+            part = slice(begin, begin + len(members))
+            begin = part.stop
+            bound = ParameterSet(
+                [param for param, _ in members],
+                [group for _, group in members],
+                state,
+                predicts=predicts,
+                history=history,
+                memory=self.per_tensor[part],
+                tiling=tiling,
+            )
+            if predicts:
+                bound.room_for(max(columns, history))
+            self.sets.append(bound)
+            self.parts.append(part)
+        self.workspace = Workspace([bound.tensors for bound in self.sets])
+        self.params = [param for bound in self.sets for param in bound.params]
+
+    def take_gradients(self) -> bool:
+        """Reads ``.grad`` of every parameter; False when there is none at all.
+
+        Raises:
+            RuntimeError: A sparse gradient.
+        """
+        found = False
+        for bound in self.sets:
+            grads = [param.grad for param in bound.params]
+            here = [grad for grad in grads if grad is not None]
+            if any(grad.is_sparse for grad in here):
+                raise RuntimeError("HybridOptimizer does not support sparse gradients")
+            found = found or bool(here)
+            dtypes = {grad.dtype for grad in here}
+            if len(dtypes) > 1:
+                grads = [None if grad is None else grad.float() for grad in grads]
+            bound.tensors.set_row("grad", grads)
+        return found
+
+    def release_gradients(self) -> None:
+        """Lets go of the gradients, so that ``zero_grad`` really frees them."""
+        for bound in self.sets:
+            bound.tensors.release("grad")
+
+
+def state_bytes(state: State, device: torch.device | None) -> tuple[int, int]:
+    """Bytes of all state tensors: on ``device``, and in host memory away from it."""
+    seen: set[int] = set()
+    on_device = on_host = 0
+    for entry in state.values():
+        for value in entry.values():
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            if storage.data_ptr() in seen:
+                continue
+            seen.add(storage.data_ptr())
+            if device is not None and value.device != device and value.device.type == "cpu":
+                on_host += storage.nbytes()
+            else:
+                on_device += storage.nbytes()
+    return on_device, on_host

@@ -1,0 +1,503 @@
+"""HybridOptimizer: the phases, in the order of the table in the README."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from triton_hybrid.base.adamw import AdamWRule
+from triton_hybrid.config import HybridConfig
+from triton_hybrid.corrector import ResidualCorrector
+from triton_hybrid.divergence import DivergenceMonitor
+from triton_hybrid.dynamics import DynamicsModel, history_needed
+from triton_hybrid.kernels.chunks import require_launchable
+from triton_hybrid.memory import StateMemory, state_bytes
+from triton_hybrid.phases import PHASES, Phase, PhaseController, Report
+from triton_hybrid.precision import ChangeWatch, adopt_parameter
+from triton_hybrid.runtime import Runtime
+from triton_hybrid.stats import HybridStats
+from triton_hybrid.validation import (
+    check_backend,
+    check_group,
+    check_max_grad_norm,
+    check_parameter,
+    refuse_unbuilt,
+)
+
+PROGRESS = "hybrid_progress"
+"""Key of every parameter group that carries phase, counters and ledger in checkpoints."""
+
+
+class HybridOptimizer(Optimizer):
+    """AdamW that needs fewer backward passes.
+
+    It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the
+    training run, moves the weights ahead without a gradient, judges the move by the next
+    real gradient, and corrects it or takes it back bit for bit. Swap it in for
+    ``torch.optim.AdamW``; the defaults are the same.
+
+    Args:
+        params: Parameters, or parameter groups. Groups may set ``lr``, ``betas``, ``eps``,
+            ``weight_decay``, ``maximize`` and ``base``.
+        lr: Learning rate; a float or a one-element tensor.
+        betas: Decay of the two moments, each in [0, 1).
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        base: Base rule, ``"adamw"``.
+        hybrid: The phase machine's configuration; None takes the defaults.
+        max_grad_norm: Global-norm clipping inside the fused step, or None.
+        master_weights: ``"auto"``: FP32 masters behind 16-bit parameters.
+        loss_scale: Not built yet.
+        accumulation: Not built yet.
+        maximize: Ascend instead of descend.
+        capturable: True: `step` never waits for the device; predictions are gated by the
+            device alone, and the host's phases run as if all were accepted.
+        backend: ``"auto"`` (Triton on GPU tensors, plain torch elsewhere), ``"triton"`` or
+            ``"torch"``.
+        process_group: Not built yet.
+
+    Raises:
+        ValueError: A value out of range; the message names argument, value and range.
+        NotImplementedError: An option that is not built yet; the message names it.
+    """
+
+    # Loss scaling is not built in yet: GradScaler unscales and skips on its own.
+    _step_supports_amp_scaling = False
+
+    _pending_loss: Tensor | None
+    _runtime_or_none: Runtime | None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        base: str = "adamw",
+        hybrid: HybridConfig | None = None,
+        max_grad_norm: float | None = None,
+        master_weights: str = "auto",
+        loss_scale: float | str | None = None,
+        accumulation: object | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        backend: str = "auto",
+        process_group: object | None = None,
+    ) -> None:
+        if hybrid is not None and not isinstance(hybrid, HybridConfig):
+            raise ValueError(f"hybrid={hybrid!r}: must be a HybridConfig or None")
+        config = hybrid or HybridConfig()
+        if not isinstance(capturable, bool):
+            raise ValueError(f"capturable={capturable!r}: must be True or False")
+        refuse_unbuilt(
+            master_weights=master_weights,
+            loss_scale=loss_scale,
+            accumulation=accumulation,
+            process_group=process_group,
+            offload=config.offload,
+        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "base": base,
+        }
+        check_group(defaults)
+        self._settings: dict[str, Any] = {
+            "config": config,
+            "max_grad_norm": check_max_grad_norm(max_grad_norm),
+            "capturable": capturable,
+            "backend": check_backend(backend),
+        }
+        self._start_fresh()
+        super().__init__(params, defaults)
+        self._warn_about_idle_gpu()
+
+    # ---------------------------------------------------------------- the method
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+
+    @torch._dynamo.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One phase step (inline: with the predictions that follow it).
+
+        Args:
+            closure: Computes the loss and its gradients, and returns the loss. Not called
+                in a Predict phase.
+
+        Returns:
+            The closure's loss when it was called, otherwise None.
+        """
+        phase = self._controller.phase
+        loss = self._evaluate(closure) if phase.needs_gradient else None
+        started = time.perf_counter()
+        if not self._bind():
+            return loss
+
+        if phase is Phase.PREDICT:
+            self._predict()
+        elif self._runtime.memory.take_gradients():
+            if phase is Phase.CORRECT:
+                self._monitor.judge()
+                self._corrector.correct(restart=self._model.follows_trajectory)
+            self._base.step(self._controller.measures)
+            self._advance()
+            self._count(phase, started)
+            while self._config.inline and self._controller.phase is Phase.PREDICT:
+                self._predict()
+            self._runtime.memory.release_gradients()
+        self._watch.remember(self._runtime.memory.params)
+        return loss
+
+    def _predict(self) -> None:
+        started = time.perf_counter()
+        controller = self._controller
+        first = controller.in_row == 0
+        self._model.predict(controller.planned, first)
+        self._monitor.settle(controller.in_row + 1, self._model.predictor == "subspace")
+        controller.after_prediction()
+        self._count(Phase.PREDICT, started)
+
+    def _advance(self) -> None:
+        """Ends a gradient step: observe, ask the device if it must be, choose what is next."""
+        controller, model = self._controller, self._model
+        if controller.ends_gradients:
+            model.observe_cycle()
+        report = Report()
+        ask = model.predictor != "none" and controller.wants_report
+        if not self._settings["capturable"] and (ask or self._reads_are_free):
+            report = self._ask()
+        if controller.phase is Phase.CORRECT and model.follows_trajectory and not report.rejected:
+            model.cycles = 0
+        controller.after_gradient(report, model.ready, model.refit_steps)
+
+    def _ask(self) -> Report:
+        """Reads the ledger. On a GPU the only place where a step waits for the device."""
+        entry = self._runtime.read()
+        if self._controller.phase is Phase.FULL:
+            self._model.choose(entry["signal"])
+        return Report(
+            skipped=entry["nonfinite"] > 0 and entry["verdict"] != 2,
+            rejected=self._controller.phase is Phase.CORRECT and entry["verdict"] == 2,
+            confident=entry["confidence"] >= self._config.confidence_threshold,
+            cooldown=int(entry["cooldown"]),
+        )
+
+    # ---------------------------------------------------------------- public state
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next `step()`."""
+        return self._controller.phase
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether the next `step()` reads gradients; constant until `step()` runs."""
+        return self._controller.phase.needs_gradient
+
+    @property
+    def backend(self) -> str:
+        """``"triton"`` or ``"torch"``: what runs the steps of these parameters."""
+        wanted = str(self._settings["backend"])
+        if wanted != "auto":
+            return wanted
+        return "triton" if self._first_device().type == "cuda" else "torch"
+
+    @property
+    def hybrid(self) -> HybridConfig:
+        """The phase machine's configuration."""
+        return self._config
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Tells the loss of the coming gradient, for loops without a closure.
+
+        Never waits for the device. With it, a prediction that raised the loss is taken
+        back; without it, the gradient norm alone judges.
+
+        Args:
+            loss: One element; a device tensor is best.
+        """
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"loss has shape {tuple(loss.shape)}: must have one element")
+        if self._runtime_or_none is None:
+            self._pending_loss = torch.as_tensor(loss).detach()
+        else:
+            self._runtime.observe_loss(loss)
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Not built yet."""
+        raise NotImplementedError("loss_scale is not built yet: scale_loss() is not available")
+
+    @property
+    def window_complete(self) -> bool:
+        """Not built yet."""
+        raise NotImplementedError("accumulation is not built yet: window_complete is not available")
+
+    def stats(self) -> HybridStats:
+        """Counters and measurements. Waits for the device."""
+        entry = self._runtime.read() if self._runtime_or_none is not None else dict(self._ledger)
+        judged = entry.get("accepted", 0.0) + entry.get("rejected", 0.0)
+        predicted = self._steps[Phase.PREDICT]
+        total = sum(self._steps.values())
+        causes = ("nonfinite", "jump", "norm", "loss")
+        on_device, on_host = state_bytes(self.state, self._first_device())
+        return HybridStats(
+            steps=total,
+            gradient_evaluations=total - predicted,
+            predicted_steps=predicted,
+            predicted_fraction=predicted / total if total else 0.0,
+            steps_per_phase={phase.value: self._steps[phase] for phase in PHASES},
+            seconds_per_phase={phase.value: self._seconds[phase] for phase in PHASES},
+            acceptance_rate=entry.get("accepted", 0.0) / judged if judged else math.nan,
+            rollbacks=int(entry.get("rejected", 0)),
+            horizon=entry.get("horizon", 1.0),
+            confidence=entry.get("confidence", 0.0),
+            signal=entry.get("signal", 0.0),
+            predictor=self._model.predictor if self._runtime_or_none else self._config.predictor,
+            divergences={cause: int(entry.get(f"cause_{cause}", 0)) for cause in causes},
+            skipped_nonfinite=int(entry.get("skipped", 0)),
+            loss_scale=1.0,
+            state_bytes_device=on_device,
+            state_bytes_host=on_host,
+        )
+
+    # ---------------------------------------------------------------- torch's protocol
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group after checking all of it."""
+        if isinstance(param_group, dict) and "params" in param_group:
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            param_group = {**param_group, "params": params}
+            check_group({**self.defaults, **param_group})
+            for entry in params:
+                check_parameter(entry[1] if isinstance(entry, tuple) else entry)
+        super().add_param_group(param_group)
+        self._unbind()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; phase and ledger lie in the groups."""
+        self._save_progress()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this optimizer, or one of ``torch.optim.AdamW``.
+
+        Torch casts floating state to its parameter's dtype; here every tensor keeps the
+        dtype it was saved with, as a copy on its parameter's device.
+
+        Raises:
+            ValueError: The groups do not match, or the checkpoint is of AMSGrad.
+        """
+        for group in state_dict["param_groups"]:
+            if group.get("amsgrad"):
+                raise ValueError("amsgrad=True in the checkpoint: must be False, it is not built")
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved_ids, params):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.detach().to(device=param.device, copy=True)
+        self._unbind(save=False)
+        self._load_progress()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._save_progress()
+        return {**super().__getstate__(), "_settings": self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_settings" in state:
+            self._settings = state["_settings"]
+            self._start_fresh()
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        if "_settings" in state:
+            self._load_progress()
+
+    # ---------------------------------------------------------------- inside
+
+    @property
+    def _config(self) -> HybridConfig:
+        config = self._settings["config"]
+        assert isinstance(config, HybridConfig)
+        return config
+
+    @property
+    def _runtime(self) -> Runtime:
+        assert self._runtime_or_none is not None
+        return self._runtime_or_none
+
+    def _start_fresh(self) -> None:
+        self._controller = PhaseController(self._config)
+        self._runtime_or_none = None
+        self._watch = ChangeWatch()
+        self._ledger: dict[str, float] = {}
+        self._model_state: dict[str, int] | None = None
+        self._pending_loss = None
+        self._bound_ids: list[tuple[int, int]] = []
+        self._steps = dict.fromkeys(PHASES, 0)
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    @property
+    def _reads_are_free(self) -> bool:
+        """Whether reading the ledger waits for nobody."""
+        return self._runtime.memory.device.type == "cpu"
+
+    def _first_device(self) -> torch.device:
+        return next(
+            (param.device for group in self.param_groups for param in group["params"]),
+            torch.device("cpu"),
+        )
+
+    def _warn_about_idle_gpu(self) -> None:
+        idle = torch.cuda.is_available() and self._first_device().type == "cpu"
+        if idle and self._settings["backend"] == "auto":
+            warnings.warn(
+                "the parameters are on the CPU although a GPU is there; "
+                "HybridOptimizer runs with backend='torch' on the CPU",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            loss = closure()
+        if isinstance(loss, (Tensor, float)) and (
+            not isinstance(loss, Tensor) or loss.numel() == 1
+        ):
+            self.observe_loss(loss)
+        return loss
+
+    def _bind(self) -> bool:
+        """Binds parameters and state for launches; False in an initialising first call.
+
+        Parameters may be replaced in the groups between steps (accelerate does it for
+        FSDP2), so what is bound is compared every time.
+        """
+        params = [
+            (param, index)
+            for index, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if param.requires_grad
+        ]
+        if not params:
+            return False
+        ids = [(id(param), index) for param, index in params]
+        if self._runtime_or_none is None or ids != self._bound_ids:
+            if not self.state and all(param.grad is None for param, _ in params):
+                return False
+            initialising = not self.state and self._only_initialises(params)
+            self._build(params)
+            self._bound_ids = ids
+            if initialising:
+                return False
+        else:
+            self._adopt_outside_changes()
+        self._runtime.refresh_hyperparameters(self.param_groups)
+        return True
+
+    def _only_initialises(self, params: Iterable[tuple[Tensor, int]]) -> bool:
+        """Whether this first step only creates state.
+
+        Distributed checkpointing calls `step()` once with learning rate 0 and zero
+        gradients, and expects every state key afterwards and nothing else to have moved.
+        """
+        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        grads = [param.grad for param, _ in params if param.grad is not None]
+        return all(not bool(grad.any()) for grad in grads)
+
+    def _build(self, params: list[tuple[Tensor, int]]) -> None:
+        self._unbind()
+        config = self._config
+        predicts = config.predictor != "none"
+        memory = StateMemory(params, self.state, predicts=predicts, history=history_needed(config))
+        if self.backend == "triton":
+            require_launchable(memory.device)
+        runtime = Runtime(
+            memory,
+            config,
+            self.backend,
+            config.slow_beta if predicts else 0.0,
+            len(self.param_groups),
+        )
+        if self._ledger:
+            runtime.restore(self._ledger)
+        if self._pending_loss is not None:
+            runtime.observe_loss(self._pending_loss)
+            self._pending_loss = None
+        self._runtime_or_none = runtime
+        self._base = AdamWRule(runtime, self._settings["max_grad_norm"])
+        self._model = DynamicsModel(runtime)
+        if self._model_state is not None:
+            self._model.restore(self._model_state)
+        self._monitor = DivergenceMonitor(runtime)
+        self._corrector = ResidualCorrector(runtime)
+        self._watch.remember(memory.params)
+
+    def _unbind(self, save: bool = True) -> None:
+        """Lets go of bound memory; the state stays in `state`, scalars in `_ledger`."""
+        if self._runtime_or_none is not None and save:
+            self._ledger = self._runtime.read()
+            self._model_state = self._model.state()
+        self._runtime_or_none = None
+
+    def _adopt_outside_changes(self) -> None:
+        memory = self._runtime.memory
+        changed = set(self._watch.changed(memory.params))
+        offset = 0
+        for bound in memory.sets:
+            for index, master in enumerate(bound.masters):
+                if offset + index in changed:
+                    adopt_parameter(bound.params[index], master)
+            offset += len(bound.params)
+
+    def _count(self, phase: Phase, started: float) -> None:
+        self._steps[phase] += 1
+        self._seconds[phase] += time.perf_counter() - started
+
+    def _save_progress(self) -> None:
+        """Writes phase, counters and ledger into the groups: what torch keeps."""
+        if self._runtime_or_none is not None:
+            self._ledger = self._runtime.read()
+            self._model_state = self._model.state()
+        progress: dict[str, Any] = {
+            "controller": self._controller.state(),
+            "steps": {phase.value: self._steps[phase] for phase in PHASES},
+            "seconds": {phase.value: self._seconds[phase] for phase in PHASES},
+            "ledger": dict(self._ledger),
+            "model": dict(self._model_state or {}),
+        }
+        for group in self.param_groups:
+            group[PROGRESS] = progress
+
+    def _load_progress(self) -> None:
+        progress = self.param_groups[0].get(PROGRESS) if self.param_groups else None
+        if not progress:
+            return
+        self._controller.restore(progress["controller"])
+        self._steps = {phase: int(progress["steps"][phase.value]) for phase in PHASES}
+        self._seconds = {phase: float(progress["seconds"][phase.value]) for phase in PHASES}
+        self._ledger = {name: float(value) for name, value in progress["ledger"].items()}
+        self._model_state = dict(progress["model"]) or None

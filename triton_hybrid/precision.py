@@ -1,0 +1,53 @@
+"""FP32 masters behind 16-bit parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
+def needs_master(param: Tensor) -> bool:
+    """Whether an FP32 master stands behind this parameter."""
+    return param.dtype in SIXTEEN_BIT
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of moments and masters: FP32, or FP64 for FP64 parameters."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def new_master(param: Tensor) -> Tensor:
+    """The FP32 master of a parameter; rounding it gives the parameter back."""
+    return param.detach().to(dtype=torch.float32, copy=True, memory_format=torch.preserve_format)
+
+
+@torch.no_grad()
+def adopt_parameter(param: Tensor, master: Tensor) -> None:
+    """Takes over what somebody else wrote into a parameter.
+
+    Elements whose master still rounds to the parameter keep their master's extra bits.
+    """
+    kept = master.to(param.dtype) == param
+    master.copy_(torch.where(kept, master, param.to(master.dtype)))
+
+
+class ChangeWatch:
+    """Notices parameters that were written by somebody else between two steps.
+
+    A checkpoint loaded into the model, an averaged set of weights swapped in: without this,
+    the next step would write the old master over it. PyTorch counts in-place changes of a
+    tensor; reading the counter costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[int] = []
+
+    def remember(self, params: list[Tensor]) -> None:
+        """Call after our own writes."""
+        self._seen = [param._version for param in params]
+
+    def changed(self, params: list[Tensor]) -> list[int]:
+        """Indices of the parameters written since `remember`."""
+        return [i for i, (p, seen) in enumerate(zip(params, self._seen)) if p._version != seen]

@@ -1,0 +1,75 @@
+"""What the optimizer reports about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class HybridStats:
+    """A snapshot of counters and measurements.
+
+    Attributes:
+        steps: Phase steps so far, predicted ones included.
+        gradient_evaluations: Steps that consumed a gradient, skipped and rejected included.
+        predicted_steps: Steps that moved the weights without a gradient.
+        predicted_fraction: ``predicted_steps / steps``. A share of steps, not a speed-up.
+        steps_per_phase: Steps by phase name.
+        seconds_per_phase: Host seconds spent inside `step()` by phase name. On a GPU the
+            device works on after `step()` has returned.
+        acceptance_rate: Accepted predictions / judged ones; NaN before the first.
+        rollbacks: Predictions taken back.
+        horizon: Present factor on predicted displacements; halved by every rejection.
+        confidence: Share of the newest motion, in norm, that the model had predicted.
+        signal: Share of the squared gradient that is signal; the rest is noise.
+        predictor: The model in use, where ``auto`` has chosen.
+        divergences: Rejections by cause: ``nonfinite``, ``jump``, ``norm``, ``loss``.
+        skipped_nonfinite: Gradients skipped because they were not finite.
+        loss_scale: Present loss scale; 1 without scaling.
+        state_bytes_device: Bytes of optimizer state on the parameters' device.
+        state_bytes_host: Bytes of optimizer state in host memory, away from the device.
+    """
+
+    steps: int
+    gradient_evaluations: int
+    predicted_steps: int
+    predicted_fraction: float
+    steps_per_phase: dict[str, int]
+    seconds_per_phase: dict[str, float]
+    acceptance_rate: float
+    rollbacks: int
+    horizon: float
+    confidence: float
+    signal: float
+    predictor: str
+    divergences: dict[str, int]
+    skipped_nonfinite: int
+    loss_scale: float
+    state_bytes_device: int
+    state_bytes_host: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain Python values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        phases = "  ".join(
+            f"{name} {count} ({self.seconds_per_phase[name]:.2f} s)"
+            for name, count in self.steps_per_phase.items()
+        )
+        causes = ", ".join(f"{name} {count}" for name, count in self.divergences.items() if count)
+        mebibytes = self.state_bytes_device / 2**20
+        return (
+            f"{self.steps} steps: {self.gradient_evaluations} gradient evaluations, "
+            f"{self.predicted_steps} predicted ({100 * self.predicted_fraction:.1f}% of steps)\n"
+            f"phases: {phases}\n"
+            f"predictor {self.predictor}, confidence {self.confidence:.2f}, "
+            f"signal {self.signal:.3f}, horizon {self.horizon:g}\n"
+            f"accepted {100 * self.acceptance_rate:.0f}%, {self.rollbacks} rollbacks"
+            f"{f' ({causes})' if causes else ''}, "
+            f"{self.skipped_nonfinite} non-finite gradients skipped\n"
+            f"state: {mebibytes:.1f} MiB on the device, "
+            f"{self.state_bytes_host / 2**20:.1f} MiB on the host"
+        )
