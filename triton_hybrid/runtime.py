@@ -19,6 +19,11 @@ LONGEST_HORIZON = 8.0
 """Most base steps that one predicted step stands for."""
 
 
+def steps_ahead(largest_lr: float, lr: float) -> float:
+    """Base steps that one predicted step of the slow EMA stands for."""
+    return min(largest_lr / lr, LONGEST_HORIZON) if lr > 0 else 1.0
+
+
 class Runtime:
     """Bound state, ledger and hyperparameters on one device.
 
@@ -79,7 +84,7 @@ class Runtime:
                 lr = 0.0
             lr = float(lr)
             group["largest_lr"] = max(float(group.get("largest_lr", 0.0)), lr)
-            horizon = min(group["largest_lr"] / lr, LONGEST_HORIZON) if lr > 0 else 1.0
+            horizon = steps_ahead(group["largest_lr"], lr)
             beta1, beta2 = group["betas"]
             logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
             sign = -1.0 if group["maximize"] else 1.0

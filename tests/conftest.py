@@ -1,0 +1,42 @@
+"""Test-wide settings: where kernels run, and how many examples Hypothesis draws."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+# Without a GPU the kernels run in Triton's interpreter, which must be chosen before the
+# first import of triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The tensors of the tests are tiny: threads would only wait for each other.
+torch.set_num_threads(1)
+
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    max_examples=8,
+    database=None,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    suppress_health_check=_SLOW,
+)
+settings.register_profile("dev", deadline=None, max_examples=20, suppress_health_check=_SLOW)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Infinities and NaNs are drawn on purpose; numpy's interpreter need not mention them."""
+    for module in ("triton.runtime.interpreter", "numpy"):
+        config.addinivalue_line("filterwarnings", f"ignore::RuntimeWarning:{module}")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where tensors live: the GPU if there is one, else the CPU and the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
