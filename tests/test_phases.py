@@ -98,7 +98,7 @@ def test_every_stretch_is_bounded_and_judged(
             full_steps=full,
             max_predict_steps=most,
             correction_interval=interval,
-        )  # fmt: skip
+        )
     )
     reports = {
         i: {

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import einsum, reduce
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
@@ -217,7 +218,7 @@ def _fit_linear(product: Tensor, regression: Tensor) -> tuple[Tensor, Tensor]:
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solves regularised symmetric systems, batched, without waiting for the device."""
     size = matrix.shape[-1]
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).unsqueeze(-1)
+    diagonal = reduce(matrix.diagonal(dim1=-2, dim2=-1), "tensor i -> tensor 1 1", reduction="mean")
     eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
     matrix = matrix + eye * (REGULARISATION * diagonal + 1e-300)
     solution: Tensor = torch.linalg.solve_ex(matrix, right.unsqueeze(-1))[0].squeeze(-1)
@@ -246,6 +247,6 @@ def _fit_subspace(product: Tensor) -> tuple[Tensor, Tensor]:
         recurrence = _solve(product[:, 2:, 2:], product[:, 2:, 1])
         guess = product[:, 1 : count - 1, 1 : count - 1]
         cross = product[:, 1 : count - 1, 0]
-        square = torch.einsum("ti,tij,tj->t", recurrence, guess, recurrence)
+        square = einsum(recurrence, guess, recurrence, "tensor i, tensor i j, tensor j -> tensor")
         known = (2.0 * (recurrence * cross).sum(-1) - square).sum().clamp(min=0.0)
     return known, -older

@@ -1,0 +1,233 @@
+"""Trains GPT-2 small twice, with AdamW and with HybridOptimizer, and compares the two.
+
+Without flags: 50 steps of 4 x 64 tokens of real text at a learning rate of 6e-4, from the same
+seed and on the same batches. Nothing is downloaded. ``--help`` lists what can be changed.
+
+    python examples/gpt2_small.py
+    python examples/gpt2_small.py --model tiny --steps 200 --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+# Where Python is told not to add a script's folder to the path, its neighbours are not found.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from gpt2_options import Options, parse_options
+from reporting import progress, result_table, seeds_table
+from rich.console import Console
+from run_files import environment, seed_summary, write_json, write_plot
+from run_records import BASELINE, CONTROL, HYBRID, NAMES, RunRecord, SeedRecord
+from text_data import Corpus, TokenizedText, check_length, load_corpus, tokenize
+from training_run import parameter_count, release_memory, train
+
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+REFUSED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the example.
+
+    Args:
+        arguments: The flags; None for those of this process.
+
+    Returns:
+        The exit status.
+    """
+    options = parse_options(arguments)
+    console = Console()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+    records: list[SeedRecord] = []
+    interrupted = False
+    try:
+        try:
+            corpus, text = prepare_text(options)
+            options.output.mkdir(parents=True, exist_ok=True)
+        except (ValueError, OSError) as error:
+            print(f"gpt2_small.py: error: {error}", file=sys.stderr)
+            return REFUSED
+        content = describe(options, corpus, text)
+        introduce(console, options, content)
+        for seed in options.seeds:
+            record = SeedRecord(seed)
+            records.append(record)
+            try:
+                run_seed(
+                    record,
+                    options,
+                    text,
+                    console,
+                    save_all=lambda: save(content, records, options, complete=False),
+                )
+            finally:
+                if any(run.steps for run in record.runs):
+                    console.print(result_table(record, options.device))
+        save(content, records, options, complete=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    if len(records) > 1:
+        console.print(seeds_table(records))
+    if any(run.hybrid and run.baseline and not run.control for run in records) and not interrupted:
+        console.print("AdamW with as many gradients, its schedule compressed to them: --controls")
+    if records:
+        console.print(f"Results: {options.output}", highlight=False, soft_wrap=True)
+    if interrupted:
+        console.print("Interrupted; this is what was done until then.")
+        return INTERRUPTED
+    return 0
+
+
+def prepare_text(options: Options) -> tuple[Corpus, TokenizedText]:
+    """Reads and tokenizes the text, and sees that there is enough of it.
+
+    Args:
+        options: Says which text.
+
+    Returns:
+        The text, and its tokens.
+    """
+    corpus = load_corpus(options.data)
+    text = tokenize(corpus, options.vocabulary, options.tokenizer)
+    check_length(text, options.length)
+    return corpus, text
+
+
+def describe(options: Options, corpus: Corpus, text: TokenizedText) -> dict[str, Any]:
+    """Returns what the JSON file says beside the runs.
+
+    Args:
+        options: The flags.
+        corpus: The text.
+        text: Its tokens.
+    """
+    return {
+        "example": "gpt2_small",
+        **environment(options.device),
+        "options": options.to_dict(),
+        "parameters": parameter_count(options, text),
+        "data": {
+            "description": corpus.description,
+            "split": corpus.split,
+            "sha256": corpus.digest(),
+            "tokenizer": text.description,
+            "vocabulary": text.vocabulary,
+            "training_files": len(corpus.training),
+            "training_tokens": len(text.training),
+            "held_out_files": len(corpus.held_out),
+            "held_out_tokens": len(text.held_out),
+        },
+    }
+
+
+def introduce(console: Console, options: Options, content: dict[str, Any]) -> None:
+    """Says what is about to happen.
+
+    Args:
+        console: Where to say it.
+        options: The flags.
+        content: What the JSON file says beside the runs.
+    """
+    data, hardware = content["data"], content["hardware"]
+    console.print(
+        f"GPT-2 {options.model}, {content['parameters']:,} parameters, {options.precision} on "
+        f"{hardware.get('gpu', hardware['processor'])}\n"
+        f"Text: {data['description']}; {data['training_tokens']:,} training and "
+        f"{data['held_out_tokens']:,} held-out tokens, split {data['split']}\n"
+        f"{options.steps} steps of {options.batch} x {options.length} tokens, learning rate "
+        f"{options.learning_rate:g} ({options.schedule}), {options.drive}",
+        highlight=False,
+    )
+
+
+def run_seed(
+    record: SeedRecord,
+    options: Options,
+    text: TokenizedText,
+    console: Console,
+    save_all: Callable[[], None],
+) -> None:
+    """Runs everything for one seed and fills in its record.
+
+    HybridOptimizer goes first, since the control needs to know how many gradients it used.
+
+    Args:
+        record: Takes the runs.
+        options: The flags.
+        text: What to train on.
+        console: Where to show progress.
+        save_all: Writes what there is; called after every run, also one that was cut short.
+    """
+
+    def new(name: str, steps: int) -> RunRecord:
+        return RunRecord(name, record.seed, steps, options.batch * options.length)
+
+    def run(run_record: RunRecord, evaluate_after: Collection[int] = ()) -> None:
+        title = f"Seed {record.seed}: {NAMES[run_record.name]}"
+        try:
+            with progress(console, title, run_record.planned_steps) as report:
+                train(run_record, options, text, evaluate_after=evaluate_after, report=report)
+        finally:
+            release_memory()
+            if run_record is record.baseline and gradients is not None and not options.controls:
+                add_free_control(record, options, gradients)
+            save_all()
+
+    gradients = None
+    if options.only != BASELINE:
+        record.hybrid = new(HYBRID, options.steps)
+        run(record.hybrid)
+        gradients = record.hybrid.gradients
+    if options.only == HYBRID:
+        return
+    record.baseline = new(BASELINE, options.steps)
+    run(record.baseline, evaluate_after=() if gradients is None else {gradients})
+    if options.controls and gradients is not None:
+        record.control = new(CONTROL, gradients)
+        record.control_source = "own run"
+        run(record.control)
+
+
+def add_free_control(record: SeedRecord, options: Options, gradients: int) -> None:
+    """Takes the control from the baseline on its way, where that is the same thing.
+
+    Args:
+        record: Takes the control.
+        options: The flags.
+        gradients: How many gradients HybridOptimizer used.
+    """
+    # With another schedule the learning rate has not decayed yet where the control stops.
+    same_schedule = options.schedule == "constant" or gradients == options.steps
+    if same_schedule and record.baseline is not None:
+        record.control = record.baseline.stopped_after(gradients)
+        record.control_source = "baseline on its way" if record.control else "none"
+
+
+def save(
+    content: dict[str, Any], records: Sequence[SeedRecord], options: Options, complete: bool
+) -> None:
+    """Writes the JSON file and the plot.
+
+    Args:
+        content: What the JSON file says beside the runs.
+        records: The runs so far.
+        options: The flags.
+        complete: Whether there are no more to come.
+    """
+    summaries = [seed_summary(record) for record in records]
+    write_json(
+        options.output / "results.json", {**content, "complete": complete, "seeds": summaries}
+    )
+    title = f"GPT-2 {options.model}, {options.batch} x {options.length} tokens a gradient"
+    write_plot(options.output / "loss.png", records, title)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
