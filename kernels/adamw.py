@@ -28,10 +28,12 @@ from triton_hybrid.kernels.chunks import (
     PARAM,
     REFERENCE_BLOCK,
     SLOW_EMA,
+    TAIL_SHARE,
     WEIGHT,
     TensorSet,
     load_row,
     on_device,
+    remaining,
     store_row,
 )
 from triton_hybrid.kernels.divergence import (
@@ -108,51 +110,75 @@ def precise_div(x, y):
 
 @triton.jit
 def _gradient_statistics(
-    addresses, n_tensors, tensor, offsets, length, square, bad, GRAD_TYPE: tl.constexpr,
-    COMPUTE: tl.constexpr, FULL: tl.constexpr,
+    addresses, tensor, start, count, length,
+    GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    g = load_row(addresses, GRAD, n_tensors, tensor, offsets, length, GRAD_TYPE, COMPUTE, FULL)
-    finite = tl.abs(g) < float("inf")
-    square += (g * g).to(tl.float32)
-    bad = tl.maximum(bad, tl.where(finite, 0.0, 1.0))
-    return square, bad
+    """Squared norm of a chunk's gradient, and 1 where it holds a non-finite value."""
+    square = tl.zeros([BLOCK], tl.float32)
+    bad = tl.zeros([BLOCK], tl.float32)
+    for inner in range(0, count, BLOCK):
+        g = load_row(
+            addresses, GRAD, tensor, start + inner, length, GRAD_TYPE, COMPUTE, BLOCK, FULL
+        )
+        square += (g * g).to(tl.float32)
+        bad = tl.maximum(bad, tl.where(tl.abs(g) < float("inf"), 0.0, 1.0))
+    return tl.sum(square, axis=0), tl.max(bad, axis=0)
+
+
+@triton.jit
+def _gradient_verdict(partials, COLUMNS: tl.constexpr):
+    """Norm of all gradients, and whether one of them is not finite."""
+    columns = tl.arange(0, COLUMNS)
+    squares = tl.load(partials + columns, cache_modifier=".cg")
+    flags = tl.load(partials + COLUMNS + columns, cache_modifier=".cg")
+    return tl.sqrt(tl.sum(squares.to(tl.float64), axis=0)), tl.max(flags, axis=0) > 0
+
+
+@triton.jit
+def _clip_coefficient(norm, max_norm, CLIP: tl.constexpr):
+    """What global-norm clipping multiplies the gradient with."""
+    coefficient = 1.0
+    if CLIP:
+        coefficient = tl.minimum(max_norm / (norm + 1e-6), 1.0)
+    return coefficient
 
 
 @triton.jit
 def _update_block(
-    addresses, n_tensors, tensor, offsets, length,
+    addresses, tensor, begin, length,
     clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
     uu, us, ss, ee,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr,
-    MASTER: tl.constexpr, SLOW: tl.constexpr, MEASURE: tl.constexpr, FULL: tl.constexpr,
+    MASTER: tl.constexpr, SLOW: tl.constexpr, MEASURE: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, COMPUTE, COMPUTE, FULL)
-    g = load_row(addresses, GRAD, n_tensors, tensor, offsets, length, GRAD_TYPE, COMPUTE, FULL)
-    m = load_row(addresses, EXP_AVG, n_tensors, tensor, offsets, length, COMPUTE, COMPUTE, FULL)
-    v = load_row(addresses, EXP_AVG_SQ, n_tensors, tensor, offsets, length, COMPUTE, COMPUTE, FULL)
+    w = load_row(addresses, WEIGHT, tensor, begin, length, COMPUTE, COMPUTE, BLOCK, FULL)
+    g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, COMPUTE, BLOCK, FULL)
+    m = load_row(addresses, EXP_AVG, tensor, begin, length, COMPUTE, COMPUTE, BLOCK, FULL)
+    # Ones beyond the end keep the quotients finite there, also where eps is 0.
+    v = load_row(addresses, EXP_AVG_SQ, tensor, begin, length, COMPUTE, COMPUTE, BLOCK, FULL, 1.0)
+    if SLOW:
+        s = load_row(addresses, SLOW_EMA, tensor, begin, length, COMPUTE, COMPUTE, BLOCK, FULL)
     g = g * clip
     m = m + (1.0 - beta1) * (g - m)
     v = v * beta2 + (1.0 - beta2) * (g * g)
     denominator = precise_div(precise_sqrt(v), root_correction2) + eps
     update = step_size * precise_div(m, denominator)
     w = w * decay - update
-    store_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, w, COMPUTE, FULL)
-    store_row(addresses, EXP_AVG, n_tensors, tensor, offsets, length, m, COMPUTE, FULL)
-    store_row(addresses, EXP_AVG_SQ, n_tensors, tensor, offsets, length, v, COMPUTE, FULL)
+    store_row(addresses, WEIGHT, tensor, begin, length, w, COMPUTE, COMPUTE, BLOCK, FULL)
+    store_row(addresses, EXP_AVG, tensor, begin, length, m, COMPUTE, COMPUTE, BLOCK, FULL)
+    store_row(addresses, EXP_AVG_SQ, tensor, begin, length, v, COMPUTE, COMPUTE, BLOCK, FULL)
     if MASTER:
-        store_row(addresses, PARAM, n_tensors, tensor, offsets, length, w, PARAM_TYPE, FULL)
+        store_row(addresses, PARAM, tensor, begin, length, w, PARAM_TYPE, COMPUTE, BLOCK, FULL)
     if SLOW:
-        s = load_row(
-            addresses, SLOW_EMA, n_tensors, tensor, offsets, length, COMPUTE, COMPUTE, FULL
-        )
         if MEASURE:
             direction = step_size * precise_div(s, denominator)
-            uu += (update * update).to(tl.float32)
-            us += (update * direction).to(tl.float32)
-            ss += (direction * direction).to(tl.float32)
+            uu += tl.sum((update * update).to(tl.float32), axis=0)
+            us += tl.sum((update * direction).to(tl.float32), axis=0)
+            ss += tl.sum((direction * direction).to(tl.float32), axis=0)
         s = s + slow_rate * (g - s)
-        ee += (s * s).to(tl.float32)
-        store_row(addresses, SLOW_EMA, n_tensors, tensor, offsets, length, s, COMPUTE, FULL)
+        ee += tl.sum((s * s).to(tl.float32), axis=0)
+        store_row(addresses, SLOW_EMA, tensor, begin, length, s, COMPUTE, COMPUTE, BLOCK, FULL)
     return uu, us, ss, ee
 
 
@@ -172,30 +198,29 @@ def _adamw_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     column = first_column + program
-    lane = tl.arange(0, BLOCK)
+    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
 
     if STATISTICS_PART:
-        square = tl.zeros([BLOCK], tl.float32)
-        bad = tl.zeros([BLOCK], tl.float32)
+        square = tl.full((), 0.0, tl.float32)
+        bad = tl.full((), 0.0, tl.float32)
         for chunk in range(program, n_chunks, programs):
             tensor = tl.load(chunk_tensor + chunk)
             start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
             length = tl.load(lengths + tensor)
             full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
-            for inner in range(0, CHUNK, BLOCK):
-                offsets = start + inner + lane
-                if full:
-                    square, bad = _gradient_statistics(
-                        addresses, n_tensors, tensor, offsets, length, square, bad,
-                        GRAD_TYPE, COMPUTE, True,
-                    )  # fmt: skip
-                else:
-                    square, bad = _gradient_statistics(
-                        addresses, n_tensors, tensor, offsets, length, square, bad,
-                        GRAD_TYPE, COMPUTE, False,
-                    )  # fmt: skip
-        tl.store(partials + column, tl.sum(square, axis=0))
-        tl.store(partials + COLUMNS + column, tl.max(bad, axis=0))
+            if full:
+                chunk_square, chunk_bad = _gradient_statistics(
+                    addresses, tensor, start, CHUNK, length, GRAD_TYPE, COMPUTE, BLOCK, True
+                )
+            else:
+                chunk_square, chunk_bad = _gradient_statistics(
+                    addresses, tensor, start, remaining(start, length, CHUNK), length,
+                    GRAD_TYPE, COMPUTE, TAIL, False,
+                )  # fmt: skip
+            square += chunk_square
+            bad = tl.maximum(bad, chunk_bad)
+        tl.store(partials + column, square)
+        tl.store(partials + COLUMNS + column, bad)
 
     if STATISTICS_PART and UPDATE_PART:
         # A grid barrier: all programs are resident together (cooperative launch), each
@@ -203,27 +228,22 @@ def _adamw_kernel(
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals, 1, sem="acq_rel") + 1
         while arrived < programs:
-            arrived = tl.atomic_add(arrivals, 0, sem="acq_rel")
+            arrived = tl.atomic_add(arrivals, 0, sem="acquire")
         tl.debug_barrier()
 
     if UPDATE_PART:
         columns = tl.arange(0, COLUMNS)
-        squares = tl.load(partials + columns, cache_modifier=".cg").to(tl.float64)
-        flags = tl.load(partials + COLUMNS + columns, cache_modifier=".cg")
-        norm = tl.sqrt(tl.sum(squares, axis=0))
-        nonfinite = tl.max(flags, axis=0) > 0
+        norm, nonfinite = _gradient_verdict(partials, COLUMNS)
         held = tl.load(ledger + HOLD) > 0
-        coefficient = 1.0
+        coefficient = _clip_coefficient(norm, max_norm, CLIP)
         slow_rate = 0.0
         if SLOW:
             slow_rate = (1.0 - slow_decay(ledger, slow_beta)).to(COMPUTE)
-        if CLIP:
-            coefficient = tl.minimum(max_norm / (norm + 1e-6), 1.0)
 
-        uu = tl.zeros([BLOCK], tl.float32)
-        us = tl.zeros([BLOCK], tl.float32)
-        ss = tl.zeros([BLOCK], tl.float32)
-        ee = tl.zeros([BLOCK], tl.float32)
+        uu = tl.full((), 0.0, tl.float32)
+        us = tl.full((), 0.0, tl.float32)
+        ss = tl.full((), 0.0, tl.float32)
+        ee = tl.full((), 0.0, tl.float32)
         n_updated = tl.where(nonfinite | held, 0, n_chunks)
         for chunk in range(program, n_updated, programs):
             tensor = tl.load(chunk_tensor + chunk)
@@ -242,27 +262,27 @@ def _adamw_kernel(
             beta1 = tl.load(row + BETA1).to(COMPUTE)
             beta2 = tl.load(row + BETA2).to(COMPUTE)
             eps = tl.load(row + EPS).to(COMPUTE)
-            for inner in range(0, CHUNK, BLOCK):
-                offsets = start + inner + lane
-                if full:
+            if full:
+                for inner in range(0, CHUNK, BLOCK):
                     uu, us, ss, ee = _update_block(
-                        addresses, n_tensors, tensor, offsets, length,
+                        addresses, tensor, start + inner, length,
                         clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
                         uu, us, ss, ee,
-                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, MEASURE, True,
+                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, MEASURE, BLOCK, True,
                     )  # fmt: skip
-                else:
+            else:
+                for inner in range(0, remaining(start, length, CHUNK), TAIL):
                     uu, us, ss, ee = _update_block(
-                        addresses, n_tensors, tensor, offsets, length,
+                        addresses, tensor, start + inner, length,
                         clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
                         uu, us, ss, ee,
-                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, MEASURE, False,
+                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, MEASURE, TAIL, False,
                     )  # fmt: skip
         if SLOW:
-            tl.store(partials + 2 * COLUMNS + column, tl.sum(uu, axis=0))
-            tl.store(partials + 3 * COLUMNS + column, tl.sum(us, axis=0))
-            tl.store(partials + 4 * COLUMNS + column, tl.sum(ss, axis=0))
-            tl.store(partials + 5 * COLUMNS + column, tl.sum(ee, axis=0))
+            tl.store(partials + 2 * COLUMNS + column, uu)
+            tl.store(partials + 3 * COLUMNS + column, us)
+            tl.store(partials + 4 * COLUMNS + column, ss)
+            tl.store(partials + 5 * COLUMNS + column, ee)
 
         # The last program to finish keeps the books: nobody else reads them any more.
         tl.debug_barrier()
@@ -270,7 +290,12 @@ def _adamw_kernel(
         if finished == programs:
             tl.store(arrivals, 0)
             tl.store(arrivals + 1, 0)
-            applied = (nonfinite == 0) & (held == 0)
+            # Looked up again: kept through the update, they would cost registers there.
+            final_norm, any_bad = _gradient_verdict(partials, COLUMNS)
+            applied = (any_bad == 0) & (tl.load(ledger + HOLD) <= 0)
+            # One thread writes the ledger; first every thread must have read what it
+            # decides by.
+            tl.debug_barrier()
             for begin in range(0, n_tensors, TENSORS):
                 t = begin + tl.arange(0, TENSORS)
                 here = t < n_tensors
@@ -278,21 +303,22 @@ def _adamw_kernel(
                 old = tl.load(steps + t, mask=here, other=0.0)
                 tl.store(steps + t, old + advance.to(tl.float32), mask=here)
             if LAST:
-                if nonfinite == 0:
-                    tl.store(ledger + NORM, norm)
-                tl.store(ledger + NONFINITE, nonfinite.to(tl.float64))
-                tl.store(ledger + SKIPPED, tl.load(ledger + SKIPPED) + nonfinite.to(tl.float64))
+                if any_bad == 0:
+                    tl.store(ledger + NORM, final_norm)
+                tl.store(ledger + NONFINITE, any_bad.to(tl.float64))
+                tl.store(ledger + SKIPPED, tl.load(ledger + SKIPPED) + any_bad.to(tl.float64))
                 tl.store(ledger + APPLIED, tl.load(ledger + APPLIED) + applied.to(tl.float64))
+                used = final_norm * _clip_coefficient(final_norm, max_norm, CLIP)
                 if OBSERVE:  # noqa: SIM102 - known when compiled, unlike the next
                     # A norm that overflowed would spoil every running mean for good.
-                    if applied & (norm * coefficient < float("inf")):
+                    if applied & (used < float("inf")):
                         sums_uu = tl.load(partials + 2 * COLUMNS + columns, cache_modifier=".cg")
                         sums_us = tl.load(partials + 3 * COLUMNS + columns, cache_modifier=".cg")
                         sums_ss = tl.load(partials + 4 * COLUMNS + columns, cache_modifier=".cg")
                         sums_ee = tl.load(partials + 5 * COLUMNS + columns, cache_modifier=".cg")
                         observe(
                             ledger,
-                            norm * coefficient,
+                            used,
                             tl.sum(sums_uu.to(tl.float64), axis=0),
                             tl.sum(sums_us.to(tl.float64), axis=0),
                             tl.sum(sums_ss.to(tl.float64), axis=0),
@@ -317,7 +343,7 @@ def cooperative_launches(device: torch.device) -> bool:
     from triton.compiler import make_backend
     from triton.runtime import driver
 
-    options = make_backend(driver.active.get_current_target()).parse_options({})
+    options = make_backend(driver.active.get_current_target()).parse_options(dict(LAUNCH))
     return hasattr(options, "launch_cooperative_grid")
 
 

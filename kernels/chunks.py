@@ -5,7 +5,8 @@ tensors, so every kernel of this package works on a *list* of tensors at once. T
 list is described by three tables in device memory:
 
 * ``addresses``: int64, ``[rows, tensors]``. Row ``r`` holds the address of one role
-  (parameter, gradient, moment, ...) of every tensor.
+  (parameter, gradient, moment, ...) of every tensor. In memory the roles of a tensor lie
+  side by side, so that one register reaches them all.
 * ``chunk_tensor`` and ``chunk_start``: which tensor a chunk belongs to, and at which
   element of that tensor it begins. A program takes the chunks
   ``program, program + programs, ...``, so who sums what is fixed, and the same inputs
@@ -45,6 +46,7 @@ FP32 master of a 16-bit parameter, otherwise the parameter itself."""
 
 ROW = {name: index for index, name in enumerate(ROWS)}
 
+N_ROWS = tl.constexpr(len(ROWS))
 PARAM = tl.constexpr(ROW["param"])
 GRAD = tl.constexpr(ROW["grad"])
 WEIGHT = tl.constexpr(ROW["weight"])
@@ -53,6 +55,16 @@ EXP_AVG_SQ = tl.constexpr(ROW["exp_avg_sq"])
 SLOW_EMA = tl.constexpr(ROW["slow_ema"])
 SNAPSHOT = tl.constexpr(ROW["snapshot"])
 HISTORY = tl.constexpr(ROW["history_0"])
+
+NUM_WARPS = 4
+"""Warps of a program."""
+
+REGISTERS = 128
+"""Most registers a thread may use: four programs fill the 65,536 of a multiprocessor."""
+
+TAIL_SHARE = tl.constexpr(4)
+"""A chunk with an end in it, or without alignment, is worked on in blocks smaller by this:
+masks and narrow accesses cost registers, and short tensors need few of the small blocks."""
 
 MAX_PROGRAMS = 1024
 """Upper limit of programs in a launch, and so of first-stage partial sums."""
@@ -94,18 +106,33 @@ class Tiling:
             raise ValueError(f"programs={self.programs}: must be in [1, {MAX_PROGRAMS}]")
 
 
-def default_tiling(device: torch.device) -> Tiling:
-    """The tiling for a device.
+def gpu_tiling(processors: int, warp_size: int = 32, itemsize: int = 4) -> Tiling:
+    """The tiling for a GPU.
 
-    On a GPU: 1,024 elements a block are two 128-bit FP32 accesses (or one 16-bit one) for
-    each of 128 threads; 8 blocks a chunk make the table look-ups cheap; 4 programs on each
-    multiprocessor are certain to be resident together at up to 128 registers a thread,
-    which the grid barrier of a cooperative launch needs. On the CPU (the interpreter) one
-    program takes large blocks, because there a block costs the same whatever its size.
+    A block is two 128-bit accesses of each thread to a row of the weights' width (or one to
+    a row of half that width); the blocks of a chunk share its table look-ups; 4 programs on
+    each multiprocessor are certain to be resident together at up to ``REGISTERS`` registers
+    a thread, which the grid barrier of a cooperative launch needs.
+
+    Args:
+        processors: Multiprocessors of the device.
+        warp_size: Threads of a warp.
+        itemsize: Bytes of a weight.
+    """
+    block = 32 // itemsize * NUM_WARPS * warp_size
+    return Tiling(block, 8192, min(4 * processors, MAX_PROGRAMS))
+
+
+def default_tiling(device: torch.device, itemsize: int = 4) -> Tiling:
+    """The tiling for a device and weights of ``itemsize`` bytes.
+
+    On the CPU (the interpreter) one program takes large blocks, because there a block costs
+    the same whatever its size.
     """
     if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        return Tiling(1024, 8192, min(4 * processors, MAX_PROGRAMS))
+        properties = torch.cuda.get_device_properties(device)
+        warp_size = getattr(properties, "warp_size", 32)
+        return gpu_tiling(properties.multi_processor_count, warp_size, itemsize)
     return Tiling(1 << 16, 1 << 16, 1)
 
 
@@ -120,36 +147,12 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def row_pointer(addresses, row, n_tensors, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def row_pointer(addresses, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The base pointer of one role of one tensor."""
-    pointer = tl.load(addresses + row * n_tensors + tensor).to(tl.pointer_type(DTYPE))
+    pointer = tl.load(addresses + tensor * N_ROWS + row).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
-
-
-@triton.jit
-def load_row(
-    addresses,
-    row,
-    n_tensors,
-    tensor,
-    offsets,
-    length,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """A block of one role, promoted to ``COMPUTE``; zero beyond the end of the tensor.
-
-    A full chunk takes the branch without a mask: with one, ptxas emits 32-bit loads.
-    """
-    pointer = row_pointer(addresses, row, n_tensors, tensor, DTYPE, FULL)
-    if FULL:
-        values = tl.load(pointer + offsets)
-    else:
-        values = tl.load(pointer + offsets, mask=offsets < length, other=0.0)
-    return values.to(COMPUTE)
 
 
 @triton.jit
@@ -167,23 +170,73 @@ def narrow(values, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def remaining(start, length, CHUNK: tl.constexpr):
+    """Elements of a tensor in the chunk that begins at ``start``."""
+    return tl.minimum(length - start, CHUNK).to(tl.int32)
+
+
+@triton.jit
+def _eights(BLOCK: tl.constexpr):
+    """Offsets of a block in rows of 8: what a thread moves of a 16-bit role at a time."""
+    return tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def load_row(
+    addresses,
+    row,
+    tensor,
+    begin,
+    length,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+    OTHER: tl.constexpr = 0.0,
+):
+    """A block of one role, promoted to ``COMPUTE``; ``OTHER`` beyond the end of the tensor.
+
+    A full chunk takes the branch without a mask: with one, ptxas emits 32-bit loads. There a
+    16-bit role is read as a matrix, which Triton gives a layout of its own: 8 elements a
+    thread are one 128-bit access, where an FP32 role takes 4. In one layout for both, every
+    FP32 row would go through shared memory on its way back.
+    """
+    pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
+    if FULL:
+        if DTYPE == COMPUTE:
+            values = tl.load(pointer + (begin + tl.arange(0, BLOCK)))
+        else:
+            values = tl.reshape(tl.load(pointer + (begin + _eights(BLOCK))), (BLOCK,))
+    else:
+        offsets = begin + tl.arange(0, BLOCK)
+        values = tl.load(pointer + offsets, mask=offsets < length, other=OTHER)
+    return values.to(COMPUTE)
+
+
+@triton.jit
 def store_row(
     addresses,
     row,
-    n_tensors,
     tensor,
-    offsets,
+    begin,
     length,
     values,
     DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """Writes a block of one role, rounded once to the role's dtype."""
-    pointer = row_pointer(addresses, row, n_tensors, tensor, DTYPE, FULL)
+    pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
+    values = narrow(values, DTYPE)
     if FULL:
-        tl.store(pointer + offsets, narrow(values, DTYPE))
+        if DTYPE == COMPUTE:
+            tl.store(pointer + (begin + tl.arange(0, BLOCK)), values)
+        else:
+            tl.store(pointer + (begin + _eights(BLOCK)), tl.reshape(values, (BLOCK // 8, 8)))
     else:
-        tl.store(pointer + offsets, narrow(values, DTYPE), mask=offsets < length)
+        offsets = begin + tl.arange(0, BLOCK)
+        tl.store(pointer + offsets, values, mask=offsets < length)
 
 
 def dense_view(tensor: Tensor) -> Tensor:
@@ -255,7 +308,8 @@ class TensorSet:
             raise ValueError("rows['param'] is empty: at least one tensor is needed")
         self.shapes = params
         self.device = params[0].device
-        self.tiling = tiling or default_tiling(self.device)
+        weights = rows.get("weight") or params
+        self.tiling = tiling or default_tiling(self.device, weights[0].element_size())
         self.lengths = [p.numel() for p in params]
         self.flat: dict[str, list[Tensor]] = {}
         self.dtype: dict[str, torch.dtype] = {}
@@ -364,7 +418,8 @@ class TensorSet:
             self._lengths = torch.tensor(self.lengths, dtype=torch.int64).to(self.device)
         if self._changed or self._addresses is None or self._aligned is None:
             aligned = [int(all(a % 16 == 0 for a in column)) for column in zip(*self._address)]
-            self._addresses = upload(torch.tensor(self._address, dtype=torch.int64), self.device)
+            columns = torch.tensor(list(zip(*self._address)), dtype=torch.int64)
+            self._addresses = upload(columns, self.device).t()
             self._aligned = upload(torch.tensor(aligned, dtype=torch.int32), self.device)
             self._changed = False
         return self._addresses, self._lengths, self._aligned
@@ -418,9 +473,31 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-LAUNCH = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
-"""Launch options of every kernel. FP fusion is off so that compiled code, interpreter and
-reference round alike; the kernels wait for memory, so it costs nothing."""
+def launch_options(backend: str) -> dict[str, object]:
+    """Launch options of every kernel.
+
+    FP fusion is off so that compiled code, interpreter and reference round alike; the kernels
+    wait for memory, so it costs nothing. The limit on registers holds on NVIDIA by
+    ``maxnreg`` and on AMD by four waves for each of the four units that share 512: without
+    it a compiler may take more, and a cooperative launch would be refused.
+
+    Args:
+        backend: "cuda", "hip" or "interpreter".
+    """
+    options: dict[str, object] = {
+        "num_warps": NUM_WARPS,
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+    }
+    limits: dict[str, dict[str, object]] = {
+        "cuda": {"maxnreg": REGISTERS},
+        "hip": {"waves_per_eu": 4},
+    }
+    return options | limits.get(backend, {})
+
+
+LAUNCH = launch_options("interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda")
+"""Launch options on this machine."""
 
 
 def require_launchable(device: torch.device) -> None:

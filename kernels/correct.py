@@ -12,10 +12,12 @@ from triton_hybrid.kernels.chunks import (
     LAUNCH,
     PARAM,
     SNAPSHOT,
+    TAIL_SHARE,
     WEIGHT,
     TensorSet,
     load_row,
     on_device,
+    remaining,
     store_row,
 )
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, MEMORY_COLUMNS
@@ -27,51 +29,50 @@ SLOPE_SUMS = 3
 
 
 @triton.jit
-def _slopes_block(
-    addresses, n_tensors, tensor, offsets, length, slope, square, bad,
-    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, FULL: tl.constexpr,
+def _chunk_slopes(
+    addresses, tensor, start, count, length,
+    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    g = load_row(addresses, GRAD, n_tensors, tensor, offsets, length, GRAD_TYPE, STATE, FULL)
-    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
-    start = load_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
-    slope += (g * (w - start)).to(tl.float32)
-    square += (g * g).to(tl.float32)
-    bad = tl.maximum(bad, tl.where(tl.abs(g) < float("inf"), 0.0, 1.0))
-    return slope, square, bad
+    slope = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    bad = tl.zeros([BLOCK], tl.float32)
+    for inner in range(0, count, BLOCK):
+        begin = start + inner
+        g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL)
+        w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        slope += (g * (w - origin)).to(tl.float32)
+        square += (g * g).to(tl.float32)
+        bad = tl.maximum(bad, tl.where(tl.abs(g) < float("inf"), 0.0, 1.0))
+    return tl.sum(slope, axis=0), tl.sum(square, axis=0), tl.max(bad, axis=0)
 
 
 @triton.jit
 def _slopes_kernel(
-    addresses, lengths, aligned, n_tensors,
+    addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks, group, hyper, partials,
     GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.arange(0, BLOCK)
+    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor = tl.load(chunk_tensor + chunk)
         start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
         length = tl.load(lengths + tensor)
         full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
         sign = tl.load(hyper + tl.load(group + tensor) * HYPER_COLUMNS + SIGN).to(tl.float32)
-        slope = tl.zeros([BLOCK], tl.float32)
-        square = tl.zeros([BLOCK], tl.float32)
-        bad = tl.zeros([BLOCK], tl.float32)
-        for inner in range(0, CHUNK, BLOCK):
-            offsets = start + inner + lane
-            if full:
-                slope, square, bad = _slopes_block(
-                    addresses, n_tensors, tensor, offsets, length, slope, square, bad,
-                    GRAD_TYPE, STATE, True,
-                )  # fmt: skip
-            else:
-                slope, square, bad = _slopes_block(
-                    addresses, n_tensors, tensor, offsets, length, slope, square, bad,
-                    GRAD_TYPE, STATE, False,
-                )  # fmt: skip
+        if full:
+            slope, square, bad = _chunk_slopes(
+                addresses, tensor, start, CHUNK, length, GRAD_TYPE, STATE, BLOCK, True
+            )
+        else:
+            slope, square, bad = _chunk_slopes(
+                addresses, tensor, start, remaining(start, length, CHUNK), length,
+                GRAD_TYPE, STATE, TAIL, False,
+            )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
-        tl.store(cell, sign * tl.sum(slope, axis=0))
-        tl.store(cell + 1, tl.sum(square, axis=0))
-        tl.store(cell + 2, tl.max(bad, axis=0))
+        tl.store(cell, sign * slope)
+        tl.store(cell + 1, square)
+        tl.store(cell + 2, bad)
 
 
 def slopes(
@@ -91,7 +92,7 @@ def slopes(
     chunks = tensors.chunks()
     with on_device(tensors.device):
         _slopes_kernel[(tensors.tiling.programs,)](
-            addresses, lengths, aligned, len(tensors),
+            addresses, lengths, aligned,
             chunks.tensor, chunks.start, chunks.count, group, hyper, partials,
             GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
             BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
@@ -99,8 +100,13 @@ def slopes(
     reduce_partials(partials, chunks, sums)
 
 
-def slopes_reference(tensors: TensorSet, group: Tensor, hyper: Tensor, sums: Tensor) -> None:
-    """`slopes` in plain torch."""
+def slopes_reference(
+    tensors: TensorSet, group: Tensor, hyper: Tensor, sums: Tensor, with_slopes: bool = True
+) -> None:
+    """`slopes` in plain torch.
+
+    Without ``with_slopes`` the first sum stays zero, and weights are not read.
+    """
     flat = tensors.flat
     compute = tensors.compute_dtype
     totals = []
@@ -108,9 +114,10 @@ def slopes_reference(tensors: TensorSet, group: Tensor, hyper: Tensor, sums: Ten
         total = torch.zeros(SLOPE_SUMS, dtype=torch.float64, device=tensors.device)
         for part in tensors.reference_blocks(index) if here else ():
             g = flat["grad"][index][part].to(compute)
-            displacement = flat["weight"][index][part] - flat["snapshot"][index][part]
             square = g.dot(g)
-            total[0] += g.dot(displacement)
+            if with_slopes:
+                start = flat["snapshot"][index][part]
+                total[0] += g.dot(flat["weight"][index][part] - start)
             total[1] += square
             # A finite sum of squares has finite terms; the second look costs only when not.
             if square.device.type != "cpu" or not bool(square.isfinite()):
@@ -122,49 +129,52 @@ def slopes_reference(tensors: TensorSet, group: Tensor, hyper: Tensor, sums: Ten
 
 @triton.jit
 def _correct_block(
-    addresses, n_tensors, tensor, offsets, length, fraction,
+    addresses, tensor, begin, length, fraction,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
-    RESTART: tl.constexpr, FULL: tl.constexpr,
+    RESTART: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
-    start = load_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    start = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     placed = start + fraction * (w - start)
     # Exactly 0 and 1 must keep the bits, also where w - start is not finite.
     placed = tl.where(fraction == 0.0, start, tl.where(fraction == 1.0, w, placed))
-    store_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, placed, STATE, FULL)
+    store_row(addresses, WEIGHT, tensor, begin, length, placed, STATE, STATE, BLOCK, FULL)
     if MASTER:
-        store_row(addresses, PARAM, n_tensors, tensor, offsets, length, placed, PARAM_TYPE, FULL)
+        store_row(addresses, PARAM, tensor, begin, length, placed, PARAM_TYPE, STATE, BLOCK, FULL)
     if RESTART:
-        store_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, placed, STATE, FULL)
+        store_row(addresses, SNAPSHOT, tensor, begin, length, placed, STATE, STATE, BLOCK, FULL)
 
 
 @triton.jit
 def _correct_kernel(
-    addresses, lengths, aligned, n_tensors,
+    addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks, memory, ledger,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
     RESTART: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.arange(0, BLOCK)
+    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     judged = tl.load(ledger + VERDICT) > 0
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor = tl.load(chunk_tensor + chunk)
         fraction = tl.load(memory + MEMORY_COLUMNS * tensor + FRACTION_COLUMN).to(STATE)
-        if judged & ((fraction != 1.0) | RESTART):
+        wanted = judged
+        if not RESTART:
+            wanted = judged & (fraction != 1.0)
+        if wanted:
             start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
             length = tl.load(lengths + tensor)
             full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
-            for inner in range(0, CHUNK, BLOCK):
-                offsets = start + inner + lane
-                if full:
+            if full:
+                for inner in range(0, CHUNK, BLOCK):
                     _correct_block(
-                        addresses, n_tensors, tensor, offsets, length, fraction,
-                        PARAM_TYPE, STATE, MASTER, RESTART, True,
+                        addresses, tensor, start + inner, length, fraction,
+                        PARAM_TYPE, STATE, MASTER, RESTART, BLOCK, True,
                     )  # fmt: skip
-                else:
+            else:
+                for inner in range(0, remaining(start, length, CHUNK), TAIL):
                     _correct_block(
-                        addresses, n_tensors, tensor, offsets, length, fraction,
-                        PARAM_TYPE, STATE, MASTER, RESTART, False,
+                        addresses, tensor, start + inner, length, fraction,
+                        PARAM_TYPE, STATE, MASTER, RESTART, TAIL, False,
                     )  # fmt: skip
 
 
@@ -182,7 +192,7 @@ def correct(tensors: TensorSet, memory: Tensor, ledger: Tensor, *, restart: bool
     chunks = tensors.chunks(every=True)
     with on_device(tensors.device):
         _correct_kernel[(tensors.tiling.programs,)](
-            addresses, lengths, aligned, len(tensors),
+            addresses, lengths, aligned,
             chunks.tensor, chunks.start, chunks.count, memory, ledger,
             PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
             MASTER=tensors.has_master, RESTART=restart,

@@ -70,6 +70,8 @@ SLOW_WARMUP = tl.constexpr(4.0)
 In 50 steps of GPT-2 small a decay of 0.8 predicted better than 0.9."""
 SMALLEST_SCALE = tl.constexpr(0.125)
 LARGEST_SCALE = tl.constexpr(4.0)
+SCALE_MEMORY = tl.constexpr(0.9)
+"""A tensor's horizon factor relaxes towards 1 by a tenth with every accepted prediction."""
 HORIZON_GROWTH = tl.constexpr(1.25)
 """Growth of a halved horizon with every accepted prediction, up to 1."""
 LONGEST_COOLDOWN = tl.constexpr(10)
@@ -308,7 +310,7 @@ def _judge_kernel(
 
     rejected = moved & (point_to_blame | by_norm | by_loss)
     accepted = moved & (rejected == 0) & (nonfinite == 0)
-    signal = tl.load(ledger + SIGNAL)
+    trust = tl.minimum(tl.maximum(2.0 * tl.load(ledger + SIGNAL) - 1.0, 0.0), 1.0)
     n_accepted = tl.where(accepted, n_tensors, 0)
     n_settled = tl.where(accepted | rejected, n_tensors, 0)
 
@@ -322,17 +324,20 @@ def _judge_kernel(
         curved = (before < 0) & (after > before)
         secant = tl.where(curved, before / tl.where(curved, before - after, 1.0), 1.0)
         secant = tl.minimum(tl.maximum(secant, SMALLEST_FRACTION), LARGEST_FRACTION)
-        fraction = 1.0 + signal * (secant - 1.0)
+        fraction = 1.0 + trust * (secant - 1.0)
         fraction = tl.where(tl.abs(fraction - 1.0) < FRACTION_TOLERANCE, 1.0, fraction)
         fraction = tl.where(accepted, fraction, tl.where(rejected, 0.0, 1.0))
         scale_cell = memory + MEMORY_COLUMNS * t + HORIZON_COLUMN
         scale = tl.load(scale_cell, mask=here, other=1.0).to(tl.float64)
-        scale = tl.minimum(tl.maximum(scale * fraction, SMALLEST_SCALE), LARGEST_SCALE)
+        scale = (1.0 + SCALE_MEMORY * (scale - 1.0)) * fraction
+        scale = tl.minimum(tl.maximum(scale, SMALLEST_SCALE), LARGEST_SCALE)
         tl.store(memory + MEMORY_COLUMNS * t + FRACTION_COLUMN, fraction.to(tl.float32), mask=here)
         tl.store(scale_cell, scale.to(tl.float32), mask=t < n_accepted)
         tl.store(slope_cell, tl.zeros([TENSORS], tl.float32), mask=t < n_settled)
         total += tl.where(here, fraction, 0.0)
 
+    # One thread writes the ledger; first every thread must have read what it decides by.
+    tl.debug_barrier()
     tl.store(ledger + BLOCKED, tl.where(moved & (rejected == 0), blocked, 0.0))
     if accepted:
         tl.store(ledger + ACCEPTED, tl.load(ledger + ACCEPTED) + 1.0)
@@ -388,8 +393,11 @@ def judge_reference(
     """`judge` in plain torch, without waiting for the device.
 
     The step fraction is the secant rule: with slope ``a`` before and ``b`` after the move,
-    the minimum along it lies at a / (a - b). Noise makes single slopes worthless, so the
-    correction is weighted by the measured signal share of the gradient.
+    the minimum along it lies at a / (a - b). Noise makes single slopes worthless: the
+    correction is weighted by 2 · signal - 1, and none is made where half of the squared
+    gradient or more is noise. (Weighted by the signal share alone, the few slopes of the
+    first steps set horizon factors of 0.7 to 1.6, and a small language model ended at a
+    loss of 2.29 instead of 2.14.)
     """
     entries = dict(zip(INDEX, ledger.unbind()))
     norm = sums[:, 1].sum().sqrt()
@@ -418,10 +426,12 @@ def judge_reference(
     one = torch.ones_like(before)
     secant = torch.where(curved, before / torch.where(curved, before - after, one), one)
     secant = secant.clamp(SMALLEST_FRACTION.value, LARGEST_FRACTION.value)
-    fraction = 1.0 + entries["signal"] * (secant - 1.0)
+    trust = (2.0 * entries["signal"] - 1.0).clamp(0.0, 1.0)
+    fraction = 1.0 + trust * (secant - 1.0)
     fraction = torch.where((fraction - 1.0).abs() < FRACTION_TOLERANCE.value, one, fraction)
     fraction = torch.where(accepted, fraction, torch.where(rejected, 0.0 * one, one))
-    scale = memory[:, HORIZON_COLUMN.value].double() * fraction
+    scale = memory[:, HORIZON_COLUMN.value].double()
+    scale = (1.0 + SCALE_MEMORY.value * (scale - 1.0)) * fraction
     scale = scale.clamp(SMALLEST_SCALE.value, LARGEST_SCALE.value).float()
     memory[:, FRACTION_COLUMN.value] = fraction.float()
     memory[:, HORIZON_COLUMN.value] = torch.where(accepted, scale, memory[:, HORIZON_COLUMN.value])

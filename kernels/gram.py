@@ -16,11 +16,13 @@ from triton_hybrid.kernels.chunks import (
     HISTORY,
     LAUNCH,
     SNAPSHOT,
+    TAIL_SHARE,
     WEIGHT,
     ChunkTable,
     TensorSet,
     load_row,
     on_device,
+    remaining,
     store_row,
 )
 
@@ -55,20 +57,21 @@ def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor) -> None:
 
 @triton.jit
 def _gram_block(
-    addresses, n_tensors, tensor, offsets, length, slot, partial,
-    STATE: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, FULL: tl.constexpr,
+    addresses, tensor, begin, length, slot, partial,
+    STATE: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
-    start = load_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    start = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     newest = w - start
-    store_row(addresses, HISTORY + slot, n_tensors, tensor, offsets, length, newest, STATE, FULL)
-    store_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, w, STATE, FULL)
+    store_row(addresses, HISTORY + slot, tensor, begin, length, newest, STATE, STATE, BLOCK, FULL)
+    store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
     column = tl.arange(0, COLUMNS)
     for j in tl.static_range(N):
         other = newest
         if j != slot:
             other = load_row(
-                addresses, HISTORY + j, n_tensors, tensor, offsets, length, STATE, STATE, FULL
+                addresses, HISTORY + j, tensor, begin, length, STATE, STATE, BLOCK, FULL
             )
         product = tl.sum((newest * other).to(tl.float32), axis=0)
         partial = partial + tl.where(column == j, product, 0.0)
@@ -77,12 +80,12 @@ def _gram_block(
 
 @triton.jit
 def _gram_kernel(
-    addresses, lengths, aligned, n_tensors,
+    addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks, slot, partials,
     STATE: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.arange(0, BLOCK)
+    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     column = tl.arange(0, COLUMNS)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor = tl.load(chunk_tensor + chunk)
@@ -90,17 +93,17 @@ def _gram_kernel(
         length = tl.load(lengths + tensor)
         full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
         partial = tl.zeros([COLUMNS], tl.float32)
-        for inner in range(0, CHUNK, BLOCK):
-            offsets = start + inner + lane
-            if full:
+        if full:
+            for inner in range(0, CHUNK, BLOCK):
                 partial = _gram_block(
-                    addresses, n_tensors, tensor, offsets, length, slot, partial,
-                    STATE, N, COLUMNS, True,
+                    addresses, tensor, start + inner, length, slot, partial,
+                    STATE, N, COLUMNS, BLOCK, True,
                 )  # fmt: skip
-            else:
+        else:
+            for inner in range(0, remaining(start, length, CHUNK), TAIL):
                 partial = _gram_block(
-                    addresses, n_tensors, tensor, offsets, length, slot, partial,
-                    STATE, N, COLUMNS, False,
+                    addresses, tensor, start + inner, length, slot, partial,
+                    STATE, N, COLUMNS, TAIL, False,
                 )  # fmt: skip
         tl.store(partials + tl.cast(chunk, tl.int64) * N + column, partial, mask=column < N)
 
@@ -122,7 +125,7 @@ def gram(tensors: TensorSet, history: int, slot: int, partials: Tensor, sums: Te
     chunks = tensors.chunks(every=True)
     with on_device(tensors.device):
         _gram_kernel[(tensors.tiling.programs,)](
-            addresses, lengths, aligned, len(tensors),
+            addresses, lengths, aligned,
             chunks.tensor, chunks.start, chunks.count, slot, partials,
             STATE=tensors.dtype_of("weight"), N=history,
             COLUMNS=triton.next_power_of_2(history),

@@ -34,11 +34,13 @@ from triton_hybrid.kernels.chunks import (
     REFERENCE_BLOCK,
     SLOW_EMA,
     SNAPSHOT,
+    TAIL_SHARE,
     WEIGHT,
     TensorSet,
     load_row,
     narrow,
     on_device,
+    remaining,
     store_row,
 )
 from triton_hybrid.kernels.divergence import (
@@ -82,56 +84,57 @@ def _gate(ledger, threshold):
 
 @triton.jit
 def _predict_block(
-    addresses, n_tensors, tensor, offsets, length, coefficients, factor,
+    addresses, tensor, begin, length, coefficients, factor,
     inverse_correction1, root_correction2, eps, slope, square, bad,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
-    N: tl.constexpr, SAVE: tl.constexpr, FULL: tl.constexpr,
+    N: tl.constexpr, SAVE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = load_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
-    m = load_row(addresses, EXP_AVG, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+    w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     if SLOW:
-        v = load_row(addresses, EXP_AVG_SQ, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
-        s = load_row(addresses, SLOW_EMA, n_tensors, tensor, offsets, length, STATE, STATE, FULL)
+        v = load_row(addresses, EXP_AVG_SQ, tensor, begin, length, STATE, STATE, BLOCK, FULL, 1.0)
+        s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         denominator = precise_div(precise_sqrt(v), root_correction2) + eps
         displacement = factor * precise_div(s, denominator)
     else:
         displacement = w * 0.0
         for j in tl.static_range(N):
             basis = load_row(
-                addresses, HISTORY + j, n_tensors, tensor, offsets, length, STATE, STATE, FULL
+                addresses, HISTORY + j, tensor, begin, length, STATE, STATE, BLOCK, FULL
             )
             displacement += tl.load(coefficients + tensor * N + j).to(STATE) * basis
         displacement = factor * displacement
     if SAVE:
-        store_row(addresses, SNAPSHOT, n_tensors, tensor, offsets, length, w, STATE, FULL)
+        store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
     w = w + displacement
-    store_row(addresses, WEIGHT, n_tensors, tensor, offsets, length, w, STATE, FULL)
+    store_row(addresses, WEIGHT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
     if MASTER:
-        store_row(addresses, PARAM, n_tensors, tensor, offsets, length, w, PARAM_TYPE, FULL)
-    slope += (inverse_correction1 * m * displacement).to(tl.float32)
-    square += (displacement * displacement).to(tl.float32)
+        store_row(addresses, PARAM, tensor, begin, length, w, PARAM_TYPE, STATE, BLOCK, FULL)
+    slope += tl.sum((inverse_correction1 * m * displacement).to(tl.float32), axis=0)
+    square += tl.sum((displacement * displacement).to(tl.float32), axis=0)
     # What the model will see is the rounded weight: FP16 overflows at 65504.
     seen = narrow(w, PARAM_TYPE).to(tl.float32)
-    bad = tl.maximum(bad, tl.where(tl.abs(seen) < float("inf"), 0.0, 1.0))
+    worst = tl.max(tl.where(tl.abs(seen) < float("inf"), 0.0, 1.0), axis=0)
+    bad = tl.maximum(bad, worst)
     return slope, square, bad
 
 
 @triton.jit
 def _predict_kernel(
-    addresses, lengths, aligned, n_tensors,
+    addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks,
     group, hyper, steps, coefficients, memory, ledger, partials,
     threshold, share,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
     N: tl.constexpr, SAVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.arange(0, BLOCK)
+    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     moving = _gate(ledger, threshold)
     horizon = tl.load(ledger + HORIZON) * share
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        slope = tl.zeros([BLOCK], tl.float32)
-        square = tl.zeros([BLOCK], tl.float32)
-        bad = tl.zeros([BLOCK], tl.float32)
+        slope = tl.full((), 0.0, tl.float32)
+        square = tl.full((), 0.0, tl.float32)
+        bad = tl.full((), 0.0, tl.float32)
         if moving:
             tensor = tl.load(chunk_tensor + chunk)
             start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
@@ -151,24 +154,24 @@ def _predict_kernel(
             inverse_correction1 = inverse_correction1.to(STATE)
             root_correction2 = root_correction2.to(STATE)
             eps = tl.load(row + EPS).to(STATE)
-            for inner in range(0, CHUNK, BLOCK):
-                offsets = start + inner + lane
-                if full:
+            if full:
+                for inner in range(0, CHUNK, BLOCK):
                     slope, square, bad = _predict_block(
-                        addresses, n_tensors, tensor, offsets, length, coefficients, factor,
+                        addresses, tensor, start + inner, length, coefficients, factor,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
-                        PARAM_TYPE, STATE, MASTER, SLOW, N, SAVE, True,
+                        PARAM_TYPE, STATE, MASTER, SLOW, N, SAVE, BLOCK, True,
                     )  # fmt: skip
-                else:
+            else:
+                for inner in range(0, remaining(start, length, CHUNK), TAIL):
                     slope, square, bad = _predict_block(
-                        addresses, n_tensors, tensor, offsets, length, coefficients, factor,
+                        addresses, tensor, start + inner, length, coefficients, factor,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
-                        PARAM_TYPE, STATE, MASTER, SLOW, N, SAVE, False,
+                        PARAM_TYPE, STATE, MASTER, SLOW, N, SAVE, TAIL, False,
                     )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
-        tl.store(cell, tl.sum(slope, axis=0))
-        tl.store(cell + 1, tl.sum(square, axis=0))
-        tl.store(cell + 2, tl.max(bad, axis=0))
+        tl.store(cell, slope)
+        tl.store(cell + 1, square)
+        tl.store(cell + 2, bad)
 
 
 def predict(
@@ -208,7 +211,7 @@ def predict(
     chunks = tensors.chunks(every=True)
     with on_device(tensors.device):
         _predict_kernel[(tensors.tiling.programs,)](
-            addresses, lengths, aligned, len(tensors),
+            addresses, lengths, aligned,
             chunks.tensor, chunks.start, chunks.count,
             group, hyper, steps, memory if coefficients is None else coefficients, memory, ledger,
             partials, float(threshold), float(share),
@@ -241,8 +244,12 @@ def predict_reference(
     threshold: float,
     share: float,
     save: bool,
+    with_slopes: bool = True,
 ) -> None:
-    """`predict` in plain torch."""
+    """`predict` in plain torch.
+
+    Without ``with_slopes`` the first sum stays zero, and exp_avg is not read.
+    """
     moving = gate_reference(ledger, threshold)
     on_cpu = ledger.device.type == "cpu"
     sums.zero_()
@@ -257,7 +264,9 @@ def predict_reference(
     if coefficients is None:
         ahead = rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]]
         factor = -factor * ahead
-    columns = [factor, inverse_correction1, root_correction2, rows[:, HYPER["eps"]]]
+        # s / (√v / root + eps) is root · s / (√v + root · eps): one operation less a block.
+        factor = factor * root_correction2
+    columns = [factor, inverse_correction1, root_correction2 * rows[:, HYPER["eps"]]]
     table = torch.stack(columns, dim=1).to(compute)
     scalars = table.tolist() if on_cpu else [list(row.unbind()) for row in table.unbind()]
     weights = None if coefficients is None else coefficients.to(compute)
@@ -266,14 +275,14 @@ def predict_reference(
     scratch = torch.empty(2, REFERENCE_BLOCK, dtype=compute, device=tensors.device)
     totals = []
     for index in range(len(tensors)):
-        factor_, inverse1, root2, eps = scalars[index]
+        factor_, inverse1, scaled_eps = scalars[index]
         total = torch.zeros(MOVE_COLUMNS, dtype=torch.float64, device=tensors.device)
         for part in tensors.reference_blocks(index):
             w = flat["weight"][index][part]
             displacement = scratch[0, : w.numel()]
             if weights is None:
                 v, s = flat["exp_avg_sq"][index][part], flat["slow_ema"][index][part]
-                denominator = torch.sqrt(v, out=scratch[1, : w.numel()]).div_(root2).add_(eps)
+                denominator = torch.sqrt(v, out=scratch[1, : w.numel()]).add_(scaled_eps)
                 torch.div(s, denominator, out=displacement).mul_(factor_)
             else:
                 displacement.zero_()
@@ -294,7 +303,8 @@ def predict_reference(
             if tensors.has_master:
                 seen = flat["param"][index][part]
                 seen.copy_(w)
-            total[0] += flat["exp_avg"][index][part].dot(displacement) * inverse1
+            if with_slopes:
+                total[0] += flat["exp_avg"][index][part].dot(displacement) * inverse1
             total[1] += displacement.dot(displacement)
             # A finite sum has finite terms; on the CPU the second look costs only when not.
             if not on_cpu or not bool(seen.sum(dtype=compute).isfinite()):
@@ -304,13 +314,26 @@ def predict_reference(
 
 
 @triton.jit
+def _restore_block(
+    addresses, tensor, begin, length,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    w = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    store_row(addresses, WEIGHT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
+    if MASTER:
+        store_row(addresses, PARAM, tensor, begin, length, w, PARAM_TYPE, STATE, BLOCK, FULL)
+
+
+@triton.jit
 def _settle_kernel(
-    addresses, lengths, aligned, n_tensors,
+    addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks,
     sums, n_sums, memory, n_memory, ledger, arrivals, threshold, limit, cooldown,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, LAST: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
+    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     program = tl.program_id(0)
     moving = _gate(ledger, threshold)
     if moving:
@@ -328,21 +351,20 @@ def _settle_kernel(
         if rejected:
             for chunk in range(program, n_chunks, tl.num_programs(0)):
                 tensor = tl.load(chunk_tensor + chunk)
-                start = tl.load(chunk_start + chunk)
+                start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
                 length = tl.load(lengths + tensor)
-                for inner in range(0, CHUNK, BLOCK):
-                    offsets = start + inner + tl.arange(0, BLOCK)
-                    w = load_row(
-                        addresses, SNAPSHOT, n_tensors, tensor, offsets, length,
-                        STATE, STATE, False,
-                    )  # fmt: skip
-                    store_row(
-                        addresses, WEIGHT, n_tensors, tensor, offsets, length, w, STATE, False
-                    )
-                    if MASTER:
-                        store_row(
-                            addresses, PARAM, n_tensors, tensor, offsets, length, w,
-                            PARAM_TYPE, False,
+                full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
+                if full:
+                    for inner in range(0, CHUNK, BLOCK):
+                        _restore_block(
+                            addresses, tensor, start + inner, length,
+                            PARAM_TYPE, STATE, MASTER, BLOCK, True,
+                        )  # fmt: skip
+                else:
+                    for inner in range(0, remaining(start, length, CHUNK), TAIL):
+                        _restore_block(
+                            addresses, tensor, start + inner, length,
+                            PARAM_TYPE, STATE, MASTER, TAIL, False,
                         )  # fmt: skip
         if LAST:
             # The last program keeps the books: the others decide by the same entries.
@@ -398,7 +420,7 @@ def settle(
     chunks = tensors.chunks(every=True)
     with on_device(tensors.device):
         _settle_kernel[(tensors.tiling.programs,)](
-            addresses, lengths, aligned, len(tensors),
+            addresses, lengths, aligned,
             chunks.tensor, chunks.start, chunks.count,
             sums, len(sums), memory, len(memory), ledger, arrivals,
             float(threshold), float(limit), float(cooldown),

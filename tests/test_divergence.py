@@ -56,7 +56,7 @@ def test_fp16_overflow_of_the_predicted_weight(backend: str) -> None:
     with torch.no_grad():
         param[0, 0] = 65504.0
     optimizer.state[param]["slow_ema"][0, 0] = (
-        -3e4 * optimizer.state[param]["exp_avg_sq"][0, 0].sqrt()
+        -3e6 * optimizer.state[param]["exp_avg_sq"][0, 0].sqrt()
     )
     optimizer._runtime.ledger[INDEX["update_square"]] = 1e12
     train(model, optimizer, 1)

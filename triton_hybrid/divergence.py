@@ -61,7 +61,13 @@ class DivergenceMonitor:
                     bound.tensors, bound.group, runtime.hyper, bound.room_for(3), memory.sums[part]
                 )
             else:
-                slopes_reference(bound.tensors, bound.group, runtime.hyper, memory.sums[part])
+                slopes_reference(
+                    bound.tensors,
+                    bound.group,
+                    runtime.hyper,
+                    memory.sums[part],
+                    runtime.wants_slopes,
+                )
         decide = judge if runtime.triton else judge_reference
         decide(
             runtime.ledger,

@@ -4,8 +4,8 @@ Every predictor is a linear combination of a few stored vectors with one set of
 coefficients for each tensor:
 
 * ``slow_ema``: the slow gradient EMA, preconditioned by the current second moment; one
-  predicted step is one base step with it. AdEMAMix (arXiv 2409.03137) mixes the same
-  vector into every step.
+  predicted step is half a base step with it, and more as the learning rate decays.
+  AdEMAMix (arXiv 2409.03137) mixes the same vector into every step.
 * ``linear``: the last cycle's displacement, times the ratio that best explained past cycles
   by the ones before them.
 * ``subspace``: reduced-rank extrapolation (Mešina 1977; Eddy 1979). With R_i the last
@@ -169,6 +169,7 @@ class DynamicsModel:
             if runtime.triton:
                 predict(*shared, runtime.ledger, bound.room_for(3), sums, **options)
             else:
+                options["with_slopes"] = runtime.wants_slopes
                 predict_reference(*shared, runtime.ledger, sums, **options)
 
     def choose(self, signal: float) -> None:

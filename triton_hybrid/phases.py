@@ -83,9 +83,9 @@ class PhaseController:
     def measures(self) -> bool:
         """Whether the step under way measures how well the model follows the updates.
 
-        In every Warmup step, for the baseline; later only where a prediction may follow.
+        In every Warmup step, for the baseline; later at the end of each Full phase.
         """
-        return self.phase in (Phase.WARMUP, Phase.CORRECT) or self.ends_gradients
+        return self.phase is Phase.WARMUP or self.ends_gradients
 
     @property
     def planned(self) -> int:

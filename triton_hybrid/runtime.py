@@ -15,13 +15,17 @@ from triton_hybrid.kernels.chunks import upload
 from triton_hybrid.kernels.ledger import INDEX, new_ledger, read_ledger, write_ledger
 from triton_hybrid.memory import StateMemory
 
-LONGEST_HORIZON = 8.0
-"""Most base steps that one predicted step stands for."""
+FIRST_HORIZON = 0.5
+LONGEST_HORIZON = 4.0
+"""Base steps that one predicted step stands for, at the largest learning rate and at most.
+On a small language model (1,000 steps of 256 tokens, AdamW's best rate 1.5e-3: loss 2.165)
+0.25, 0.5 and 1 at the start gave 2.136, 2.141 and 2.194; at half the rate (AdamW: 2.220)
+2.185, 2.166 and 2.136."""
 
 
 def steps_ahead(largest_lr: float, lr: float) -> float:
     """Base steps that one predicted step of the slow EMA stands for."""
-    return min(largest_lr / lr, LONGEST_HORIZON) if lr > 0 else 1.0
+    return min(FIRST_HORIZON * largest_lr / lr, LONGEST_HORIZON) if lr > 0 else FIRST_HORIZON
 
 
 class Runtime:
@@ -61,6 +65,16 @@ class Runtime:
         """Writes a ledger that was read before."""
         self.ledger.copy_(write_ledger(values, self.memory.device))
 
+    @property
+    def wants_slopes(self) -> bool:
+        """Whether the corrector will look at slopes.
+
+        It does not where noise dominates. Where reading the signal share is free, the
+        plain-torch kernels then leave the slopes out; the Triton kernels measure them in
+        passing.
+        """
+        return self.ledger.device.type != "cpu" or float(self.ledger[INDEX["signal"]]) > 0.5
+
     def observe_loss(self, loss: Tensor | float) -> None:
         """Notes the loss that belongs to the coming gradient, without waiting for it."""
         value = torch.as_tensor(loss, dtype=torch.float64).detach().to(self.memory.device)
@@ -72,7 +86,7 @@ class Runtime:
         """Brings learning rates, betas and so on to the device, if they changed.
 
         A learning rate that is a tensor on the device stays there. A predicted step stands
-        for lr_max / lr base steps, up to 8: the predicted displacement keeps its size while
+        for 0.5 · lr_max / lr base steps, up to 4: the predicted displacement keeps its size while
         the learning rate decays, so the horizon does not pay out early.
         """
         rows = []
@@ -99,5 +113,5 @@ class Runtime:
             largest = self._largest_lr.setdefault(index, torch.zeros_like(now))
             torch.maximum(largest, now, out=largest)
             self.hyper[index, HYPER["lr"]].copy_(now)
-            ratio = largest / now.clamp(min=1e-300)
-            self.hyper[index, HYPER["horizon"]].copy_(ratio.clamp(1.0, LONGEST_HORIZON))
+            ahead = FIRST_HORIZON * largest / now.clamp(min=1e-300)
+            self.hyper[index, HYPER["horizon"]].copy_(ahead.clamp(max=LONGEST_HORIZON))

@@ -1,0 +1,272 @@
+"""The compile audit: what it prints, what it refuses, and how it reads assembly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from triton_hybrid.kernels.audit import (
+    Access,
+    Case,
+    amd_resources,
+    cases,
+    gcn_accesses,
+    llvm_accesses,
+    moved_bytes,
+    ptx_accesses,
+)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, in which kernels are compiled and not interpreted."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def no_launch(target: object) -> None:
+    raise AssertionError("only the byte counts of this case are used")
+
+
+PTX = """
+    ld.param.b64 %rd1, [_kernel_param_0];
+    ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    @%p3 ld.global.L1::evict_last.L2::cache_hint.v2.b64 { %rd2, %rd3 }, [ %rd1 + 16 ], %rd9;
+    ld.global.nc.v8.f32 { %f1 }, [%rd1];
+    @!%p1 ld.global.b32 { %r5 }, [ %rd1 + 32 ];
+    ld.global.cg.v4.b32 { %r6 }, [ %rd4 + 0 ];
+    ld.relaxed.gpu.global.v4.f32 {%f1,%f2,%f3,%f4}, [%rd1];
+    ld.shared.v4.b32 {%r1}, [%r9];
+    st.shared.v2.b32 [%r9], {%r1, %r2};
+    @%p2 st.global.b16 [ %rd5 + 0 ], { %rs1 };
+    st.global.wb.v2.u64 [ %rd5 + 0 ], { %rd1, %rd2 };
+    atom.global.gpu.acq_rel.add.u32 %r7, [ %rd6 + 0 ], 1;
+"""
+
+
+def test_widths_in_ptx() -> None:
+    assert ptx_accesses(PTX) == [
+        Access(False, 128),
+        Access(False, 128),
+        Access(False, 256),
+        Access(False, 32),
+        Access(False, 128, scratch=True),
+        Access(False, 128),
+        Access(True, 16),
+        Access(True, 128),
+    ]
+
+
+LLVM = """
+declare <4 x float> @llvm.amdgcn.raw.ptr.buffer.load.v4f32(ptr addrspace(8), i32, i32, i32)
+  %1 = load i64, ptr addrspace(1) %0, align 8
+  %2 = load <4 x float>, ptr addrspace(1) %9, align 16, !amdgpu.noclobber !1
+  %3 = load <8 x half>, ptr addrspace(1) %8, align 16
+  %4 = load <4 x i32>, ptr addrspace(3) %8, align 16
+  %5 = call <4 x i32> @llvm.amdgcn.raw.ptr.buffer.load.v4i32(ptr addrspace(8) %7, i32 %6, i32 0, i32 3)
+  %6 = call <4 x float> @llvm.amdgcn.raw.ptr.buffer.load.v4f32(ptr addrspace(8) %7, i32 %6, i32 0, i32 0)
+  store <4 x float> %2, ptr addrspace(1) %9, align 16
+  store <8 x bfloat> %3, ptr addrspace(1) %8, align 16
+"""  # noqa: E501
+
+
+def test_vectors_in_llvm_code_for_amd() -> None:
+    assert llvm_accesses(LLVM) == [
+        Access(False, 128),
+        Access(False, 128),
+        Access(False, 128, scratch=True),
+        Access(False, 128),
+        Access(True, 128),
+        Access(True, 128),
+    ]
+
+
+AMD = """
+	global_load_dwordx4 v[0:3], v[4:5], off
+	buffer_load_dword v1, v2, s[0:3], 0 offen
+	global_store_dwordx2 v[4:5], v[0:1], off offset:16
+	global_atomic_add v1, v1, v2, s[36:37] sc0
+	s_load_dwordx4 s[0:3], s[4:5], 0x0
+    .private_segment_fixed_size: 8
+    .sgpr_spill_count: 1
+    .vgpr_count:     112
+    .vgpr_spill_count: 2
+"""
+
+
+def test_widths_and_resources_in_amd_assembly() -> None:
+    assert gcn_accesses(AMD) == [Access(False, 128), Access(False, 32), Access(True, 64)]
+    resources = amd_resources(AMD)
+    assert resources.registers == 112
+    assert resources.spills == 1 + 2 + 8
+    with pytest.raises(RuntimeError, match="vgpr_spill_count"):
+        amd_resources(".vgpr_count: 3")
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+@pytest.mark.parametrize("first_copies", [1, 5])
+def test_bytes_are_those_of_the_wide_accesses(copies: int, first_copies: int) -> None:
+    """One block of AdamW with a first pass: 8 elements a thread, copied by the compiler."""
+    case = Case("adamw", "adamw", no_launch, (4, 4, 4, 2), (4, 4, 4, 2), first_pass=(2,))  # type: ignore[arg-type]
+    loads = [Access(False, 128)] * (7 * copies + first_copies)
+    stores = [Access(True, 128)] * 7 * copies
+    # Neither masked accesses nor a look at the partial sums count.
+    others = [Access(False, 32), Access(True, 16), Access(False, 128, scratch=True)]
+    assert moved_bytes(case, [*loads, *stores, *others], elements=8) == 30
+
+
+@pytest.mark.parametrize(
+    ("loads", "stores", "message"),
+    [
+        (7, 7, "narrower"),  # the first pass is gone
+        (6, 7, "narrower"),
+        (8, 6, "narrower"),
+        (8, 0, "narrower"),
+    ],
+)
+def test_a_row_that_is_not_vectorised_breaks_the_count(
+    loads: int, stores: int, message: str
+) -> None:
+    case = Case("adamw", "adamw", no_launch, (4, 4, 4, 2), (4, 4, 4, 2), first_pass=(2,))  # type: ignore[arg-type]
+    accesses = [Access(False, 128)] * loads + [Access(True, 128)] * stores
+    with pytest.raises(ValueError, match=message):
+        moved_bytes(case, accesses, elements=8)
+
+
+def test_a_row_that_nobody_knows_of_breaks_the_count() -> None:
+    case = Case("copy", "copy", no_launch, (4,), (4,))  # type: ignore[arg-type]
+    accesses = [Access(False, 128)] * 3 + [Access(True, 128)] * 2
+    with pytest.raises(ValueError, match="move more"):
+        moved_bytes(case, accesses, elements=8)
+
+
+def test_bytes_of_adamw_are_the_floor_the_first_pass_and_the_slow_ema() -> None:
+    known = {case.name: case for case in cases()}
+    assert known["adamw fp32, update, clip"].bytes_per_element == 28
+    assert known["adamw bf16, update, clip"].bytes_per_element == 28
+    assert known["adamw fp32, one launch, clip"].bytes_per_element == 32
+    assert known["adamw fp16, one launch, clip, slow EMA"].bytes_per_element == 38
+    assert all(case.floor == 28 for name, case in known.items() if "launch, clip" in name)
+    assert len(known) == len(cases())
+
+
+def test_audit_compiles_prints_a_table_and_succeeds(tmp_path: Path) -> None:
+    report = tmp_path / "audit.json"
+    result = run(
+        *("-m", "triton_hybrid.kernels.audit", "--target", "sm_90", "--jobs", "1"),
+        *("--kernel", "fp32, one launch, clip, slow EMA", "--kernel", "correct fp32"),
+        *("--json", str(report)),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    header, rule, *lines = result.stdout.splitlines()
+    assert header.split() == (
+        ["launch", "target", "registers", "spills", "shared", "widest", "bytes/element", "floor"]
+    )
+    assert set(rule) == {"-", " "}
+    line = next(
+        line for line in lines if line.startswith("adamw fp32, one launch, clip, slow EMA ")
+    )
+    assert line.split()[-8] == "sm_90"
+    assert line.split()[-3:] == ["40", "28", "ok"]
+    findings = {f["case"]: f for f in json.loads(report.read_text())["findings"]}
+    adamw = findings["adamw fp32, one launch, clip, slow EMA"]
+    assert adamw["widest_bits"] == 128
+    assert adamw["spills"] == 0
+    assert adamw["bytes_per_element"] == adamw["known_bytes"] == 40
+    assert 0 < adamw["registers"] <= 128
+    assert adamw["cooperative"]
+    assert not findings["correct fp32, restart"]["cooperative"]
+
+
+# A kernel that always masks, a case that forgets a row, and a limit that no kernel keeps.
+PLANTED = """
+    import functools, sys
+
+    import torch
+    import triton
+    import triton.language as tl
+
+    from triton_hybrid.kernels import audit
+
+
+    @triton.jit
+    def masked(source, target, length, BLOCK: tl.constexpr):
+        offsets = tl.arange(0, BLOCK)
+        here = offsets < length
+        tl.store(target + offsets, tl.load(source + offsets, mask=here), mask=here)
+
+
+    def launch_masked(target):
+        with audit.recorded() as launches:
+            masked[(1,)](torch.zeros(8), torch.zeros(8), 7, BLOCK=1024, **audit.LAUNCH)
+        return launches[0]
+
+
+    def planted():
+        correct = next(case for case in cases() if case.name == "correct fp32, restart")
+        return [
+            audit.Case("masked", "planted", launch_masked, (4,), (4,), floor=8),
+            audit.dataclasses.replace(correct, name="forgotten", writes=(4,)),
+        ]
+
+
+    cases = audit.cases
+    if sys.argv[1] == "cases":
+        audit.cases = planted
+    else:
+        audit.REGISTER_LIMIT = 16
+    sys.exit(audit.main(["--target", "sm_90", "--jobs", "1", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            ("cases",),
+            ["FAIL masked, sm_90: ValueError", "narrower than 128", "FAIL forgotten", "move more"],
+        ),
+        (("limit", "--kernel", "fp32, one launch, clip"), ["at most 16"]),
+    ],
+)
+def test_audit_fails_on_what_is_planted(
+    tmp_path: Path, arguments: tuple[str, ...], messages: list[str]
+) -> None:
+    script = tmp_path / "planted.py"
+    script.write_text(textwrap.dedent(PLANTED))
+    result = run(str(script), *arguments)
+    assert result.returncode == 1, result.stdout + result.stderr
+    for message in messages:
+        assert message in result.stdout
+
+
+def test_audit_reports_a_kernel_that_does_not_compile(tmp_path: Path) -> None:
+    broken = PLANTED.replace("offsets < length", "offsets < missing_name")
+    script = tmp_path / "broken.py"
+    script.write_text(textwrap.dedent(broken))
+    result = run(str(script), "cases", "--kernel", "masked")
+    assert result.returncode == 1
+    assert "missing_name" in result.stdout
+
+
+def test_audit_refuses_the_interpreter_and_unknown_kernels() -> None:
+    result = run("-m", "triton_hybrid.kernels.audit", TRITON_INTERPRET="1")
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET is set" in result.stderr
+    result = run("-m", "triton_hybrid.kernels.audit", "--kernel", "unheard-of")
+    assert result.returncode == 2
+    assert "unheard-of" in result.stderr
