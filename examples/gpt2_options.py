@@ -81,7 +81,7 @@ class Options:
         seeds: One pair of runs for each.
         only: "baseline", "hybrid" or None for both.
         controls: Whether the control is a run of its own.
-        baseline_implementation: Which AdamW, or None for the fastest that works.
+        baseline_implementation: Which AdamW; "default" leaves the choice to torch.
         compile: Whether to compile the model.
         threads: CPU threads, or None for torch's choice.
         data: Files and folders of text; none for the standard library.
@@ -106,7 +106,7 @@ class Options:
     seeds: tuple[int, ...]
     only: str | None
     controls: bool
-    baseline_implementation: str | None
+    baseline_implementation: str
     compile: bool
     threads: int | None
     data: tuple[Path, ...]
@@ -179,8 +179,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--baseline-impl",
-        choices=("fused", "foreach", "forloop"),
-        help="which torch.optim.AdamW; default: fused where it works, else foreach",
+        choices=("default", "fused", "foreach", "forloop"),
+        default="default",
+        help="which torch.optim.AdamW; default: as torch chooses when nothing is said",
     )
     add("--compile", choices=("yes", "no"), default="no", help="torch.compile the model")
     add("--threads", type=whole_number(1), help="CPU threads; default: torch's choice")

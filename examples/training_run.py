@@ -87,20 +87,11 @@ def build_optimizer(
     if name == HYBRID:
         optimizer = HybridOptimizer(parameters, hybrid=options.hybrid, **settings)
         return optimizer, f"HybridOptimizer, {options.drive}"
-    chosen = options.baseline_implementation
-    implementation = chosen or "fused"
-    try:
-        adamw = torch.optim.AdamW(
-            parameters,
-            fused=implementation == "fused",
-            foreach=implementation == "foreach",
-            **settings,
-        )
-    except RuntimeError:
-        if chosen is not None:
-            raise
-        implementation = "foreach"
-        adamw = torch.optim.AdamW(parameters, foreach=True, **settings)
+    implementation = options.baseline_implementation
+    switches: dict[str, bool] = {}
+    if implementation != "default":
+        switches = {name: implementation == name for name in ("fused", "foreach")}
+    adamw = torch.optim.AdamW(parameters, **settings, **switches)
     return adamw, f"torch.optim.AdamW, {implementation}"
 
 

@@ -596,5 +596,6 @@ def _update_on_cpu(
                 sums[1] += scale * float(update.dot(direction))
                 sums[2] += scale * float(direction.dot(direction))
             s.lerp_(g, slow_rate)
-            sums[3] += float(s.dot(s))
+            if measured:
+                sums[3] += float(s.dot(s))
     return sums

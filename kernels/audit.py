@@ -769,13 +769,11 @@ def moved_bytes(case: Case, accesses: Sequence[Access], elements: int) -> float:
             return (first + reads + writes) / elements - case.untaken
         if not first and rest == 0:
             return (reads + writes) / elements - case.untaken
-    copies = max(1, round(stored / writes)) if writes else 1
-    missing = loaded < copies * reads + first or stored < copies * writes
     raise ValueError(
-        f"full chunks {'have accesses narrower than 128 bits' if missing else 'move more'}: a "
-        f"thread loads {loaded} and stores {stored} bytes in 128-bit accesses, its roles are "
-        f"{reads} and {writes} bytes a block"
-        + (f" and {first} in the pass before" if first else "")
+        "the 128-bit accesses of full chunks do not add up: a thread loads "
+        f"{loaded} and stores {stored} bytes by them, its roles are {reads} and {writes} bytes a "
+        f"block{f' after {first} in a pass before' if first else ''}; either an access is narrower "
+        "than 128 bits, or the kernel moves what its case does not list"
     )
 
 
@@ -990,17 +988,17 @@ def _chosen(names: Sequence[str] | None) -> list[Case]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the audit; returns the exit status."""
     options = _parser().parse_args(arguments)
+    chosen = _chosen(options.kernel)
+    if not chosen:
+        known = sorted({case.kernel for case in cases()})
+        print(f"--kernel {options.kernel}: no such launch; kernels are {known}", file=sys.stderr)
+        return 2
     if INTERPRETED or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print(
             "TRITON_INTERPRET is set: kernels are interpreted then, and nothing can be compiled. "
             "Run the audit without it.",
             file=sys.stderr,
         )
-        return 2
-    chosen = _chosen(options.kernel)
-    if not chosen:
-        known = sorted({case.kernel for case in cases()})
-        print(f"--kernel {options.kernel}: no such launch; kernels are {known}", file=sys.stderr)
         return 2
     targets = [TARGETS[name] for name in options.target or TARGETS]
     if options.target is None:

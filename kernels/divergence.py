@@ -56,7 +56,7 @@ SLOWEST_RATE = tl.constexpr(0.05)
 """Floor of the averaging rate of running statistics: a memory of about 20 steps."""
 DIRECTION_RATE = tl.constexpr(0.2)
 """Averaging rate of the inner products behind the confidence: about 5 steps."""
-NORM_DEVIATION_FLOOR = tl.constexpr(0.25)
+NORM_DEVIATION_FLOOR = tl.constexpr(0.4)
 """Smallest standard deviation of log(norm) that is believed. Gradient norms have heavy
 tails; below this, ordinary steps of a short run would count as divergence."""
 LOSS_DEVIATION_FLOOR = tl.constexpr(1e-3)
@@ -155,7 +155,8 @@ def observe(
         tl.store(ledger + SLOW_COUNT, tl.load(ledger + SLOW_COUNT) + 1.0)
         tl.store(ledger + SLOW_NOISE, noise)
         tl.store(ledger + GRADIENT_SQUARE, gradients)
-        tl.store(ledger + SIGNAL, signal)
+        if MEASURE:
+            tl.store(ledger + SIGNAL, signal)
     tl.store(ledger + COOLDOWN, tl.maximum(tl.load(ledger + COOLDOWN) - 1.0, 0.0))
 
 
@@ -194,7 +195,7 @@ def observe_reference(
         slow_ema_square: 0-dim FP64, squared norm of the slow EMA.
         slow_beta: Largest decay of the slow EMA; 0 without one.
         applied: 0-dim bool; False leaves every entry as it is.
-        measured: Whether update and slow direction were measured in this step.
+        measured: Whether update, slow direction and slow EMA were measured in this step.
     """
     old = dict(zip(INDEX, ledger.unbind()))
     new = dict(old)
@@ -240,7 +241,8 @@ def observe_reference(
         noise = beta * beta * old["slow_noise"] + (1.0 - beta) * (1.0 - beta)
         ratio = slow_ema_square / (gradients + 1e-300)
         signal = ((ratio - noise) / (1.0 - noise).clamp(min=1e-9)).clamp(0.0, 1.0)
-        new["signal"] = torch.where(noise < 0.999, signal, torch.zeros_like(signal))
+        if measured:
+            new["signal"] = torch.where(noise < 0.999, signal, torch.zeros_like(signal))
         new["slow_count"] = old["slow_count"] + 1.0
         new["slow_noise"] = noise
         new["gradient_square"] = gradients

@@ -98,8 +98,8 @@ def test_a_random_walk_gives_no_confidence() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_slow_ema_predicts_half_an_adamw_step_at_the_peak_rate(backend: str) -> None:
-    """displacement = lr / 2 · S / (√v̂ + ε), with weights of S that add up to one."""
+def test_slow_ema_predicts_a_quarter_adamw_step_at_the_peak_rate(backend: str) -> None:
+    """displacement = lr / 4 · S / (√v̂ + ε), with weights of S that add up to one."""
     param = nn.Parameter(torch.zeros(50))
     config = HybridConfig(
         warmup_steps=1, full_steps=2, predictor="slow_ema", inline=False, confidence_threshold=0.0
@@ -115,7 +115,7 @@ def test_slow_ema_predicts_half_an_adamw_step_at_the_peak_rate(backend: str) -> 
         optimizer.step()
     before = param.detach().clone()
     optimizer.step()
-    expected = before - 0.5e-2 * slow / ((square / (1 - 0.999**3)).sqrt() + 1e-8)
+    expected = before - 0.25e-2 * slow / ((square / (1 - 0.999**3)).sqrt() + 1e-8)
     assert torch.allclose(param, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -139,7 +139,7 @@ def test_noisy_run_is_adamw_plus_the_predicted_steps(backend: str) -> None:
         square = adamw.state[twin]["exp_avg_sq"] / (1 - 0.999 ** (n + 1))
         for _ in range(optimizer.stats().predicted_steps - seen):
             with torch.no_grad():
-                twin -= 0.5e-2 * slow / (square.sqrt() + 1e-8)
+                twin -= 0.25e-2 * slow / (square.sqrt() + 1e-8)
     assert optimizer.stats().predicted_steps > 40
     assert optimizer.stats().rollbacks == 0
     assert (param - twin).norm() < 1e-4 * twin.norm()

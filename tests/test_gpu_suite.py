@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -94,6 +95,17 @@ def test_the_sections_have_names_and_the_whole_time() -> None:
     assert tuple(name for name in names if name in gpu_suite.OPTIONAL) == gpu_suite.OPTIONAL
     assert [s.name for s in sections if s.required] == ["environment", "barrier", "correctness"]
     assert sum(section.share for section in sections) == pytest.approx(1.0)
+    for section in sections[1:]:
+        module, function = section.run.__qualname__.split(".")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_a_section_that_cannot_be_imported_fails_alone(tmp_path: Path) -> None:
+    missing = gpu_suite.imported("suite_of_another_day", "run")
+    code, content, _ = executed(tmp_path, missing, good)
+    assert code == 1
+    assert [section["status"] for section in content["sections"]] == ["failed", "passed"]
+    assert "suite_of_another_day" in content["sections"][0]["error"]
 
 
 # ----------------------------------------------------------------------------------- running
@@ -274,6 +286,30 @@ def test_checks_in_other_processes_are_adopted_and_missing_ones_are_failures(
     assert "Segmentation fault" in made["bf16"].detail
 
 
+@interpreted
+def test_what_a_child_writes_is_what_its_parent_adopts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def kernels(bench: KernelBench) -> dict[str, Any]:
+        def broken() -> None:
+            raise RuntimeError("out of registers")
+
+        return {"slopes": bench.slopes, "gram": broken}
+
+    output = tmp_path / "fp32.json"
+    monkeypatch.setattr(KernelBench, "kernels", kernels)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu_suite, "Context", lambda _, seed: Context(CPU, seed, tiny=True))
+    options = gpu_suite.parse(["--check", "fp32", "--seed", "4", "--output", str(output)])
+    assert gpu_suite.check(options) == 0
+    context, result = Context(CPU), SectionResult("correctness", "")
+    suite_correctness.adopt(context, result, "fp32", output)
+    assert context.refusal(["slopes", "judge"], "fp32") is None
+    assert "gram failed" in str(context.refusal(["gram"], "fp32"))
+    assert [check.detail for check in result.failures] == ["RuntimeError: out of registers"]
+    assert "in broken" in result.facts["checks of fp32"]["gram fp32"]
+
+
 def test_a_child_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     sleeper = "import time; print('asleep', flush=True); time.sleep(60)"
     monkeypatch.setattr(suite_process, "SUITE", "-c")
@@ -284,6 +320,7 @@ def test_a_child_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -
     assert child.lines == ["asleep"]
     assert child._process.poll() is not None
     assert suite_process.Child(["raise SystemExit(3)"]).wait(30.0) == 3
+    assert suite_process.Child.running == []
 
 
 # ----------------------------------------------------------------------------------- numbers

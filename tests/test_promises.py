@@ -335,7 +335,7 @@ def test_promise_9_unpredictable_training_is_left_to_adamw() -> None:
 def test_promise_9_every_rejection_doubles_the_full_phase() -> None:
     model = make_model()
     optimizer = HybridOptimizer(
-        model.parameters(), lr=1e-3, hybrid=fast_config(inline=False, full_steps=2)
+        model.parameters(), lr=1e-3, hybrid=fast_config(inline=False, full_steps=8)
     )
     batches = make_batches()
     waits = []

@@ -21,9 +21,9 @@ class HybridConfig:
     Attributes:
         warmup_steps: Gradient steps before anything else; they collect the baseline of
             loss, gradient norm and update size. At least 0.
-        full_steps: Gradient steps of a Full phase: before the first prediction, after a
-            rejection (then doubled with each in a row), and, for the trajectory models
-            ``subspace`` and ``linear``, in every cycle. The slow EMA is refitted by every
+        full_steps: Gradient steps of a Full phase: before the first prediction, and, for the
+            trajectory models ``subspace`` and ``linear``, in every cycle. A first rejection
+            costs a quarter of it, and each further one in a row doubles that. The slow EMA is refitted by every
             gradient; while its predictions hold, one Full step separates two stretches.
             At least 1.
         max_predict_steps: Predicted steps between two Full phases. At least 1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from triton_hybrid.kernels.correct import slopes, slopes_reference
@@ -28,6 +29,14 @@ class DivergenceMonitor:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
 
+    @property
+    def _first_cooldown(self) -> float:
+        """Gradient steps after a first rejection; each further one in a row doubles them.
+
+        A single rejection is mostly an odd batch, so it costs a quarter of a Full phase.
+        """
+        return float(math.ceil(self._runtime.config.full_steps / 4))
+
     def settle(self, steps_in_row: int, extrapolates: bool) -> None:
         """After a predicted step: books it, or takes the whole stretch back.
 
@@ -42,7 +51,7 @@ class DivergenceMonitor:
             options: dict[str, Any] = {
                 "threshold": config.confidence_threshold,
                 "limit": config.divergence_threshold * limit,
-                "cooldown": float(config.full_steps),
+                "cooldown": self._first_cooldown,
                 "last": index == len(memory.sets) - 1,
             }
             shared = (bound.tensors, memory.sums, memory.per_tensor, runtime.ledger)
@@ -74,5 +83,5 @@ class DivergenceMonitor:
             memory.sums,
             memory.per_tensor,
             float(config.divergence_threshold),
-            float(config.full_steps),
+            self._first_cooldown,
         )

@@ -4,7 +4,7 @@ Every predictor is a linear combination of a few stored vectors with one set of
 coefficients for each tensor:
 
 * ``slow_ema``: the slow gradient EMA, preconditioned by the current second moment; one
-  predicted step is half a base step with it, and more as the learning rate decays.
+  predicted step is a quarter of a base step with it, and more as the learning rate decays.
   AdEMAMix (arXiv 2409.03137) mixes the same vector into every step.
 * ``linear``: the last cycle's displacement, times the ratio that best explained past cycles
   by the ones before them.

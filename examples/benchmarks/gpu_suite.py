@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import faulthandler
+import importlib
 import importlib.metadata
 import importlib.util
 import math
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from suite_context import Context, OutOfTimeError, release_memory
+from suite_process import Child
 from suite_records import SectionResult, Skip, SuiteRecord
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,29 +64,45 @@ class Section:
     required: bool = False
 
 
-def all_sections() -> tuple[Section, ...]:
-    """The sections, in their order.
+def imported(module: str, function: str) -> Callable[[Context, SectionResult], None]:
+    """A section of another module, imported when it runs.
 
-    They are imported here and not above: they need Triton, and a machine without a GPU may not
-    have it.
+    What cannot be imported, for want of Triton, fails as a section and not as the suite.
     """
-    from suite_bandwidth import bandwidth
-    from suite_barrier import barrier
-    from suite_correctness import correctness
-    from suite_gpt2 import gpt2_training
-    from suite_promises import memory, no_waiting
-    from suite_steps import optimizer_steps
 
+    def run(context: Context, result: SectionResult) -> None:
+        getattr(importlib.import_module(module), function)(context, result)
+
+    run.__qualname__ = f"{module}.{function}"
+    return run
+
+
+def all_sections() -> tuple[Section, ...]:
+    """The sections, in their order."""
     return (
         Section("environment", "Environment", environment, 0.02, required=True),
-        Section("barrier", "Grid barrier", barrier, 0.15, required=True),
-        Section("correctness", "Correctness", correctness, 0.36, required=True),
-        Section("bandwidth", "Bandwidth, counted bytes over time", bandwidth, 0.18),
-        Section("steps", "One step of the optimizer, GPT-2 small", optimizer_steps, 0.12),
-        Section("gpt2", "Training GPT-2 small, random tokens", gpt2_training, 0.08),
-        Section("memory", "Device memory", memory, 0.05),
-        Section("waiting", "Host and device, CUDA graph", no_waiting, 0.04),
-    )
+        Section("barrier", "Grid barrier", imported("suite_barrier", "barrier"), 0.15, True),
+        Section(
+            "correctness", "Correctness", imported("suite_correctness", "correctness"), 0.36, True
+        ),
+        Section(
+            "bandwidth", "Bandwidth: each input and output counted once",
+            imported("suite_bandwidth", "bandwidth"), 0.18,
+        ),
+        Section(
+            "steps", "One step of the optimizer, parameters of GPT-2 small",
+            imported("suite_steps", "optimizer_steps"), 0.12,
+        ),
+        Section(
+            "gpt2", "Training GPT-2 small, random tokens",
+            imported("suite_gpt2", "gpt2_training"), 0.08,
+        ),
+        Section("memory", "Device memory", imported("suite_promises", "memory"), 0.05),
+        Section(
+            "waiting", "Steps that do not wait, and a step in a CUDA graph",
+            imported("suite_promises", "no_waiting"), 0.04,
+        ),
+    )  # fmt: skip
 
 
 OPTIONAL = ("bandwidth", "steps", "gpt2", "memory", "waiting")
@@ -304,6 +322,8 @@ class Watchdog:
             return
         faulthandler.dump_traceback(all_threads=True)
         self.report()
+        for child in list(Child.running):
+            child.stop()
         os._exit(FAILED)
 
     def report(self) -> None:

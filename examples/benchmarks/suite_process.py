@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 SUITE = Path(__file__).resolve().with_name("gpu_suite.py")
 
@@ -20,6 +21,8 @@ class Child:
         flags: Of `gpu_suite.py`.
     """
 
+    running: ClassVar[list[Child]] = []
+
     def __init__(self, flags: Sequence[str]) -> None:
         # A file, not a pipe: what was printed before a deadlock stays readable.
         self._output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -29,6 +32,7 @@ class Child:
         )
         self.seconds = 0.0
         self.lines: list[str] = []
+        self.running.append(self)
 
     def wait(self, seconds: float) -> int | None:
         """Waits for the end, and stops the process where it does not come.
@@ -53,6 +57,8 @@ class Child:
 
     def stop(self) -> None:
         """Ends the process if it still runs."""
+        if self in self.running:
+            self.running.remove(self)
         if self._process.poll() is None:
             self._process.kill()
             # The driver may need a while to stop a kernel; the suite does not wait for it.

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 FORMAT = 1
 """Version of the JSON file's layout."""
 UNKNOWN = "-"
+SHOWN_FAILURES = 12
 
 
 @dataclass
@@ -178,7 +179,9 @@ class SuiteRecord:
 
     def table(self) -> str:
         """What is printed last: a block for each section, then a line for each."""
+        environment = [s.title for s in self.sections if s.name == "environment"]
         blocks = [block for section in self.sections if (block := section_block(section))]
+        blocks = [*environment, *blocks]
         summary = [
             (section.name, section.status, f"{section.seconds:.0f} s", _headline(section))
             for section in self.sections
@@ -199,8 +202,10 @@ def section_block(section: SectionResult) -> str:
     lines += [
         f"FAILED {check.kernel} {check.dtype} {check.name}: error "
         f"{UNKNOWN if check.error is None else format(check.error, '.2e')} {check.detail}"[:240]
-        for check in section.failures
+        for check in section.failures[:SHOWN_FAILURES]
     ]
+    if len(section.failures) > SHOWN_FAILURES:
+        lines.append(f"... and {len(section.failures) - SHOWN_FAILURES} more, in the JSON file")
     if section.error is not None:
         lines.append(f"FAILED {section.error}"[:400])
     reasons: dict[str, list[str]] = {}
