@@ -23,9 +23,9 @@ class HybridConfig:
             loss, gradient norm and update size. At least 0.
         full_steps: Gradient steps of a Full phase: before the first prediction, and, for the
             trajectory models ``subspace`` and ``linear``, in every cycle. A first rejection
-            costs a quarter of it, and each further one in a row doubles that. The slow EMA is refitted by every
-            gradient; while its predictions hold, one Full step separates two stretches.
-            At least 1.
+            costs a quarter of it, and each further one in a row doubles that. The slow EMA
+            is refitted by every gradient; while its predictions hold, one Full step
+            separates two stretches. At least 1.
         max_predict_steps: Predicted steps between two Full phases. At least 1.
         correction_interval: Predicted steps in a row before a Correct step. At least 1.
         divergence_threshold: Standard deviations above their running mean that gradient

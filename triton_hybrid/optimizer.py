@@ -194,7 +194,9 @@ class HybridOptimizer(Optimizer):
             self._model.choose(entry["signal"])
         return Report(
             skipped=entry["nonfinite"] > 0 and entry["verdict"] != 2,
-            rejected=self._controller.phase is Phase.CORRECT and entry["verdict"] == 2,
+            # No verdict means that there was nothing to judge: the move was taken back at
+            # once, or the device's gate let none happen.
+            rejected=self._controller.phase is Phase.CORRECT and entry["verdict"] != 1,
             confident=entry["confidence"] >= self._config.confidence_threshold,
             cooldown=int(entry["cooldown"]),
         )
