@@ -318,6 +318,7 @@ def _adamw_kernel(
                         sums_ee = tl.load(partials + 5 * COLUMNS + columns, cache_modifier=".cg")
                         observe(
                             ledger,
+                            final_norm,
                             used,
                             tl.sum(sums_uu.to(tl.float64), axis=0),
                             tl.sum(sums_us.to(tl.float64), axis=0),
@@ -476,7 +477,7 @@ def adamw_step_reference(
         # A norm that overflowed would spoil every running mean for good.
         seen = applied & used.isfinite()
         uu, us, ss, ee = sums.unbind()
-        observe_reference(ledger, used, uu, us, ss, ee, slow_beta, seen, measured)
+        observe_reference(ledger, norm, used, uu, us, ss, ee, slow_beta, seen, measured)
     ledger[INDEX["loss"]] = torch.nan
     ledger[INDEX["hold"]] = 0.0
 

@@ -100,7 +100,7 @@ def slow_decay(ledger, slow_beta):
 
 @triton.jit
 def observe(
-    ledger, norm, update_square, update_slow, slow_slow, slow_ema_square, slow_beta,
+    ledger, norm, used, update_square, update_slow, slow_slow, slow_ema_square, slow_beta,
     SLOW: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
     """Takes one applied base update into the running statistics (see `observe_reference`)."""
@@ -146,7 +146,7 @@ def observe(
     if SLOW:
         beta = slow_decay(ledger, slow_beta)
         gradients = tl.load(ledger + GRADIENT_SQUARE)
-        gradients = gradients + (1.0 - beta) * (norm * norm - gradients)
+        gradients = gradients + (1.0 - beta) * (used * used - gradients)
         noise = tl.load(ledger + SLOW_NOISE)
         noise = beta * beta * noise + (1.0 - beta) * (1.0 - beta)
         ratio = slow_ema_square / (gradients + 1e-300)
@@ -170,6 +170,7 @@ def slow_decay_reference(ledger: Tensor, slow_beta: float) -> Tensor:
 def observe_reference(
     ledger: Tensor,
     norm: Tensor,
+    used: Tensor,
     update_square: Tensor,
     update_slow: Tensor,
     slow_slow: Tensor,
@@ -188,7 +189,8 @@ def observe_reference(
 
     Args:
         ledger: FP64 ledger, changed in place.
-        norm: 0-dim FP64, norm of the gradient as it was used (after clipping).
+        norm: 0-dim FP64, norm of the gradient as it came; `judge` compares with it.
+        used: 0-dim FP64, its norm after clipping; the slow EMA is made of that.
         update_square: 0-dim FP64, squared norm of the base update.
         update_slow: 0-dim FP64, inner product of base update and older slow direction.
         slow_slow: 0-dim FP64, squared norm of the older slow direction.
@@ -237,7 +239,7 @@ def observe_reference(
     if slow_beta > 0:
         beta = slow_decay_reference(ledger, slow_beta)
         gradients = old["gradient_square"]
-        gradients = gradients + (1.0 - beta) * (norm * norm - gradients)
+        gradients = gradients + (1.0 - beta) * (used * used - gradients)
         noise = beta * beta * old["slow_noise"] + (1.0 - beta) * (1.0 - beta)
         ratio = slow_ema_square / (gradients + 1e-300)
         signal = ((ratio - noise) / (1.0 - noise).clamp(min=1e-9)).clamp(0.0, 1.0)

@@ -133,3 +133,16 @@ def test_horizon_follows_the_learning_rate_down() -> None:
     assert moves[1] == pytest.approx(moves[0], rel=1e-3)
     assert moves[2] == pytest.approx(moves[0] * 0.8, rel=1e-2)
     assert moves[3] == pytest.approx(moves[0] * 0.08, rel=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipping_does_not_look_like_divergence(backend: str) -> None:
+    """The judge once compared the raw norm with the running mean of clipped ones."""
+    model = make_model()
+    optimizer = HybridOptimizer(
+        model.parameters(), lr=1e-3, backend=backend, max_grad_norm=0.01, hybrid=fast_config()
+    )
+    train(model, optimizer, 20)
+    stats = optimizer.stats()
+    assert stats.predicted_steps > 5
+    assert stats.divergences["norm"] == 0

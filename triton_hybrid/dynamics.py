@@ -126,8 +126,10 @@ class DynamicsModel:
 
     def _by_age(self, product: Tensor) -> Tensor:
         """The Gram matrix of the valid displacements, newest first."""
+        # A list as an index would be copied to the device, and the host would wait.
         order = [(self.slot - age) % self._history for age in range(self.cycles)]
-        return product[:, order][:, :, order]
+        rows = torch.stack([product[:, slot] for slot in order], dim=1)
+        return torch.stack([rows[:, :, slot] for slot in order], dim=2)
 
     def _fit(self, bound: ParameterSet, product: Tensor) -> tuple[Tensor, Tensor]:
         """Sets the coefficients; returns explained and total squared motion of the cycle."""
@@ -139,8 +141,8 @@ class DynamicsModel:
         else:
             known, newest = _fit_subspace(product)
         bound.coefficients.zero_()
-        order = [(self.slot - age) % self._history for age in range(newest.shape[1])]
-        bound.coefficients[:, order] = newest.to(bound.coefficients.dtype)
+        for age, column in enumerate(newest.unbind(1)):
+            bound.coefficients[:, (self.slot - age) % self._history] = column
         return known, total
 
     def predict(self, planned: int, first: bool) -> None:
