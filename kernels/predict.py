@@ -90,20 +90,20 @@ def _predict_block(
     N: tl.constexpr, SAVE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     if SLOW:
         v = load_row(addresses, EXP_AVG_SQ, tensor, begin, length, STATE, STATE, BLOCK, FULL, 1.0)
         s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         denominator = precise_div(precise_sqrt(v), root_correction2) + eps
         displacement = factor * precise_div(s, denominator)
     else:
-        displacement = w * 0.0
+        displacement = tl.zeros([BLOCK], STATE)
         for j in tl.static_range(N):
             basis = load_row(
                 addresses, HISTORY + j, tensor, begin, length, STATE, STATE, BLOCK, FULL
             )
             displacement += tl.load(coefficients + tensor * N + j).to(STATE) * basis
         displacement = factor * displacement
+    m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     if SAVE:
         store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
     w = w + displacement

@@ -177,7 +177,7 @@ def test_an_ordinary_gradient_accepts(
         ({"loss": math.inf}, 1.0, "cause_loss"),
         ({"loss": -math.inf}, 1.0, "cause_loss"),
         ({"loss": math.inf, "loss_count": 0.0, "loss_previous": math.nan}, 1.0, "cause_loss"),
-        ({}, 2.2, "cause_norm"),
+        ({}, 3.4, "cause_norm"),
         ({}, math.inf, "cause_norm"),
         ({"norm_variance": 1.0}, 25.0, "cause_norm"),
     ],
