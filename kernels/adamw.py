@@ -24,9 +24,9 @@ from triton_hybrid.kernels.chunks import (
     EXP_AVG_SQ,
     GRAD,
     INTERPRETED,
-    LAUNCH,
     PARAM,
     REFERENCE_BLOCK,
+    RESIDENT_LAUNCH,
     SLOW_EMA,
     TAIL_SHARE,
     WEIGHT,
@@ -344,7 +344,7 @@ def cooperative_launches(device: torch.device) -> bool:
     from triton.compiler import make_backend
     from triton.runtime import driver
 
-    options = make_backend(driver.active.get_current_target()).parse_options(dict(LAUNCH))
+    options = make_backend(driver.active.get_current_target()).parse_options(dict(RESIDENT_LAUNCH))
     return hasattr(options, "launch_cooperative_grid")
 
 
@@ -411,7 +411,7 @@ def adamw_step(
                     LAST=index == len(sets) - 1, OBSERVE=observed,
                     BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk,
                     COLUMNS=workspace.columns, TENSORS=128,
-                    **LAUNCH, **extra,
+                    **RESIDENT_LAUNCH, **extra,
                 )  # fmt: skip
 
 

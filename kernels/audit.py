@@ -52,6 +52,7 @@ from triton_hybrid.kernels.chunks import (
     LAUNCH,
     MAX_HISTORY,
     REGISTERS,
+    RESIDENT_LAUNCH,
     TensorSet,
     gpu_tiling,
     launch_options,
@@ -159,8 +160,8 @@ class Launch:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Collects launches instead of running them."""
+def recorded(target: Target) -> Iterator[list[Launch]]:
+    """Collects launches instead of running them, with the options that the target gets."""
     launches: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -170,7 +171,11 @@ def recorded() -> Iterator[list[Launch]]:
         options = {k: v for k, v in kwargs.items() if k not in names}
         launches.append(Launch(kernel, arguments, options))
 
-    with mock.patch.object(JITFunction, "run", record):
+    with (
+        mock.patch.dict(LAUNCH, launch_options(target.backend), clear=True),
+        mock.patch.dict(RESIDENT_LAUNCH, launch_options(target.backend, True), clear=True),
+        mock.patch.object(JITFunction, "run", record),
+    ):
         yield launches
 
 
@@ -339,7 +344,7 @@ def _adamw(
     measured: bool,
 ) -> Launch:
     problem = _Problem(target, precision, lengths)
-    with recorded() as launches:
+    with recorded(target) as launches:
         adamw_step(
             [problem.tensors],
             [problem.group],
@@ -361,7 +366,7 @@ def _predict(
 ) -> Launch:
     problem = _Problem(target, precision, lengths)
     partials, sums = problem.scratch(MOVE_COLUMNS)
-    with recorded() as launches:
+    with recorded(target) as launches:
         predict(
             problem.tensors,
             problem.group,
@@ -381,7 +386,7 @@ def _predict(
 
 def _settle(target: Target, precision: Precision, lengths: Sequence[int]) -> Launch:
     problem = _Problem(target, precision, lengths)
-    with recorded() as launches:
+    with recorded(target) as launches:
         settle(
             problem.tensors,
             problem.scratch(MOVE_COLUMNS)[1],
@@ -398,7 +403,7 @@ def _settle(target: Target, precision: Precision, lengths: Sequence[int]) -> Lau
 
 def _gram(target: Target, precision: Precision, lengths: Sequence[int], slot: int) -> Launch:
     problem = _Problem(target, precision, lengths)
-    with recorded() as launches:
+    with recorded(target) as launches:
         gram(problem.tensors, MAX_HISTORY, slot, *problem.scratch(MAX_HISTORY))
     return launches[0]
 
@@ -406,28 +411,28 @@ def _gram(target: Target, precision: Precision, lengths: Sequence[int], slot: in
 def _reduce(target: Target) -> Launch:
     problem = _Problem(target, FP32, _MANY)
     partials, sums = problem.scratch(MOVE_COLUMNS)
-    with recorded() as launches:
+    with recorded(target) as launches:
         reduce_partials(partials, problem.tensors.chunks(every=True), sums)
     return launches[0]
 
 
 def _slopes(target: Target, precision: Precision, lengths: Sequence[int]) -> Launch:
     problem = _Problem(target, precision, lengths)
-    with recorded() as launches:
+    with recorded(target) as launches:
         slopes(problem.tensors, problem.group, problem.hyper, *problem.scratch(SLOPE_SUMS))
     return launches[0]
 
 
 def _correct(target: Target, precision: Precision, lengths: Sequence[int], restart: bool) -> Launch:
     problem = _Problem(target, precision, lengths)
-    with recorded() as launches:
+    with recorded(target) as launches:
         correct(problem.tensors, problem.memory, problem.ledger, restart=restart)
     return launches[0]
 
 
 def _judge(target: Target, lengths: Sequence[int]) -> Launch:
     problem = _Problem(target, FP32, lengths)
-    with recorded() as launches:
+    with recorded(target) as launches:
         judge(problem.ledger, problem.scratch(SLOPE_SUMS)[1], problem.memory, 2.5, 5.0)
     return launches[0]
 
@@ -783,12 +788,10 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     Raises:
         ValueError: A launch option that Triton would refuse at run time.
     """
-    kept = {k: v for k, v in launch.options.items() if k not in LAUNCH}
-    options = launch_options(target.backend) | kept
-    unknown = sorted(set(options) - target.options)
+    unknown = sorted(set(launch.options) - target.options)
     if unknown:
         raise ValueError(f"launch options {unknown} are unknown to the {target.backend} backend")
-    return triton.compile(source_of(launch), target=target.gpu(), options=options)
+    return triton.compile(source_of(launch), target=target.gpu(), options=dict(launch.options))
 
 
 def audit(case: Case, target: Target) -> Finding:

@@ -473,31 +473,38 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def launch_options(backend: str) -> dict[str, object]:
-    """Launch options of every kernel.
+def launch_options(backend: str, resident: bool = False) -> dict[str, object]:
+    """Launch options of the kernels.
 
     FP fusion is off so that compiled code, interpreter and reference round alike; the kernels
-    wait for memory, so it costs nothing. The limit on registers holds on NVIDIA by
-    ``maxnreg`` and on AMD by four waves for each of the four units that share 512: without
-    it a compiler may take more, and a cooperative launch would be refused.
+    wait for memory, so it costs nothing. Registers are limited: on NVIDIA by number, on AMD
+    by how many waves must share the 512 of a unit, 4 being what ``REGISTERS`` allows.
 
     Args:
         backend: "cuda", "hip" or "interpreter".
+        resident: Whether all programs of the launch must be resident together. A compiler
+            may take more than ``REGISTERS`` without it, and a cooperative launch would then
+            be refused.
     """
     options: dict[str, object] = {
         "num_warps": NUM_WARPS,
         "num_stages": 1,
         "enable_fp_fusion": False,
     }
-    limits: dict[str, dict[str, object]] = {
-        "cuda": {"maxnreg": REGISTERS},
-        "hip": {"waves_per_eu": 4},
-    }
-    return options | limits.get(backend, {})
+    if backend == "cuda":
+        options["maxnreg"] = REGISTERS
+    elif backend == "hip":
+        options["waves_per_eu"] = 4 if resident else 3
+    return options
 
 
-LAUNCH = launch_options("interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda")
-"""Launch options on this machine."""
+_BACKEND = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
+
+LAUNCH = launch_options(_BACKEND)
+"""Launch options of every kernel but one, on this machine."""
+
+RESIDENT_LAUNCH = launch_options(_BACKEND, resident=True)
+"""Launch options of the kernel with a grid barrier, on this machine."""
 
 
 def require_launchable(device: torch.device) -> None:

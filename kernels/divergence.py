@@ -335,7 +335,8 @@ def _judge_kernel(
         scale = tl.load(scale_cell, mask=here, other=1.0).to(tl.float64)
         scale = (1.0 + SCALE_MEMORY * (scale - 1.0)) * fraction
         scale = tl.minimum(tl.maximum(scale, SMALLEST_SCALE), LARGEST_SCALE)
-        tl.store(memory + MEMORY_COLUMNS * t + FRACTION_COLUMN, fraction.to(tl.float32), mask=here)
+        fraction_cell = memory + MEMORY_COLUMNS * t + FRACTION_COLUMN
+        tl.store(fraction_cell, fraction.to(tl.float32), mask=t < n_settled)
         tl.store(scale_cell, scale.to(tl.float32), mask=t < n_accepted)
         tl.store(slope_cell, tl.zeros([TENSORS], tl.float32), mask=t < n_settled)
         total += tl.where(here, fraction, 0.0)
@@ -437,7 +438,9 @@ def judge_reference(
     scale = memory[:, HORIZON_COLUMN.value].double()
     scale = (1.0 + SCALE_MEMORY.value * (scale - 1.0)) * fraction
     scale = scale.clamp(SMALLEST_SCALE.value, LARGEST_SCALE.value).float()
-    memory[:, FRACTION_COLUMN.value] = fraction.float()
+    memory[:, FRACTION_COLUMN.value] = torch.where(
+        accepted | rejected, fraction.float(), memory[:, FRACTION_COLUMN.value]
+    )
     memory[:, HORIZON_COLUMN.value] = torch.where(accepted, scale, memory[:, HORIZON_COLUMN.value])
     settled = accepted | rejected
     memory[:, SLOPE_COLUMN.value] = torch.where(

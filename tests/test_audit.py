@@ -211,7 +211,7 @@ PLANTED = """
 
     def launch(kernel):
         def make(target):
-            with audit.recorded() as launches:
+            with audit.recorded(target) as launches:
                 kernel[(1,)](torch.zeros(8), torch.zeros(8), 7, BLOCK=1024, **audit.LAUNCH)
             return launches[0]
 

@@ -120,7 +120,7 @@ def test_the_kernel_is_its_reference(
     fractions = results[0][1][:, 2]
     if verdict == 2:
         assert (fractions == 0).all()
-    elif verdict == 0:
+        assert torch.equal(fractions.cpu(), memory[:, 2]), "nothing was decided"
         assert (fractions == 1).all()
     else:
         assert SMALLEST_FRACTION.value <= float(fractions.min())
@@ -225,7 +225,8 @@ def test_one_nonfinite_gradient_is_left_to_the_scaler_two_are_the_points_fault(
         after, cells = verdict(judge, device, sums=bad, memory=memory, blocked=float(blocked))
         assert (after["verdict"], after["blocked"], after["moved"]) == (0, blocked + 1, 1)
         assert (after["stretch"], after["jump_square"], after["hold"]) == (2, 0.5, 0)
-        assert cells[0].tolist() == [1.5, -2, 1], "still away, with what is known of the move"
+        assert cells[0, :2].tolist() == [1.5, -2], "still away, with what is known of the move"
+        assert cells[0, 2].isnan(), "and nothing was decided"
     after, cells = verdict(judge, device, sums=bad, memory=memory, blocked=limit - 1.0)
     assert (after["verdict"], after["blocked"], after["moved"]) == (2, 0, 0)
     assert (after["cause_nonfinite"], after["cause_norm"], after["cause_loss"]) == (1, 0, 0)

@@ -142,7 +142,7 @@ def test_both_backends_agree_in_every_phase(dtype: torch.dtype, predictor: str) 
         phases = train(
             model,
             optimizer,
-            14,
+            18,
             after=lambda step, phase, o=optimizer, p=path: p.append(
                 torch.cat([w.flatten().double() for w in weights(o)])
             ),

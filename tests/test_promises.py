@@ -207,7 +207,7 @@ def test_promise_5_nonfinite_gradient_changes_nothing(
             assert optimizer.phase is phase
             skipped = optimizer.stats().skipped_nonfinite
         train(model, optimizer, 1, batches)
-    assert skipped > 10
+    assert skipped >= 10
 
 
 def test_promise_5_grad_scaler_skip_does_not_advance_the_phase() -> None:

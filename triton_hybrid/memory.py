@@ -27,7 +27,7 @@ from torch import Tensor
 
 from triton_hybrid.kernels.adamw import Workspace
 from triton_hybrid.kernels.chunks import TensorSet, Tiling
-from triton_hybrid.kernels.divergence import HORIZON_COLUMN, MEMORY_COLUMNS
+from triton_hybrid.kernels.divergence import FRACTION_COLUMN, HORIZON_COLUMN, MEMORY_COLUMNS
 from triton_hybrid.precision import adopt_parameter, needs_master, new_master, state_dtype
 
 State = dict[Tensor, dict[str, Any]]
@@ -169,6 +169,7 @@ class StateMemory:
         columns = MEMORY_COLUMNS.value
         self.per_tensor = torch.zeros(count, columns, dtype=torch.float32, device=self.device)
         self.per_tensor[:, HORIZON_COLUMN.value] = 1.0
+        self.per_tensor[:, FRACTION_COLUMN.value] = 1.0
         self.sums = torch.zeros(count, columns, dtype=torch.float64, device=self.device)
         self.sets: list[ParameterSet] = []
         self.parts: list[slice] = []
