@@ -14,229 +14,98 @@ list is described by three tables in device memory:
 * ``aligned``: whether every address of a tensor is a multiple of 16 bytes. Addresses
   loaded from a table carry no alignment for the compiler; the kernels promise it only
   where the host has looked.
+
+The rows and what a kernel does with them are in ``rows.py``, tiling and launch options in
+``launch.py``; all of it can be imported from here.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
-
-MAX_HISTORY = 8
-"""Most trajectory points that the tables have rows for."""
-
-ROWS: tuple[str, ...] = (
-    "param",
-    "grad",
-    "weight",
-    "exp_avg",
-    "exp_avg_sq",
-    "slow_ema",
-    "snapshot",
-    *(f"history_{i}" for i in range(MAX_HISTORY)),
+from triton_hybrid.kernels.launch import (
+    INTERPRETED,
+    LAUNCH,
+    MAX_PROGRAMS,
+    NUM_WARPS,
+    REGISTERS,
+    RESIDENT_LAUNCH,
+    Tiling,
+    default_tiling,
+    gpu_tiling,
+    launch_options,
+    on_device,
 )
-"""The roles a tensor can have in a launch. ``weight`` is what the mathematics moves: the
-FP32 master of a 16-bit parameter, otherwise the parameter itself."""
+from triton_hybrid.kernels.rows import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    GRAD,
+    HISTORY,
+    MAX_HISTORY,
+    N_ROWS,
+    PARAM,
+    ROW,
+    ROWS,
+    SLOW_EMA,
+    SNAPSHOT,
+    TAIL_SHARE,
+    TRITON_DTYPES,
+    WEIGHT,
+    load_row,
+    narrow,
+    remaining,
+    row_pointer,
+    store_row,
+)
 
-ROW = {name: index for index, name in enumerate(ROWS)}
-
-N_ROWS = tl.constexpr(len(ROWS))
-PARAM = tl.constexpr(ROW["param"])
-GRAD = tl.constexpr(ROW["grad"])
-WEIGHT = tl.constexpr(ROW["weight"])
-EXP_AVG = tl.constexpr(ROW["exp_avg"])
-EXP_AVG_SQ = tl.constexpr(ROW["exp_avg_sq"])
-SLOW_EMA = tl.constexpr(ROW["slow_ema"])
-SNAPSHOT = tl.constexpr(ROW["snapshot"])
-HISTORY = tl.constexpr(ROW["history_0"])
-
-NUM_WARPS = 4
-"""Warps of a program."""
-
-REGISTERS = 128
-"""Most registers a thread may use: four programs fill the 65,536 of a multiprocessor."""
-
-TAIL_SHARE = tl.constexpr(4)
-"""A chunk with an end in it, or without alignment, is worked on in blocks smaller by this:
-masks and narrow accesses cost registers, and short tensors need few of the small blocks."""
-
-MAX_PROGRAMS = 1024
-"""Upper limit of programs in a launch, and so of first-stage partial sums."""
-
-TRITON_DTYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-"""Floating-point dtypes that the kernels read and write."""
+__all__ = [
+    "EXP_AVG",
+    "EXP_AVG_SQ",
+    "GRAD",
+    "HISTORY",
+    "INTERPRETED",
+    "LAUNCH",
+    "MAX_HISTORY",
+    "MAX_PROGRAMS",
+    "NUM_WARPS",
+    "N_ROWS",
+    "PARAM",
+    "REFERENCE_BLOCK",
+    "REGISTERS",
+    "RESIDENT_LAUNCH",
+    "ROW",
+    "ROWS",
+    "SLOW_EMA",
+    "SNAPSHOT",
+    "TAIL_SHARE",
+    "TRITON_DTYPES",
+    "WEIGHT",
+    "ChunkTable",
+    "TensorSet",
+    "Tiling",
+    "default_tiling",
+    "dense_view",
+    "gpu_tiling",
+    "launch_options",
+    "load_row",
+    "narrow",
+    "on_device",
+    "remaining",
+    "require_launchable",
+    "row_pointer",
+    "same_layout",
+    "store_row",
+    "upload",
+]
 
 # Elements that plain torch works on at a time: a block (2 MiB in FP32) stays in cache, so an
 # update of many operations still reads and writes main memory about once. Measured on 2
 # cores, AdamW with slow EMA on 124M parameters: 2^16 0.159 s, 2^17 0.151, 2^19 0.144.
 REFERENCE_BLOCK = 1 << 19
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a tensor is cut.
-
-    Attributes:
-        block: Elements a program holds in registers at a time; a power of two.
-        chunk: Elements of one table entry; a multiple of ``block``.
-        programs: Programs of a launch.
-    """
-
-    block: int
-    chunk: int
-    programs: int
-
-    def __post_init__(self) -> None:
-        if self.block < 16 or self.block & (self.block - 1):
-            raise ValueError(f"block={self.block}: must be a power of two of at least 16")
-        if self.chunk < self.block or self.chunk % self.block:
-            raise ValueError(f"chunk={self.chunk}: must be a multiple of block={self.block}")
-        if not 1 <= self.programs <= MAX_PROGRAMS:
-            raise ValueError(f"programs={self.programs}: must be in [1, {MAX_PROGRAMS}]")
-
-
-def gpu_tiling(processors: int, warp_size: int = 32, itemsize: int = 4) -> Tiling:
-    """The tiling for a GPU.
-
-    A block is two 128-bit accesses of each thread to a row of the weights' width (or one to
-    a row of half that width); the blocks of a chunk share its table look-ups; 4 programs on
-    each multiprocessor are certain to be resident together at up to ``REGISTERS`` registers
-    a thread, which the grid barrier of a cooperative launch needs.
-
-    Args:
-        processors: Multiprocessors of the device.
-        warp_size: Threads of a warp.
-        itemsize: Bytes of a weight.
-    """
-    block = 32 // itemsize * NUM_WARPS * warp_size
-    return Tiling(block, 8192, min(4 * processors, MAX_PROGRAMS))
-
-
-def default_tiling(device: torch.device, itemsize: int = 4) -> Tiling:
-    """The tiling for a device and weights of ``itemsize`` bytes.
-
-    On the CPU (the interpreter) one program takes large blocks, because there a block costs
-    the same whatever its size.
-    """
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        warp_size = getattr(properties, "warp_size", 32)
-        return gpu_tiling(properties.multi_processor_count, warp_size, itemsize)
-    return Tiling(1 << 16, 1 << 16, 1)
-
-
-@triton.jit
-def _probe(pointer):
-    tl.store(pointer, 1)
-
-
-INTERPRETED = type(_probe).__name__ == "InterpretedFunction"
-"""Whether Triton runs kernels by its interpreter (``TRITON_INTERPRET=1`` at import)."""
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def row_pointer(addresses, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The base pointer of one role of one tensor."""
-    pointer = tl.load(addresses + tensor * N_ROWS + row).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def narrow(values, DTYPE: tl.constexpr):
-    """Rounds to the nearest number of a dtype, ties to even."""
-    if _INTERPRETED and tl.bfloat16 == DTYPE:
-        # The interpreter truncates, and loses the sign of zero. The compiler never sees this.
-        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        nearest = tl.where(values == values, nearest, 0x7FC0)
-        narrowed = nearest.to(tl.int16).to(DTYPE, bitcast=True)
-    else:
-        narrowed = values.to(DTYPE)
-    return narrowed
-
-
-@triton.jit
-def remaining(start, length, CHUNK: tl.constexpr):
-    """Elements of a tensor in the chunk that begins at ``start``."""
-    return tl.minimum(length - start, CHUNK).to(tl.int32)
-
-
-@triton.jit
-def _eights(BLOCK: tl.constexpr):
-    """Offsets of a block in rows of 8: what a thread moves of a 16-bit role at a time."""
-    return tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-
-
-@triton.jit
-def load_row(
-    addresses,
-    row,
-    tensor,
-    begin,
-    length,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-    OTHER: tl.constexpr = 0.0,
-):
-    """A block of one role, promoted to ``COMPUTE``; ``OTHER`` beyond the end of the tensor.
-
-    A full chunk takes the branch without a mask: with one, ptxas emits 32-bit loads. There a
-    16-bit role is read as a matrix, which Triton gives a layout of its own: 8 elements a
-    thread are one 128-bit access, where an FP32 role takes 4. In one layout for both, every
-    FP32 row would go through shared memory on its way back.
-    """
-    pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
-    if FULL:
-        if DTYPE == COMPUTE:
-            values = tl.load(pointer + (begin + tl.arange(0, BLOCK)))
-        else:
-            values = tl.reshape(tl.load(pointer + (begin + _eights(BLOCK))), (BLOCK,))
-    else:
-        offsets = begin + tl.arange(0, BLOCK)
-        values = tl.load(pointer + offsets, mask=offsets < length, other=OTHER)
-    return values.to(COMPUTE)
-
-
-@triton.jit
-def store_row(
-    addresses,
-    row,
-    tensor,
-    begin,
-    length,
-    values,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Writes a block of one role, rounded once to the role's dtype."""
-    pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
-    values = narrow(values, DTYPE)
-    if FULL:
-        if DTYPE == COMPUTE:
-            tl.store(pointer + (begin + tl.arange(0, BLOCK)), values)
-        else:
-            tl.store(pointer + (begin + _eights(BLOCK)), tl.reshape(values, (BLOCK // 8, 8)))
-    else:
-        offsets = begin + tl.arange(0, BLOCK)
-        tl.store(pointer + offsets, values, mask=offsets < length)
 
 
 def dense_view(tensor: Tensor) -> Tensor:
@@ -466,45 +335,6 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     # A fresh pinned buffer each time: its allocator does not hand it out again before the
     # copy has run, so no earlier copy is overwritten in flight.
     return host.pin_memory().to(device, non_blocking=True)
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes a CUDA device current for a launch; does nothing elsewhere."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def launch_options(backend: str, resident: bool = False) -> dict[str, object]:
-    """Launch options of the kernels.
-
-    FP fusion is off so that compiled code, interpreter and reference round alike; the kernels
-    wait for memory, so it costs nothing. Registers are limited: on NVIDIA by number, on AMD
-    by how many waves must share the 512 of a unit, 4 being what ``REGISTERS`` allows.
-
-    Args:
-        backend: "cuda", "hip" or "interpreter".
-        resident: Whether all programs of the launch must be resident together. A compiler
-            may take more than ``REGISTERS`` without it, and a cooperative launch would then
-            be refused.
-    """
-    options: dict[str, object] = {
-        "num_warps": NUM_WARPS,
-        "num_stages": 1,
-        "enable_fp_fusion": False,
-    }
-    if backend == "cuda":
-        options["maxnreg"] = REGISTERS
-    elif backend == "hip":
-        options["waves_per_eu"] = 4 if resident else 3
-    return options
-
-
-_BACKEND = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
-
-LAUNCH = launch_options(_BACKEND)
-"""Launch options of every kernel but one, on this machine."""
-
-RESIDENT_LAUNCH = launch_options(_BACKEND, resident=True)
-"""Launch options of the kernel with a grid barrier, on this machine."""
 
 
 def require_launchable(device: torch.device) -> None:

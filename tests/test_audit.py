@@ -13,17 +13,16 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_hybrid.kernels.audit import (
+from triton_hybrid.kernels.audit import main
+from triton_hybrid.kernels.audit_assembly import (
     Access,
-    Case,
     amd_resources,
-    cases,
     gcn_accesses,
     llvm_accesses,
-    main,
-    moved_bytes,
     ptx_accesses,
 )
+from triton_hybrid.kernels.audit_cases import Case, cases
+from triton_hybrid.kernels.audit_findings import moved_bytes
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -188,13 +187,17 @@ def test_audit_compiles_prints_a_table_and_succeeds(tmp_path: Path) -> None:
 # A kernel that always masks, one that does not compile, a case that forgets a row, and a
 # limit that no kernel keeps.
 PLANTED = """
+    import dataclasses
     import sys
 
     import torch
     import triton
     import triton.language as tl
 
-    from triton_hybrid.kernels import audit
+    from triton_hybrid.kernels import audit, audit_findings
+    from triton_hybrid.kernels.audit_cases import Case, cases
+    from triton_hybrid.kernels.audit_targets import recorded
+    from triton_hybrid.kernels.chunks import LAUNCH
 
 
     @triton.jit
@@ -211,8 +214,8 @@ PLANTED = """
 
     def launch(kernel):
         def make(target):
-            with audit.recorded(target) as launches:
-                kernel[(1,)](torch.zeros(8), torch.zeros(8), 7, BLOCK=1024, **audit.LAUNCH)
+            with recorded(target) as launches:
+                kernel[(1,)](torch.zeros(8), torch.zeros(8), 7, BLOCK=1024, **LAUNCH)
             return launches[0]
 
         return make
@@ -222,17 +225,16 @@ PLANTED = """
         known = {case.name: case for case in cases()}
         correct = known["correct fp32, restart"]
         return [
-            audit.Case("masked", "planted", launch(masked), (4,), (4,), floor=8),
-            audit.Case("broken", "planted", launch(broken), (4,), (4,), floor=8),
-            audit.dataclasses.replace(correct, name="forgotten", writes=(4,)),
+            Case("masked", "planted", launch(masked), (4,), (4,), floor=8),
+            Case("broken", "planted", launch(broken), (4,), (4,), floor=8),
+            dataclasses.replace(correct, name="forgotten", writes=(4,)),
             known["adamw fp32, one launch"],
             correct,
         ]
 
 
-    cases = audit.cases
     audit.cases = planted
-    audit.REGISTER_LIMIT = 16
+    audit_findings.REGISTER_LIMIT = 16
     sys.exit(audit.main(["--target", "sm_90", "--jobs", "1"]))
 """
 

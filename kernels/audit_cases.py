@@ -1,0 +1,201 @@
+"""Which launches are audited, with which constants, and what each is known to move."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from triton_hybrid.kernels.audit_launches import (
+    FP32,
+    FP64,
+    HALVES,
+    MANY,
+    SINGLE,
+    Precision,
+    adamw_launch,
+    correct_launch,
+    gram_launch,
+    judge_launch,
+    predict_launch,
+    reduce_launch,
+    settle_launch,
+    slopes_launch,
+)
+from triton_hybrid.kernels.audit_targets import Launch, Target
+from triton_hybrid.kernels.chunks import MAX_HISTORY
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to audit, and what it is known to move.
+
+    The byte counts are those of one element in a full chunk, one entry a role.
+
+    Attributes:
+        name: As in the table.
+        kernel: Which kernel, as on the command line.
+        launch: Makes the launch for a target.
+        reads: Item sizes of the roles that a block reads.
+        writes: Item sizes of the roles that a block writes.
+        first_pass: Item sizes of the roles that a pass of its own reads before.
+        untaken: Bytes among ``reads`` in branches of which one is not taken.
+        floor: Bytes that the bare operation has to move; None where elements are not moved.
+        may_spill: Whether spills are shown only. True for FP64, which nobody trains with: it
+            has to run, not to be fast.
+    """
+
+    name: str
+    kernel: str
+    launch: Callable[[Target], Launch]
+    reads: tuple[int, ...] = ()
+    writes: tuple[int, ...] = ()
+    first_pass: tuple[int, ...] = ()
+    untaken: int = 0
+    floor: int | None = None
+    may_spill: bool = False
+
+    @property
+    def bytes_per_element(self) -> int | None:
+        """Bytes that the kernel moves for an element; None where it moves none."""
+        total = sum(self.reads) + sum(self.writes) + sum(self.first_pass) - self.untaken
+        return total or None
+
+
+def _adamw_case(
+    precision: Precision,
+    part: str = "one launch",
+    *,
+    clip: bool = False,
+    slow: bool = False,
+    measured: bool = True,
+    lengths: Sequence[int] = MANY,
+) -> Case:
+    wide, narrow = precision.weight.itemsize, precision.param.itemsize
+    words = [precision.name, part]
+    words += ["clip"] * clip + ["slow EMA"] * slow + ["unmeasured"] * (slow and not measured)
+    words += ["one chunk"] * (lengths is SINGLE)
+    # weight, exp_avg, exp_avg_sq; the gradient; the slow EMA
+    extra = (wide,) * slow
+    reads, writes = (wide,) * 3 + (narrow,) + extra, (wide,) * 3 + precision.master + extra
+    floor = 6 * wide + narrow + sum(precision.master)
+    launch = functools.partial(
+        adamw_launch,
+        precision=precision,
+        lengths=lengths,
+        part=part,
+        clip=clip,
+        slow=slow,
+        measured=measured,
+    )
+    name = "adamw " + ", ".join(words)
+    if part == "statistics":
+        return Case(name, "adamw", launch, reads=(narrow,), floor=narrow)
+    first = (narrow,) if part == "one launch" else ()
+    return Case(
+        name,
+        "adamw",
+        launch,
+        reads,
+        writes,
+        first_pass=first,
+        floor=floor,
+        may_spill=precision == FP64,
+    )
+
+
+def _move_cases(precision: Precision, lengths: Sequence[int] = MANY) -> list[Case]:
+    """Predict, settle, slopes, correct."""
+    wide, narrow, master = precision.weight.itemsize, precision.param.itemsize, precision.master
+    common: dict[str, Any] = {"precision": precision, "lengths": lengths}
+    name = precision.name + (", one chunk" if lengths is SINGLE else "")
+    move = (wide, *master)
+    basis = (wide,) * MAX_HISTORY
+    return [
+        # Reads weight, exp_avg, exp_avg_sq and slow_ema; the bare move needs no exp_avg and
+        # keeps no snapshot.
+        Case(
+            f"predict {name}, slow EMA",
+            "predict",
+            functools.partial(predict_launch, trajectory=False, **common),
+            (wide,) * 4,
+            (wide, *move),
+            floor=3 * wide + sum(move),
+        ),
+        Case(
+            f"predict {name}, trajectory of {MAX_HISTORY}",
+            "predict",
+            functools.partial(predict_launch, trajectory=True, **common),
+            (wide, wide, *basis),
+            (wide, *move),
+            floor=wide + sum(basis) + sum(move),
+        ),
+        Case(
+            f"settle {name} (when it takes back)",
+            "settle",
+            functools.partial(settle_launch, **common),
+            (wide,),
+            move,
+            floor=wide + sum(move),
+        ),
+        Case(
+            f"slopes {name}",
+            "slopes",
+            functools.partial(slopes_launch, **common),
+            (narrow, wide, wide),
+            floor=narrow + 2 * wide,
+        ),
+        Case(
+            f"correct {name}, restart",
+            "correct",
+            functools.partial(correct_launch, restart=True, **common),
+            (wide, wide),
+            (wide, *move),
+            floor=2 * wide + sum(move),
+        ),
+    ]
+
+
+def _gram_case(slot: int, lengths: Sequence[int] = MANY) -> Case:
+    # The load of each row lies in a branch, but for the row known to be written; of a row
+    # that is only known at run time, one branch is not taken.
+    wide = FP32.weight.itemsize
+    known = slot == 1
+    rows = 2 + MAX_HISTORY - known
+    moved = (2 + MAX_HISTORY - 1 + 2) * wide
+    return Case(
+        f"gram fp32, history of {MAX_HISTORY}" + (", one chunk" if lengths is SINGLE else ""),
+        "gram",
+        functools.partial(gram_launch, precision=FP32, lengths=lengths, slot=slot),
+        (wide,) * rows,
+        (wide, wide),
+        untaken=0 if known else wide,
+        floor=moved,
+    )
+
+
+def cases() -> list[Case]:
+    """Every launch to audit."""
+    found: list[Case] = []
+    for precision in (FP32, *HALVES):
+        for clip in (True, False):
+            found.append(_adamw_case(precision, clip=clip))
+            found.append(_adamw_case(precision, clip=clip, slow=True))
+        found.append(_adamw_case(precision, clip=True, slow=True, measured=False))
+        found.append(_adamw_case(precision, "statistics"))
+        found.append(_adamw_case(precision, "update", clip=True))
+        found.append(_adamw_case(precision, "update", clip=True, slow=True))
+    found.append(_adamw_case(FP32, clip=True, slow=True, lengths=SINGLE))
+    found.append(_adamw_case(FP64, clip=True, slow=True))
+    for precision in (FP32, *HALVES):
+        found.extend(_move_cases(precision))
+    found.extend(_move_cases(FP32, SINGLE))
+    found.append(_gram_case(slot=2))
+    found.append(_gram_case(slot=1, lengths=SINGLE))
+    found.append(Case("reduce", "reduce", reduce_launch))
+    found.append(Case("judge", "judge", functools.partial(judge_launch, lengths=MANY)))
+    found.append(
+        Case("judge, one tensor", "judge", functools.partial(judge_launch, lengths=SINGLE))
+    )
+    return found

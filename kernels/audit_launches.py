@@ -1,0 +1,197 @@
+"""One launch of every kernel, as its launcher asks for it, on tensors that are never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton_hybrid.kernels.adamw import HYPER_FIELDS, Workspace, adamw_step
+from triton_hybrid.kernels.audit_targets import TYPE_NAMES, Launch, Target, recorded
+from triton_hybrid.kernels.chunks import MAX_HISTORY, TensorSet, gpu_tiling
+from triton_hybrid.kernels.correct import SLOPE_SUMS, correct, slopes
+from triton_hybrid.kernels.divergence import MEMORY_COLUMNS, judge
+from triton_hybrid.kernels.gram import gram, reduce_partials
+from triton_hybrid.kernels.ledger import new_ledger
+from triton_hybrid.kernels.predict import MOVE_COLUMNS, predict, settle
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of a model.
+
+    Attributes:
+        param: What the model computes with; gradients have it too.
+        weight: What the optimizer computes with, the dtype of all state.
+    """
+
+    param: torch.dtype
+    weight: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """Short name, as in the table."""
+        return TYPE_NAMES[self.param]
+
+    @property
+    def master(self) -> tuple[int, ...]:
+        """Item size of the parameter where a master stands behind it."""
+        return (self.param.itemsize,) if self.param != self.weight else ()
+
+
+FP32 = Precision(torch.float32, torch.float32)
+FP64 = Precision(torch.float64, torch.float64)
+HALVES = (Precision(torch.float16, torch.float32), Precision(torch.bfloat16, torch.float32))
+
+# Three tensors of several chunks: no argument is 1 or a multiple of 16 by accident, and so
+# none is specialised. One tensor of one chunk is the opposite: everything is.
+MANY = (30_000, 20_000, 10_000)
+SINGLE = (8_192,)
+
+
+class _Problem:
+    """The tensors of a launch: small, on the CPU, never touched by a kernel."""
+
+    def __init__(self, target: Target, precision: Precision, lengths: Sequence[int]) -> None:
+        state = precision.weight
+        rows: dict[str, list[Tensor]] = {"param": self._row(lengths, precision.param)}
+        rows["grad"] = self._row(lengths, precision.param)
+        if precision.master:
+            rows["weight"] = self._row(lengths, state)
+        history = [f"history_{index}" for index in range(MAX_HISTORY)]
+        for name in ("exp_avg", "exp_avg_sq", "slow_ema", "snapshot", *history):
+            rows[name] = self._row(lengths, state)
+        self.tiling = gpu_tiling(target.processors, target.warp_size, state.itemsize)
+        self.tensors = TensorSet(rows, self.tiling)
+        count = len(lengths)
+        self.group = torch.zeros(count, dtype=torch.int32)
+        self.steps = torch.zeros(count)
+        self.hyper = torch.zeros(1, len(HYPER_FIELDS), dtype=torch.float64)
+        self.memory = torch.zeros(count, MEMORY_COLUMNS.value)
+        self.ledger = new_ledger(torch.device("cpu"))
+        self.coefficients = torch.zeros(count, MAX_HISTORY)
+        self.arrivals = torch.zeros(2, dtype=torch.int32)
+
+    @staticmethod
+    def _row(lengths: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        return [torch.zeros(length, dtype=dtype) for length in lengths]
+
+    def scratch(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Chunk partials and tensor sums of so many columns."""
+        chunks = self.tensors.chunks(every=True)
+        sums = torch.zeros(len(self.tensors), columns, dtype=torch.float64)
+        return torch.zeros(chunks.count, columns), sums
+
+
+def adamw_launch(
+    target: Target,
+    precision: Precision,
+    lengths: Sequence[int],
+    part: str,
+    clip: bool,
+    slow: bool,
+    measured: bool,
+) -> Launch:
+    """`adamw_step`; ``part`` is one launch, statistics or update."""
+    problem = _Problem(target, precision, lengths)
+    with recorded(target) as launches:
+        adamw_step(
+            [problem.tensors],
+            [problem.group],
+            [problem.steps],
+            problem.hyper,
+            problem.ledger,
+            Workspace([problem.tensors]),
+            max_norm=1.0 if clip else None,
+            slow_beta=0.9 if slow else 0.0,
+            observed=True,
+            measured=measured,
+            cooperative=part == "one launch",
+        )
+    return launches[-1 if part == "update" else 0]
+
+
+def predict_launch(
+    target: Target, precision: Precision, lengths: Sequence[int], trajectory: bool
+) -> Launch:
+    """The pass of `predict` over all elements, from the trajectory or from the slow EMA."""
+    problem = _Problem(target, precision, lengths)
+    partials, sums = problem.scratch(MOVE_COLUMNS)
+    with recorded(target) as launches:
+        predict(
+            problem.tensors,
+            problem.group,
+            problem.steps,
+            problem.hyper,
+            problem.coefficients if trajectory else None,
+            problem.memory,
+            problem.ledger,
+            partials,
+            sums,
+            threshold=0.5,
+            share=0.5,
+            save=True,
+        )
+    return launches[0]
+
+
+def settle_launch(target: Target, precision: Precision, lengths: Sequence[int]) -> Launch:
+    """`settle`, by the last tensor set of a device."""
+    problem = _Problem(target, precision, lengths)
+    with recorded(target) as launches:
+        settle(
+            problem.tensors,
+            problem.scratch(MOVE_COLUMNS)[1],
+            problem.memory,
+            problem.ledger,
+            problem.arrivals,
+            threshold=0.5,
+            limit=10.0,
+            cooldown=5.0,
+            last=True,
+        )
+    return launches[0]
+
+
+def gram_launch(target: Target, precision: Precision, lengths: Sequence[int], slot: int) -> Launch:
+    """The pass of `gram` over all elements; ``slot`` takes the newest displacement."""
+    problem = _Problem(target, precision, lengths)
+    with recorded(target) as launches:
+        gram(problem.tensors, MAX_HISTORY, slot, *problem.scratch(MAX_HISTORY))
+    return launches[0]
+
+
+def reduce_launch(target: Target) -> Launch:
+    """`reduce_partials`, over the sums of a move."""
+    problem = _Problem(target, FP32, MANY)
+    partials, sums = problem.scratch(MOVE_COLUMNS)
+    with recorded(target) as launches:
+        reduce_partials(partials, problem.tensors.chunks(every=True), sums)
+    return launches[0]
+
+
+def slopes_launch(target: Target, precision: Precision, lengths: Sequence[int]) -> Launch:
+    """The pass of `slopes` over all elements."""
+    problem = _Problem(target, precision, lengths)
+    with recorded(target) as launches:
+        slopes(problem.tensors, problem.group, problem.hyper, *problem.scratch(SLOPE_SUMS))
+    return launches[0]
+
+
+def correct_launch(
+    target: Target, precision: Precision, lengths: Sequence[int], restart: bool
+) -> Launch:
+    """`correct`, with or without the start of a new cycle."""
+    problem = _Problem(target, precision, lengths)
+    with recorded(target) as launches:
+        correct(problem.tensors, problem.memory, problem.ledger, restart=restart)
+    return launches[0]
+
+
+def judge_launch(target: Target, lengths: Sequence[int]) -> Launch:
+    """`judge`."""
+    problem = _Problem(target, FP32, lengths)
+    with recorded(target) as launches:
+        judge(problem.ledger, problem.scratch(SLOPE_SUMS)[1], problem.memory, 2.5, 5.0)
+    return launches[0]

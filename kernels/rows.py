@@ -1,0 +1,143 @@
+"""The rows of a launch: the roles that a tensor can have, and how a kernel reaches them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton_hybrid.kernels.launch import INTERPRETED
+
+MAX_HISTORY = 8
+"""Most trajectory points that the tables have rows for."""
+
+ROWS: tuple[str, ...] = (
+    "param",
+    "grad",
+    "weight",
+    "exp_avg",
+    "exp_avg_sq",
+    "slow_ema",
+    "snapshot",
+    *(f"history_{i}" for i in range(MAX_HISTORY)),
+)
+"""The roles a tensor can have in a launch. ``weight`` is what the mathematics moves: the
+FP32 master of a 16-bit parameter, otherwise the parameter itself."""
+
+ROW = {name: index for index, name in enumerate(ROWS)}
+
+N_ROWS = tl.constexpr(len(ROWS))
+PARAM = tl.constexpr(ROW["param"])
+GRAD = tl.constexpr(ROW["grad"])
+WEIGHT = tl.constexpr(ROW["weight"])
+EXP_AVG = tl.constexpr(ROW["exp_avg"])
+EXP_AVG_SQ = tl.constexpr(ROW["exp_avg_sq"])
+SLOW_EMA = tl.constexpr(ROW["slow_ema"])
+SNAPSHOT = tl.constexpr(ROW["snapshot"])
+HISTORY = tl.constexpr(ROW["history_0"])
+
+TAIL_SHARE = tl.constexpr(4)
+"""A chunk with an end in it, or without alignment, is worked on in blocks smaller by this:
+masks and narrow accesses cost registers, and short tensors need few of the small blocks."""
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+"""Floating-point dtypes that the kernels read and write."""
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def row_pointer(addresses, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The base pointer of one role of one tensor."""
+    pointer = tl.load(addresses + tensor * N_ROWS + row).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def narrow(values, DTYPE: tl.constexpr):
+    """Rounds to the nearest number of a dtype, ties to even."""
+    if _INTERPRETED and tl.bfloat16 == DTYPE:
+        # The interpreter truncates, and loses the sign of zero. The compiler never sees this.
+        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where(values == values, nearest, 0x7FC0)
+        narrowed = nearest.to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        narrowed = values.to(DTYPE)
+    return narrowed
+
+
+@triton.jit
+def remaining(start, length, CHUNK: tl.constexpr):
+    """Elements of a tensor in the chunk that begins at ``start``."""
+    return tl.minimum(length - start, CHUNK).to(tl.int32)
+
+
+@triton.jit
+def _eights(BLOCK: tl.constexpr):
+    """Offsets of a block in rows of 8: what a thread moves of a 16-bit role at a time."""
+    return tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def load_row(
+    addresses,
+    row,
+    tensor,
+    begin,
+    length,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+    OTHER: tl.constexpr = 0.0,
+):
+    """A block of one role, promoted to ``COMPUTE``; ``OTHER`` beyond the end of the tensor.
+
+    A full chunk takes the branch without a mask: with one, ptxas emits 32-bit loads. There a
+    16-bit role is read as a matrix, which Triton gives a layout of its own: 8 elements a
+    thread are one 128-bit access, where an FP32 role takes 4. In one layout for both, every
+    FP32 row would go through shared memory on its way back.
+    """
+    pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
+    if FULL:
+        if DTYPE == COMPUTE:
+            values = tl.load(pointer + (begin + tl.arange(0, BLOCK)))
+        else:
+            values = tl.reshape(tl.load(pointer + (begin + _eights(BLOCK))), (BLOCK,))
+    else:
+        offsets = begin + tl.arange(0, BLOCK)
+        values = tl.load(pointer + offsets, mask=offsets < length, other=OTHER)
+    return values.to(COMPUTE)
+
+
+@triton.jit
+def store_row(
+    addresses,
+    row,
+    tensor,
+    begin,
+    length,
+    values,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Writes a block of one role, rounded once to the role's dtype."""
+    pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
+    values = narrow(values, DTYPE)
+    if FULL:
+        if DTYPE == COMPUTE:
+            tl.store(pointer + (begin + tl.arange(0, BLOCK)), values)
+        else:
+            tl.store(pointer + (begin + _eights(BLOCK)), tl.reshape(values, (BLOCK // 8, 8)))
+    else:
+        offsets = begin + tl.arange(0, BLOCK)
+        tl.store(pointer + offsets, values, mask=offsets < length)
