@@ -1,0 +1,450 @@
+"""The harness of the frontier: tasks, optimizers, runs, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "benchmarks"))
+
+import frontier
+import frontier_runs
+import frontier_task_text
+import frontier_tasks
+from frontier_optimizers import OPTIMIZERS, make_optimizer, rate_factor, require_package
+from frontier_runs import RunSpec, read_lines, run, run_all
+from frontier_tasks import TASKS, build_task
+from frontier_training import Run
+
+TINY: dict[str, dict[str, Any]] = {
+    "lm": {"layers": 1, "width": 16, "heads": 2, "batch": 2, "length": 16, "windows": 4},
+    "finetune": {"layers": 1, "width": 16, "heads": 2, "batch": 2, "length": 16, "windows": 4},
+    "digits-cnn": {},
+    "digits-fullbatch": {"width": 8},
+    "pde": {"width": 8, "points": 16},
+    "tabular": {},
+}
+VARYING = ("lm", "finetune", "digits-cnn", "tabular")
+FIELDS = {
+    "key", "task", "task_options", "optimizer", "optimizer_options", "lr", "budget", "seed",
+    "schedule", "gradient_evaluations", "metric", "final", "held_out_final", "train_final",
+    "curve", "seconds", "diverged", "parameters", "stats", "hardware", "versions", "planted",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_texts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The real texts, cut; a short recipe; and a cache that nobody else uses."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setattr(frontier_task_text, "PRETRAINING_STEPS", 3)
+    yield
+    patch.undo()
+
+
+def tiny(task: str, optimizer: str = "adamw", **changes: Any) -> RunSpec:
+    values: dict[str, Any] = {"lr": 1e-3, "budget": 6, "seed": 0, "task_options": TINY[task]}
+    return RunSpec(task=task, optimizer=optimizer, **(values | changes))
+
+
+def comparable(line: dict[str, Any]) -> dict[str, Any]:
+    """A line without what depends on the clock."""
+    kept = {name: value for name, value in line.items() if name != "seconds"}
+    kept["curve"] = [[gradients, loss] for gradients, _, loss in line["curve"]]
+    if line["stats"] is not None:
+        kept["stats"] = {n: v for n, v in line["stats"].items() if n != "seconds_per_phase"}
+    return kept
+
+
+# ------------------------------------------------------------------------------------- tasks
+
+
+def test_all_tasks_are_tested() -> None:
+    assert set(TINY) == set(TASKS)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_task_is_decided_by_its_seed(name: str) -> None:
+    task, again = build_task(name, TINY[name]), build_task(name, TINY[name])
+    one, same = task.model(3), again.model(3)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters()))
+    # Out of order, and with other draws between: the index alone counts.
+    late, early = task.batch(3, 7), task.batch(3, 0)
+    torch.rand(5)
+    assert all(torch.equal(a, b) for a, b in zip(early, again.batch(3, 0)))
+    assert all(torch.equal(a, b) for a, b in zip(late, again.batch(3, 7)))
+    assert task.held_out(one) == again.held_out(same)
+    assert math.isfinite(task.held_out(one, quick=True))
+    assert task.loss_scale in ("linear", "log")
+    assert task.data()
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_batches_differ_by_seed_and_index(name: str) -> None:
+    task = build_task(name, TINY[name])
+    batch = task.batch(3, 7)
+    for other in (task.batch(4, 7), task.batch(3, 8)):
+        assert not torch.equal(batch[0], other[0])
+
+
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"finetune"}))
+def test_initial_weights_differ_by_seed(name: str) -> None:
+    task = build_task(name, TINY[name])
+    pairs = zip(task.model(0).parameters(), task.model(1).parameters())
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_model_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    build_task("tabular", {}).model(0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_language_model_defaults() -> None:
+    task = build_task("lm", {})
+    assert sum(param.numel() for param in task.model(0).parameters()) == 366_432
+    inputs, targets = task.batch(0, 0)
+    assert inputs.shape == targets.shape == (16, 64)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    inputs, _ = build_task("lm", {"batch": 4}).batch(0, 0)
+    assert inputs.numel() == 256
+    # Below the logarithm of 256: the tied output favours a repetition, and spaces repeat.
+    assert 5.2 < task.held_out(task.model(0)) < math.log(256)
+
+
+def test_fine_tuning_text_does_not_leak() -> None:
+    training, held_out, _ = frontier_task_text.reference_text()
+    parts = {text for text in bytes(held_out.tolist()).split(b"\n\n") if len(text) > 100}
+    trained = bytes(training.tolist())
+    assert len(parts) > 20
+    assert not any(b"\n\n" + part + b"\n\n" in trained for part in parts)
+
+
+def test_poisson_network_knows_its_second_derivative() -> None:
+    task = build_task("pde", TINY["pde"])
+    model = task.model(0).double()
+    x = torch.rand(5, 1, dtype=torch.float64, requires_grad=True)
+    value, second = model(x)
+    (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(slope.sum(), x)
+    torch.testing.assert_close(second, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("chess", {}, "task 'chess': must be one of"),
+        ("lm", {"depth": 3}, "option 'depth' of task 'lm': must be one of"),
+        ("lm", {"layers": 0}, "layers=0: must be an integer >= 1"),
+        ("lm", {"layers": 1.5}, "layers=1.5: must be of type int"),
+        ("lm", {"width": 100}, "width=100: must be a multiple of heads=3"),
+        ("lm", {"device": "abacus"}, "device='abacus': must be 'cpu' or 'cuda'"),
+    ],
+)
+def test_wrong_task_options(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_task(name, options)
+
+
+# -------------------------------------------------------------------------------- optimizers
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_and_counts(name: str) -> None:
+    entry = OPTIMIZERS[name]
+    if entry.package is not None:
+        pytest.importorskip(entry.package)
+    config = {"warmup_steps": 2, "full_steps": 1} if name.startswith("hybrid") else {}
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    spec = tiny(
+        "digits-fullbatch",
+        name,
+        lr=1.0 if name == "lbfgs" else 1e-2 * entry.rate_scale,
+        budget=20,
+        optimizer_options=config,
+    )
+    current = Run(spec)
+    seen = 0
+
+    def count(grad: torch.Tensor) -> None:
+        nonlocal seen
+        seen += 1
+
+    next(current.model.parameters()).register_hook(count)  # type: ignore[no-untyped-call]
+    start = current.training_loss()
+    current.train()
+    line = json.loads(json.dumps(current.line(), allow_nan=False))
+    assert set(line) >= FIELDS
+    assert seen == line["gradient_evaluations"] == round(20 * entry.budget_factor)
+    assert line["budget"] == 20
+    assert line["final"] == line["train_final"] < start
+    assert not line["diverged"]
+    assert [gradients for gradients, _, _ in line["curve"]][-1] == seen
+    assert line["planted"] == entry.planted
+    assert (line["planted"] is not None) == (name in ("adamw-x1.5", "adamw-again"))
+    if name == "hybrid-none":
+        assert line["stats"]["predicted_steps"] == 0
+    elif name.startswith("hybrid") and name not in ("hybrid-subspace", "hybrid-linear"):
+        assert line["stats"]["predicted_steps"] > 0
+        assert line["settings"]["hybrid"]["warmup_steps"] == 2
+
+
+def test_predictor_none_is_adamw() -> None:
+    ours, theirs = run(tiny("tabular", "hybrid-none")), run(tiny("tabular"))
+    assert ours["final"] == pytest.approx(theirs["final"], rel=1e-5)
+
+
+def test_planted_runs_differ_from_adamw_as_they_should() -> None:
+    adamw = run(tiny("tabular"))
+    more = run(tiny("tabular", "adamw-x1.5"))
+    assert more["final"] == run(tiny("tabular", budget=9))["final"] != adamw["final"]
+    again = run(tiny("tabular", "adamw-again"))
+    assert again["seed"] == 0
+    assert again["final"] == run(tiny("tabular", seed=1000))["final"] != adamw["final"]
+    gain = run(tiny("tabular", "adamw-gain", optimizer_options={"gain": 2.0}))
+    assert gain["final"] == run(tiny("tabular", lr=2e-3))["final"]
+
+
+def test_tail_off_predicts_before_the_tail_alone() -> None:
+    options = {"warmup_steps": 2, "full_steps": 1, "predictor": "slow_ema"}
+    spec = tiny("digits-cnn", "hybrid-tail-off", budget=30, optimizer_options=options)
+    whole = run(tiny("digits-cnn", "hybrid", budget=30, optimizer_options=options))
+    cut = run(spec)
+    assert 0 < cut["stats"]["predicted_steps"] < whole["stats"]["predicted_steps"]
+    assert cut["stats"]["gradient_evaluations"] < cut["gradient_evaluations"] == 30
+    none = run(tiny("digits-cnn", budget=30))
+    options["tail"] = 1.0
+    off = run(tiny("digits-cnn", "hybrid-tail-off", budget=30, optimizer_options=options))
+    assert off["stats"]["predicted_steps"] == 0
+    assert off["final"] == pytest.approx(none["final"], rel=1e-4)
+
+
+def test_random_moves_keep_the_norm() -> None:
+    model = nn.Linear(20, 20)
+    options = {"warmup_steps": 1, "full_steps": 1, "predictor": "slow_ema"}
+    driver = make_optimizer("hybrid-random", model, 1e-2, options, 10, seed=5)
+    moves: list[tuple[float, float]] = []
+    replace = driver._replace_move  # type: ignore[attr-defined]
+
+    def watched(param: nn.Parameter, start: torch.Tensor) -> None:
+        before = (param - start).detach().clone()
+        replace(param, start)
+        after = (param - start).detach()
+        moves.append((float(before.norm()), float(after.norm())))
+        if float(before.norm()) > 0:
+            assert not torch.allclose(before, after, rtol=0.1)
+
+    driver._replace_move = watched  # type: ignore[attr-defined]
+    for _ in range(8):
+        driver.zero_grad()
+        model(torch.ones(4, 20)).square().mean().backward()
+        driver.step()
+    assert max(before for before, _ in moves) > 0
+    for before, after in moves:
+        assert after == pytest.approx(before, rel=1e-3, abs=1e-7)
+
+
+def test_schedules() -> None:
+    for schedule in ("linear", "cosine"):
+        factors = [rate_factor(schedule, index, 400) for index in range(400)]
+        assert factors[:3] == [0.05, 0.1, pytest.approx(0.15)]
+        assert max(factors) == factors[19] == factors[20] == 1.0
+        assert 0 < factors[-1] < 0.01
+        assert all(a >= b for a, b in pairwise(factors[19:]))
+    assert rate_factor("linear", 210, 400) == pytest.approx(0.5)
+    assert rate_factor("constant", 399, 400) == 1.0
+
+
+def test_a_missing_peer_names_its_extra() -> None:
+    with pytest.raises(RuntimeError, match=r"not_there is not installed; .*'peers'"):
+        require_package("not_there")
+
+
+def test_wrong_optimizer_options() -> None:
+    with pytest.raises(ValueError, match="optimizer 'sgd': must be one of"):
+        tiny("lm", "sgd").check()
+    with pytest.raises(ValueError, match="option 'momentum' of optimizer 'adamw'"):
+        tiny("lm", "adamw", optimizer_options={"momentum": 0.9}).check()
+    with pytest.raises(ValueError, match="'lbfgs': needs a full-batch task, not 'lm'"):
+        tiny("lm", "lbfgs").check()
+    wrong: dict[str, Any] = {"lr": 0.0, "budget": 0, "seed": -1, "schedule": "steps"}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}="):
+            tiny("lm", **{name: value})
+
+
+# -------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_repeats_bit_for_bit() -> None:
+    assert comparable(run(tiny("lm", "hybrid"))) == comparable(run(tiny("lm", "hybrid")))
+
+
+def test_a_key_is_stable_and_counts_every_field() -> None:
+    spec = tiny("tabular")
+    assert spec.key == tiny("tabular").key == RunSpec(**spec.to_dict()).key
+    others = [
+        tiny("tabular", lr=2e-3),
+        tiny("tabular", budget=7),
+        tiny("tabular", seed=1),
+        tiny("tabular", "hybrid"),
+        tiny("tabular", schedule="cosine"),
+        tiny("tabular", task_options={"batch": 32}),
+        tiny("tabular", optimizer_options={"eps": 1e-7}),
+    ]
+    assert len({spec.key, *(other.key for other in others)}) == 1 + len(others)
+
+
+def test_a_diverged_run_is_a_line_too() -> None:
+    line = run(tiny("digits-fullbatch", lr=1e38, budget=24))
+    assert line["diverged"]
+    assert line["final"] is None
+    json.dumps(line, allow_nan=False)
+
+
+def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "tabular.jsonl"
+    specs = [tiny("tabular", seed=seed) for seed in (0, 1)]
+    assert run_all(specs, path) == 2
+    written = path.read_bytes()
+    assert run_all(specs, path) == 0
+    assert path.read_bytes() == written
+    assert run_all([*specs, tiny("tabular", seed=2, budget=9)], path) == 1
+    assert [line["seed"] for line in read_lines(path)] == [0, 1, 2]
+
+
+def test_what_was_cut_off_is_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    specs = [tiny("tabular", seed=seed) for seed in (0, 1)]
+    run_all(specs, path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match="not JSON"):
+        assert run_all(specs, path) == 1
+    with pytest.warns(UserWarning, match="not JSON"):
+        assert {line["seed"] for line in read_lines(path)} == {0, 1}
+
+
+def test_processes_give_the_same_bits(tmp_path: Path) -> None:
+    specs = [tiny("tabular", "hybrid", seed=seed, budget=10 + seed) for seed in (0, 1)]
+    assert run_all(specs, tmp_path / "two.jsonl", workers=2) == 2
+    lines = {line["seed"]: line for line in read_lines(tmp_path / "two.jsonl")}
+    alone = run(specs[0])
+    for name in ("key", "final", "held_out_final", "train_final", "settings"):
+        assert lines[0][name] == alone[name]
+    assert lines[0]["hardware"]["threads"] == 1
+
+
+def test_one_failure_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_for_seed_one(spec: RunSpec) -> dict[str, Any]:
+        if spec.seed == 1:
+            raise ArithmeticError("no luck")
+        return run(spec)
+
+    monkeypatch.setattr(frontier_runs, "run", fails_for_seed_one)
+    specs = [tiny("tabular", seed=seed) for seed in (0, 1, 2)]
+    with pytest.raises(RuntimeError, match=r"1 of 3 runs failed.*\n.*seed 1: ArithmeticError"):
+        run_all(specs, tmp_path / "runs.jsonl")
+    assert {line["seed"] for line in read_lines(tmp_path / "runs.jsonl")} == {0, 2}
+
+
+def test_after_an_interrupt_finished_runs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(spec: RunSpec) -> dict[str, Any]:
+        if spec.budget == 6:
+            raise KeyboardInterrupt
+        return run(spec)
+
+    monkeypatch.setattr(frontier_runs, "run", interrupted)
+    # The longest is run first.
+    with pytest.raises(KeyboardInterrupt):
+        run_all([tiny("tabular"), tiny("tabular", budget=8)], tmp_path / "runs.jsonl")
+    assert [line["budget"] for line in read_lines(tmp_path / "runs.jsonl")] == [8]
+
+
+# ----------------------------------------------------------------------------------- command
+
+
+def command(path: Path, *more: str) -> list[str]:
+    return [
+        "run", "--tasks", "tabular", "--optimizers", "adamw", "--budgets", "5",
+        "--output", str(path), *more,
+    ]  # fmt: skip
+
+
+def test_command_tunes_then_runs_the_best_rate(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    flags = ("--lrs", "1e-5", "1e-3", "--tune-seeds", "0", "--seeds", "0", "1", "2")
+    assert frontier.main(command(path, *flags)) == 0
+    ran = [(line["lr"], line["seed"]) for line in read_lines(path)]
+    assert sorted(ran) == [(1e-5, 0), (1e-3, 0), (1e-3, 1), (1e-3, 2)]
+
+
+def test_command_takes_options_for_all_or_one(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    flags = ("--lrs", "1e-3", "--seeds", "0", "--task-option", "batch=8")
+    assert frontier.main(command(path, *flags, "--optimizer-option", "adamw:eps=1e-6")) == 0
+    (line,) = read_lines(path)
+    assert line["task_options"] == {"batch": 8}
+    assert line["optimizer_options"] == {"eps": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--task-option", "batch"), "--task-option 'batch': must be NAME=VALUE"),
+        (("--task-option", "lm:batch=4"), "'lm' must be one of ['tabular']"),
+        (("--task-option", "depth=4"), "option 'depth' of task 'tabular'"),
+        (("--optimizer-option", "gain=2"), "option 'gain' of optimizer 'adamw'"),
+    ],
+)
+def test_command_refuses_wrong_options(
+    flags: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs.jsonl"
+    assert frontier.main(command(path, "--lrs", "1e-3", *flags)) == 2
+    assert message in capsys.readouterr().err
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give one of: run, report, --quick"),
+        (["run", "--tasks", "chess"], "invalid choice: 'chess'"),
+        (["run", "--budgets", "0"], "'0' is not possible; allowed: whole numbers from 1"),
+        (["run", "--lrs", "-1"], "-1"),
+    ],
+)
+def test_command_refuses_wrong_flags(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        frontier.main(flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_default_grid_has_four_rates() -> None:
+    for task in frontier_tasks.TASKS.values():
+        for entry in OPTIMIZERS.values():
+            assert len(entry.grid(task.learning_rates)) >= 4
+
+
+def test_report_of_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("frontier_report")
+    missing = tmp_path / "missing.jsonl"
+    assert frontier.main(["report", str(missing), "--output", str(tmp_path)]) == 2
+    assert "missing.jsonl: does not exist" in capsys.readouterr().err
