@@ -6,7 +6,7 @@ values; the second updates. The second needs the result of the first for *all* t
 either a grid barrier (one cooperative launch) or the end of a launch (two launches).
 
 The update moves 28 bytes a parameter, in FP32 and in 16 bit with FP32 masters; the first
-part reads the gradient once more, the slow EMA adds 8.
+part reads the gradient once more, the slow EMA adds 8 and the weight EMA 8.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from triton_hybrid.kernels.chunks import (
     SLOW_EMA,
     TAIL_SHARE,
     WEIGHT,
+    WEIGHT_EMA,
     TensorSet,
     load_row,
     on_device,
@@ -37,8 +38,12 @@ from triton_hybrid.kernels.chunks import (
     store_row,
 )
 from triton_hybrid.kernels.divergence import (
+    level_decay,
+    level_decay_reference,
     observe,
     observe_reference,
+    slow_clip,
+    slow_clip_reference,
     slow_decay,
     slow_decay_reference,
 )
@@ -54,9 +59,11 @@ HYPER_FIELDS: tuple[str, ...] = (
     "weight_decay",
     "sign",
     "horizon",
+    "level",
 )
 """Columns of the hyperparameter table, FP64, one row a parameter group. ``sign`` is -1 when
-maximising; ``horizon`` is how many base steps one predicted step stands for."""
+maximising; ``horizon`` is how many base steps one predicted step stands for, ``level`` which
+part of the way to the weight EMA it goes."""
 
 HYPER = {name: index for index, name in enumerate(HYPER_FIELDS)}
 HYPER_COLUMNS = tl.constexpr(len(HYPER_FIELDS))
@@ -69,10 +76,15 @@ EPS = tl.constexpr(HYPER["eps"])
 WEIGHT_DECAY = tl.constexpr(HYPER["weight_decay"])
 SIGN = tl.constexpr(HYPER["sign"])
 HORIZON = tl.constexpr(HYPER["horizon"])
+LEVEL_SHARE = tl.constexpr(HYPER["level"])
 
-PARTIAL_ROWS = 6
+PARTIAL_ROWS = 7
 """First-stage sums of each program: squared gradient, non-finite gradients, squared update,
-update · slow direction, squared slow direction, squared slow EMA."""
+update · slow direction, squared slow direction, squared slow EMA, gradient · (weight - weight
+EMA)."""
+
+SUMS = PARTIAL_ROWS - 2
+"""Sums of an update: all of them but those of the gradient."""
 
 STATISTICS, UPDATE = 1, 2
 
@@ -146,10 +158,10 @@ def _clip_coefficient(norm, max_norm, CLIP: tl.constexpr):
 @triton.jit
 def _update_block(
     addresses, tensor, begin, length,
-    clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
-    uu, us, ss, ee,
+    clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate, steady, level_rate,
+    uu, us, ss, ee, pull,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr,
-    MASTER: tl.constexpr, SLOW: tl.constexpr, MEASURE: tl.constexpr,
+    MASTER: tl.constexpr, SLOW: tl.constexpr, LEVEL: tl.constexpr, MEASURE: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     w = load_row(addresses, WEIGHT, tensor, begin, length, COMPUTE, COMPUTE, BLOCK, FULL)
@@ -160,11 +172,21 @@ def _update_block(
     if SLOW:
         s = load_row(addresses, SLOW_EMA, tensor, begin, length, COMPUTE, COMPUTE, BLOCK, FULL)
     g = g * clip
+    if LEVEL:
+        level = load_row(
+            addresses, WEIGHT_EMA, tensor, begin, length, COMPUTE, COMPUTE, BLOCK, FULL
+        )
+        pull += tl.sum((g * (w - level)).to(tl.float32), axis=0)
     m = m + (1.0 - beta1) * (g - m)
     v = v * beta2 + (1.0 - beta2) * (g * g)
     denominator = precise_div(precise_sqrt(v), root_correction2) + eps
     update = step_size * precise_div(m, denominator)
     w = w * decay - update
+    if LEVEL:
+        level = level + level_rate * (w - level)
+        store_row(
+            addresses, WEIGHT_EMA, tensor, begin, length, level, COMPUTE, COMPUTE, BLOCK, FULL
+        )
     store_row(addresses, WEIGHT, tensor, begin, length, w, COMPUTE, COMPUTE, BLOCK, FULL)
     store_row(addresses, EXP_AVG, tensor, begin, length, m, COMPUTE, COMPUTE, BLOCK, FULL)
     store_row(addresses, EXP_AVG_SQ, tensor, begin, length, v, COMPUTE, COMPUTE, BLOCK, FULL)
@@ -176,10 +198,10 @@ def _update_block(
             uu += tl.sum((update * update).to(tl.float32), axis=0)
             us += tl.sum((update * direction).to(tl.float32), axis=0)
             ss += tl.sum((direction * direction).to(tl.float32), axis=0)
-        s = s + slow_rate * (g - s)
+        s = s + slow_rate * (steady * g - s)
         ee += tl.sum((s * s).to(tl.float32), axis=0)
         store_row(addresses, SLOW_EMA, tensor, begin, length, s, COMPUTE, COMPUTE, BLOCK, FULL)
-    return uu, us, ss, ee
+    return uu, us, ss, ee, pull
 
 
 @triton.jit
@@ -190,10 +212,10 @@ def _adamw_kernel(
     partials, first_column, arrivals, ledger,
     max_norm, slow_beta,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr,
-    MASTER: tl.constexpr, SLOW: tl.constexpr, MEASURE: tl.constexpr, CLIP: tl.constexpr,
-    STATISTICS_PART: tl.constexpr, UPDATE_PART: tl.constexpr, LAST: tl.constexpr,
-    OBSERVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
-    TENSORS: tl.constexpr,
+    MASTER: tl.constexpr, SLOW: tl.constexpr, LEVEL: tl.constexpr, MEASURE: tl.constexpr,
+    CLIP: tl.constexpr, STATISTICS_PART: tl.constexpr, UPDATE_PART: tl.constexpr,
+    LAST: tl.constexpr, OBSERVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -237,13 +259,21 @@ def _adamw_kernel(
         held = tl.load(ledger + HOLD) > 0
         coefficient = _clip_coefficient(norm, max_norm, CLIP)
         slow_rate = 0.0
+        steady = 1.0
+        level_rate = 0.0
         if SLOW:
             slow_rate = (1.0 - slow_decay(ledger, slow_beta)).to(COMPUTE)
+            # How much less than the clipped gradient the slow EMA takes; 1 but for outliers.
+            steady = slow_clip(ledger, norm, coefficient) / tl.maximum(coefficient, 1e-300)
+            steady = steady.to(COMPUTE)
+        if LEVEL:
+            level_rate = (1.0 - level_decay(ledger)).to(COMPUTE)
 
         uu = tl.full((), 0.0, tl.float32)
         us = tl.full((), 0.0, tl.float32)
         ss = tl.full((), 0.0, tl.float32)
         ee = tl.full((), 0.0, tl.float32)
+        pull = tl.full((), 0.0, tl.float32)
         n_updated = tl.where(nonfinite | held, 0, n_chunks)
         for chunk in range(program, n_updated, programs):
             tensor = tl.load(chunk_tensor + chunk)
@@ -264,25 +294,26 @@ def _adamw_kernel(
             eps = tl.load(row + EPS).to(COMPUTE)
             if full:
                 for inner in range(0, CHUNK, BLOCK):
-                    uu, us, ss, ee = _update_block(
+                    uu, us, ss, ee, pull = _update_block(
                         addresses, tensor, start + inner, length,
                         clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
-                        uu, us, ss, ee,
-                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, MEASURE, BLOCK, True,
+                        steady, level_rate, uu, us, ss, ee, pull,
+                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, LEVEL, MEASURE, BLOCK, True,
                     )  # fmt: skip
             else:
                 for inner in range(0, remaining(start, length, CHUNK), TAIL):
-                    uu, us, ss, ee = _update_block(
+                    uu, us, ss, ee, pull = _update_block(
                         addresses, tensor, start + inner, length,
                         clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
-                        uu, us, ss, ee,
-                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, MEASURE, TAIL, False,
+                        steady, level_rate, uu, us, ss, ee, pull,
+                        PARAM_TYPE, GRAD_TYPE, COMPUTE, MASTER, SLOW, LEVEL, MEASURE, TAIL, False,
                     )  # fmt: skip
         if SLOW:
             tl.store(partials + 2 * COLUMNS + column, uu)
             tl.store(partials + 3 * COLUMNS + column, us)
             tl.store(partials + 4 * COLUMNS + column, ss)
             tl.store(partials + 5 * COLUMNS + column, ee)
+            tl.store(partials + 6 * COLUMNS + column, pull)
 
         # The last program to finish keeps the books: nobody else reads them any more.
         tl.debug_barrier()
@@ -308,7 +339,12 @@ def _adamw_kernel(
                 tl.store(ledger + NONFINITE, any_bad.to(tl.float64))
                 tl.store(ledger + SKIPPED, tl.load(ledger + SKIPPED) + any_bad.to(tl.float64))
                 tl.store(ledger + APPLIED, tl.load(ledger + APPLIED) + applied.to(tl.float64))
-                used = final_norm * _clip_coefficient(final_norm, max_norm, CLIP)
+                final_clip = _clip_coefficient(final_norm, max_norm, CLIP)
+                used = final_norm * final_clip
+                final_steady = 1.0
+                if SLOW:
+                    final_clip = tl.maximum(final_clip, 1e-300)
+                    final_steady = slow_clip(ledger, final_norm, final_clip) / final_clip
                 if OBSERVE:  # noqa: SIM102 - known when compiled, unlike the next
                     # A norm that overflowed would spoil every running mean for good.
                     if applied & (used < float("inf")):
@@ -316,14 +352,16 @@ def _adamw_kernel(
                         sums_us = tl.load(partials + 3 * COLUMNS + columns, cache_modifier=".cg")
                         sums_ss = tl.load(partials + 4 * COLUMNS + columns, cache_modifier=".cg")
                         sums_ee = tl.load(partials + 5 * COLUMNS + columns, cache_modifier=".cg")
+                        pulls = tl.load(partials + 6 * COLUMNS + columns, cache_modifier=".cg")
                         observe(
                             ledger,
                             final_norm,
-                            used,
+                            used * final_steady,
                             tl.sum(sums_uu.to(tl.float64), axis=0),
                             tl.sum(sums_us.to(tl.float64), axis=0),
                             tl.sum(sums_ss.to(tl.float64), axis=0),
                             tl.sum(sums_ee.to(tl.float64), axis=0),
+                            tl.sum(pulls.to(tl.float64), axis=0) * final_steady,
                             slow_beta,
                             SLOW,
                             MEASURE,
@@ -360,6 +398,7 @@ def adamw_step(
     slow_beta: float,
     observed: bool,
     measured: bool = True,
+    level: bool = True,
     cooperative: bool | None = None,
 ) -> None:
     """One AdamW step over tensor sets of different dtypes on one device.
@@ -379,6 +418,7 @@ def adamw_step(
         slow_beta: Largest decay of the slow gradient EMA; 0 for none.
         observed: Whether the running statistics of the ledger are kept.
         measured: Whether update and slow direction are compared in this step.
+        level: Whether a row ``weight_ema``, where there is one, is kept up to date.
         cooperative: Forces or forbids the single launch; None takes what the device can.
     """
     alone = not INTERPRETED or sets[0].tiling.programs == 1
@@ -406,6 +446,7 @@ def adamw_step(
                     PARAM_TYPE=tensors.dtype_of("param"), GRAD_TYPE=tensors.dtype_of("grad"),
                     COMPUTE=tensors.dtype_of("weight"),
                     MASTER=tensors.has_master, SLOW=slow_beta > 0,
+                    LEVEL=level and slow_beta > 0 and tensors.has("weight_ema"),
                     MEASURE=measured and slow_beta > 0, CLIP=max_norm is not None,
                     STATISTICS_PART=bool(part & STATISTICS), UPDATE_PART=bool(part & UPDATE),
                     LAST=index == len(sets) - 1, OBSERVE=observed,
@@ -426,6 +467,7 @@ def adamw_step_reference(
     slow_beta: float,
     observed: bool,
     measured: bool = True,
+    level: bool = True,
 ) -> None:
     """`adamw_step` in plain torch, block by block in cache; the CPU backend.
 
@@ -452,19 +494,20 @@ def adamw_step_reference(
     if max_norm is not None:
         coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
-    slow_rate = None if slow_beta == 0 else 1.0 - slow_decay_reference(ledger, slow_beta)
-    measured = measured and slow_rate is not None
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    rates = averaging_rates(ledger, slow_beta, norm, coefficient) if slow_beta > 0 else None
+    steady = torch.ones_like(zero) if rates is None else rates[1]
+    measured = measured and rates is not None
+    sums = torch.zeros(SUMS, dtype=torch.float64, device=device)
     skip = None if device.type == "cpu" else ~applied
     if skip is not None or bool(applied):
         for tensors, group, step in zip(sets, groups, steps):
             table = _scalars(group, step, hyper, coefficient)
             if skip is None:
-                rate = None if slow_rate is None else float(slow_rate)
-                sums += _update_on_cpu(tensors, table, step, rate, measured)
+                known = None if rates is None else rates.tolist()
+                sums += _update_on_cpu(tensors, table, step, known, measured, level)
             else:
                 rows = [row.unbind() for row in table.to(tensors.compute_dtype).unbind()]
-                sums += _update_unless(tensors, rows, skip, slow_rate, measured)
+                sums += _update_unless(tensors, rows, skip, rates, measured, level)
             here = torch.tensor(tensors.present, device=device) if not all(tensors.present) else 1.0
             step.add_(applied.float() * here)
 
@@ -476,10 +519,19 @@ def adamw_step_reference(
         used = norm * coefficient
         # A norm that overflowed would spoil every running mean for good.
         seen = applied & used.isfinite()
-        uu, us, ss, ee = sums.unbind()
-        observe_reference(ledger, norm, used, uu, us, ss, ee, slow_beta, seen, measured)
+        uu, us, ss, ee, pull = sums.unbind()
+        observe_reference(
+            ledger, norm, used * steady, uu, us, ss, ee, pull * steady, slow_beta, seen, measured
+        )
     ledger[INDEX["loss"]] = torch.nan
     ledger[INDEX["hold"]] = 0.0
+
+
+def averaging_rates(ledger: Tensor, slow_beta: float, norm: Tensor, coefficient: Tensor) -> Tensor:
+    """FP64 ``[3]``: rate of the slow EMA, factor on its gradient, rate of the weight EMA."""
+    steady = slow_clip_reference(ledger, norm, coefficient) / coefficient.clamp(min=1e-300)
+    slow_rate = 1.0 - slow_decay_reference(ledger, slow_beta)
+    return torch.stack([slow_rate, steady, 1.0 - level_decay_reference(ledger)])
 
 
 def _scalars(group: Tensor, steps: Tensor, hyper: Tensor, coefficient: Tensor) -> Tensor:
@@ -526,19 +578,27 @@ def _update_unless(
     tensors: TensorSet,
     rows: Sequence[Sequence[Tensor]],
     skip: Tensor,
-    slow_rate: Tensor | None,
+    rates: Tensor | None,
     measured: bool,
+    level: bool = True,
 ) -> Tensor:
     """Updates one set where ``skip`` is false, without reading it on the host."""
     flat = tensors.flat
-    sums = torch.zeros(4, dtype=torch.float64, device=skip.device)
+    if rates is not None:
+        slow_rate, steady, level_rate = rates.to(tensors.compute_dtype).unbind()
+    sums = torch.zeros(SUMS, dtype=torch.float64, device=skip.device)
     for index, here in enumerate(tensors.present):
         for part in tensors.reference_blocks(index) if here else ():
             w, m, v = (flat[name][index][part] for name in ("weight", "exp_avg", "exp_avg_sq"))
             g = flat["grad"][index][part].to(tensors.compute_dtype)
             row = rows[index]
             new_w, new_m, new_v, denominator = adamw_block(w, g, m, v, row)
-            if slow_rate is not None:
+            if rates is not None and level and tensors.has("weight_ema"):
+                average = flat["weight_ema"][index][part]
+                sums[4] += (g * row[0]).dot(w - average)
+                moved = average + level_rate * (new_w - average)
+                average.copy_(torch.where(skip, average, moved))
+            if rates is not None:
                 s = flat["slow_ema"][index][part]
                 if measured:
                     update = row[6] * (new_m / denominator)
@@ -546,7 +606,7 @@ def _update_unless(
                     sums[0] += update.dot(update)
                     sums[1] += update.dot(direction)
                     sums[2] += direction.dot(direction)
-                new_s = s + slow_rate.to(s.dtype) * (g * row[0] - s)
+                new_s = s + slow_rate * (steady * (g * row[0]) - s)
                 sums[3] += new_s.dot(new_s)
                 s.copy_(torch.where(skip, s, new_s))
             w.copy_(torch.where(skip, w, new_w))
@@ -558,7 +618,12 @@ def _update_unless(
 
 
 def _update_on_cpu(
-    tensors: TensorSet, table: Tensor, steps: Tensor, slow_rate: float | None, measured: bool
+    tensors: TensorSet,
+    table: Tensor,
+    steps: Tensor,
+    rates: Sequence[float] | None,
+    measured: bool,
+    level: bool,
 ) -> Tensor:
     """Updates one set in place, with torch's own fused CPU operator for the AdamW part.
 
@@ -568,7 +633,8 @@ def _update_on_cpu(
     """
     flat = tensors.flat
     compute = tensors.compute_dtype
-    sums = torch.zeros(4, dtype=torch.float64)
+    averages = flat["weight_ema"] if rates and level and tensors.has("weight_ema") else None
+    sums = torch.zeros(SUMS, dtype=torch.float64)
     scratch = torch.empty(2, REFERENCE_BLOCK, dtype=compute)
     after = steps + 1.0
     for index, (here, row) in enumerate(zip(tensors.present, table.tolist())):
@@ -578,6 +644,9 @@ def _update_on_cpu(
             g = flat["grad"][index][part].to(compute)
             if clip != 1.0:
                 g = g * clip
+            if averages is not None:
+                away = torch.sub(w, averages[index][part], out=scratch[0, : w.numel()])
+                sums[4] += float(g.dot(away))
             torch._fused_adamw_(
                 [w], [g], [m], [v], [], [after[index]],
                 lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
@@ -585,8 +654,11 @@ def _update_on_cpu(
             )  # fmt: skip
             if tensors.has_master:
                 flat["param"][index][part].copy_(w)
-            if slow_rate is None:
+            if rates is None:
                 continue
+            slow_rate, steady, level_rate = rates
+            if averages is not None:
+                averages[index][part].lerp_(w, level_rate)
             s = flat["slow_ema"][index][part]
             if measured:
                 denominator = torch.sqrt(v, out=scratch[0, : v.numel()]).add_(eps * root)
@@ -596,7 +668,7 @@ def _update_on_cpu(
                 sums[0] += scale * float(update.dot(update))
                 sums[1] += scale * float(update.dot(direction))
                 sums[2] += scale * float(direction.dot(direction))
-            s.lerp_(g, slow_rate)
+            s.mul_(1.0 - slow_rate).add_(g, alpha=slow_rate * steady)
             if measured:
                 sums[3] += float(s.dot(s))
     return sums

@@ -76,8 +76,8 @@ def _adamw_case(
     words = [precision.name, part]
     words += ["clip"] * clip + ["slow EMA"] * slow + ["unmeasured"] * (slow and not measured)
     words += ["one chunk"] * (lengths is SINGLE)
-    # weight, exp_avg, exp_avg_sq; the gradient; the slow EMA
-    extra = (wide,) * slow
+    # weight, exp_avg, exp_avg_sq; the gradient; slow EMA and weight EMA
+    extra = (wide, wide) * slow
     reads, writes = (wide,) * 3 + (narrow,) + extra, (wide,) * 3 + precision.master + extra
     floor = 6 * wide + narrow + sum(precision.master)
     launch = functools.partial(
@@ -113,15 +113,15 @@ def _move_cases(precision: Precision, lengths: Sequence[int] = MANY) -> list[Cas
     move = (wide, *master)
     basis = (wide,) * MAX_HISTORY
     return [
-        # Reads weight, exp_avg, exp_avg_sq and slow_ema; the bare move needs no exp_avg and
-        # keeps no snapshot.
+        # Reads weight, exp_avg, exp_avg_sq, slow_ema and weight_ema; the bare move needs no
+        # exp_avg and keeps no snapshot.
         Case(
             f"predict {name}, slow EMA",
             "predict",
             functools.partial(predict_launch, trajectory=False, **common),
-            (wide,) * 4,
+            (wide,) * 5,
             (wide, *move),
-            floor=3 * wide + sum(move),
+            floor=4 * wide + sum(move),
         ),
         Case(
             f"predict {name}, trajectory of {MAX_HISTORY}",

@@ -60,7 +60,7 @@ class _Problem:
         if precision.master:
             rows["weight"] = self._row(lengths, state)
         history = [f"history_{index}" for index in range(MAX_HISTORY)]
-        for name in ("exp_avg", "exp_avg_sq", "slow_ema", "snapshot", *history):
+        for name in ("exp_avg", "exp_avg_sq", "slow_ema", "weight_ema", "snapshot", *history):
             rows[name] = self._row(lengths, state)
         self.tiling = gpu_tiling(target.processors, target.warp_size, state.itemsize)
         self.tensors = TensorSet(rows, self.tiling)

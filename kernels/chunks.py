@@ -55,6 +55,7 @@ from triton_hybrid.kernels.rows import (
     TAIL_SHARE,
     TRITON_DTYPES,
     WEIGHT,
+    WEIGHT_EMA,
     load_row,
     narrow,
     remaining,
@@ -84,6 +85,7 @@ __all__ = [
     "TAIL_SHARE",
     "TRITON_DTYPES",
     "WEIGHT",
+    "WEIGHT_EMA",
     "ChunkTable",
     "TensorSet",
     "Tiling",
@@ -321,6 +323,10 @@ class TensorSet:
     def compute_dtype(self) -> torch.dtype:
         """What the mathematics is done in: FP32, or FP64 for FP64 parameters."""
         return torch.float64 if self.dtype["weight"] == torch.float64 else torch.float32
+
+    def has(self, name: str) -> bool:
+        """Whether the tensors have memory for a role."""
+        return name in self.dtype
 
     @property
     def has_master(self) -> bool:

@@ -40,6 +40,7 @@ FIELDS: tuple[str, ...] = (
     "update_update",
     "slow_slow",
     "confidence",
+    "pull",  # running inner product of gradient and weight minus weight EMA
     "signal",  # share of the squared gradient that is signal; the rest is noise
     # The prediction under way and its past.
     "moved",  # 1: the weights are away from the snapshot
@@ -85,6 +86,7 @@ UPDATE_SLOW = tl.constexpr(INDEX["update_slow"])
 UPDATE_UPDATE = tl.constexpr(INDEX["update_update"])
 SLOW_SLOW = tl.constexpr(INDEX["slow_slow"])
 CONFIDENCE = tl.constexpr(INDEX["confidence"])
+PULL = tl.constexpr(INDEX["pull"])
 SIGNAL = tl.constexpr(INDEX["signal"])
 MOVED = tl.constexpr(INDEX["moved"])
 STRETCH = tl.constexpr(INDEX["stretch"])

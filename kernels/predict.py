@@ -1,7 +1,11 @@
 """The predicted move: combine the basis, move the weights, measure the move.
 
-    displacement = factor · slow_ema / (√v̂ + ε)          (slow EMA)
-    displacement = Σ_j c[t, j] · history_j                 (trajectory)
+    displacement = factor · slow_ema / (√v̂ + ε) + pull · (weight_ema - weight)    (slow EMA)
+    displacement = Σ_j c[t, j] · history_j                                         (trajectory)
+
+The slow EMA is the trend of the weights, the weight EMA their level: noise of the last steps
+dies out, and the trend goes on (Holt's linear smoothing, 1957). ``pull`` is zero unless the
+gradients of late say that the way back to the level lowers the loss, and fades with age.
 
 `predict` moves; `settle` looks at what the move amounts to and takes it back where it is
 not finite or out of proportion. Neither reads a gradient, and the ledger, not the host,
@@ -18,6 +22,7 @@ from triton_hybrid.kernels.adamw import (
     EPS,
     HYPER,
     HYPER_COLUMNS,
+    LEVEL_SHARE,
     LOG_BETA1,
     LOG_BETA2,
     LR,
@@ -36,6 +41,7 @@ from triton_hybrid.kernels.chunks import (
     SNAPSHOT,
     TAIL_SHARE,
     WEIGHT,
+    WEIGHT_EMA,
     TensorSet,
     load_row,
     narrow,
@@ -45,6 +51,7 @@ from triton_hybrid.kernels.chunks import (
 )
 from triton_hybrid.kernels.divergence import (
     HORIZON_COLUMN,
+    LEVEL_AGE,
     MEMORY_COLUMNS,
     SLOPE_COLUMN,
     take_back,
@@ -61,6 +68,8 @@ from triton_hybrid.kernels.ledger import (
     JUMP_SQUARE,
     MOVED,
     NONFINITE,
+    PULL,
+    SLOW_COUNT,
     STRETCH,
     UPDATE_SQUARE,
 )
@@ -84,10 +93,11 @@ def _gate(ledger, threshold):
 
 @triton.jit
 def _predict_block(
-    addresses, tensor, begin, length, coefficients, factor,
+    addresses, tensor, begin, length, coefficients, factor, pull,
     inverse_correction1, root_correction2, eps, slope, square, bad,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
-    N: tl.constexpr, SAVE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     if SLOW:
@@ -95,6 +105,11 @@ def _predict_block(
         s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         denominator = precise_div(precise_sqrt(v), root_correction2) + eps
         displacement = factor * precise_div(s, denominator)
+        if LEVEL:
+            level = load_row(
+                addresses, WEIGHT_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL
+            )
+            displacement += pull * (level - w)
     else:
         displacement = tl.zeros([BLOCK], STATE)
         for j in tl.static_range(N):
@@ -126,7 +141,8 @@ def _predict_kernel(
     group, hyper, steps, coefficients, memory, ledger, partials,
     threshold, share,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
-    N: tl.constexpr, SAVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     moving = _gate(ledger, threshold)
@@ -147,6 +163,11 @@ def _predict_kernel(
             root_correction2 = tl.sqrt(1.0 - tl.exp(step * tl.load(row + LOG_BETA2)))
             scale = tl.load(memory + MEMORY_COLUMNS * tensor + HORIZON_COLUMN).to(tl.float64)
             factor = horizon * scale
+            pull = 0.0
+            if LEVEL:
+                young = tl.minimum(LEVEL_AGE / tl.maximum(tl.load(ledger + SLOW_COUNT), 1.0), 1.0)
+                pull = tl.minimum(tl.load(row + LEVEL_SHARE) * young * young * factor, 1.0)
+                pull = tl.where(tl.load(ledger + PULL) > 0, pull, 0.0).to(STATE)
             if SLOW:
                 steps_ahead = tl.load(row + LR) * tl.load(row + HORIZON_HYPER)
                 factor = -factor * steps_ahead
@@ -157,16 +178,16 @@ def _predict_kernel(
             if full:
                 for inner in range(0, CHUNK, BLOCK):
                     slope, square, bad = _predict_block(
-                        addresses, tensor, start + inner, length, coefficients, factor,
+                        addresses, tensor, start + inner, length, coefficients, factor, pull,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
-                        PARAM_TYPE, STATE, MASTER, SLOW, N, SAVE, BLOCK, True,
+                        PARAM_TYPE, STATE, MASTER, SLOW, LEVEL, N, SAVE, BLOCK, True,
                     )  # fmt: skip
             else:
                 for inner in range(0, remaining(start, length, CHUNK), TAIL):
                     slope, square, bad = _predict_block(
-                        addresses, tensor, start + inner, length, coefficients, factor,
+                        addresses, tensor, start + inner, length, coefficients, factor, pull,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
-                        PARAM_TYPE, STATE, MASTER, SLOW, N, SAVE, TAIL, False,
+                        PARAM_TYPE, STATE, MASTER, SLOW, LEVEL, N, SAVE, TAIL, False,
                     )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
         tl.store(cell, slope)
@@ -188,12 +209,14 @@ def predict(
     threshold: float,
     share: float,
     save: bool,
+    level: bool = True,
 ) -> None:
     """Moves the weights of one tensor set by one predicted step. Two launches.
 
     Args:
         tensors: With rows ``param``, ``weight``, ``exp_avg``, ``snapshot`` and
-            ``exp_avg_sq``, ``slow_ema`` (slow EMA) or ``history_*`` (trajectory).
+            ``exp_avg_sq``, ``slow_ema`` (slow EMA; ``weight_ema`` where it is kept) or
+            ``history_*`` (trajectory).
         group: int32 ``[tensors]``, row of ``hyper``.
         steps: FP32 ``[tensors]``, applied base updates.
         hyper: FP64 ``[groups, HYPER_FIELDS]``.
@@ -206,6 +229,7 @@ def predict(
         threshold: Confidence below which nothing moves.
         share: Part of the whole displacement that this step makes.
         save: Whether to keep the weights in ``snapshot`` first.
+        level: Whether to use ``weight_ema``, where there is one.
     """
     addresses, lengths, aligned = tensors.tables()
     chunks = tensors.chunks(every=True)
@@ -217,6 +241,7 @@ def predict(
             partials, float(threshold), float(share),
             PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
             MASTER=tensors.has_master, SLOW=coefficients is None,
+            LEVEL=level and coefficients is None and tensors.has("weight_ema"),
             N=0 if coefficients is None else coefficients.shape[1], SAVE=save,
             BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
         )  # fmt: skip
@@ -244,6 +269,7 @@ def predict_reference(
     threshold: float,
     share: float,
     save: bool,
+    level: bool = True,
     with_slopes: bool = True,
 ) -> None:
     """`predict` in plain torch.
@@ -261,12 +287,16 @@ def predict_reference(
     inverse_correction1 = 1.0 / (1.0 - (step * rows[:, HYPER["log_beta1"]]).exp())
     root_correction2 = (1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt()
     factor = memory[:, HORIZON_COLUMN.value].double() * ledger[INDEX["horizon"]] * share
+    pulled = level and coefficients is None and tensors.has("weight_ema")
+    young = (LEVEL_AGE.value / ledger[INDEX["slow_count"]].clamp(min=1.0)).clamp(max=1.0)
+    pull = (rows[:, HYPER["level"]] * young * young * factor).clamp(max=1.0)
+    pull = torch.where(ledger[INDEX["pull"]] > 0, pull, torch.zeros_like(pull))
     if coefficients is None:
         ahead = rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]]
         factor = -factor * ahead
         # s / (√v / root + eps) is root · s / (√v + root · eps): one operation less a block.
         factor = factor * root_correction2
-    columns = [factor, inverse_correction1, root_correction2 * rows[:, HYPER["eps"]]]
+    columns = [factor, inverse_correction1, root_correction2 * rows[:, HYPER["eps"]], pull]
     table = torch.stack(columns, dim=1).to(compute)
     scalars = table.tolist() if on_cpu else [list(row.unbind()) for row in table.unbind()]
     weights = None if coefficients is None else coefficients.to(compute)
@@ -275,7 +305,7 @@ def predict_reference(
     scratch = torch.empty(2, REFERENCE_BLOCK, dtype=compute, device=tensors.device)
     totals = []
     for index in range(len(tensors)):
-        factor_, inverse1, scaled_eps = scalars[index]
+        factor_, inverse1, scaled_eps, pull_ = scalars[index]
         total = torch.zeros(MOVE_COLUMNS, dtype=torch.float64, device=tensors.device)
         for part in tensors.reference_blocks(index):
             w = flat["weight"][index][part]
@@ -284,6 +314,9 @@ def predict_reference(
                 v, s = flat["exp_avg_sq"][index][part], flat["slow_ema"][index][part]
                 denominator = torch.sqrt(v, out=scratch[1, : w.numel()]).add_(scaled_eps)
                 torch.div(s, denominator, out=displacement).mul_(factor_)
+                if pulled and (not on_cpu or pull_ > 0):
+                    average = flat["weight_ema"][index][part]
+                    displacement += pull_ * torch.sub(average, w, out=scratch[1, : w.numel()])
             else:
                 displacement.zero_()
                 for j, weight in enumerate(weights[index].unbind()):

@@ -17,6 +17,7 @@ ROWS: tuple[str, ...] = (
     "exp_avg",
     "exp_avg_sq",
     "slow_ema",
+    "weight_ema",
     "snapshot",
     *(f"history_{i}" for i in range(MAX_HISTORY)),
 )
@@ -32,6 +33,7 @@ WEIGHT = tl.constexpr(ROW["weight"])
 EXP_AVG = tl.constexpr(ROW["exp_avg"])
 EXP_AVG_SQ = tl.constexpr(ROW["exp_avg_sq"])
 SLOW_EMA = tl.constexpr(ROW["slow_ema"])
+WEIGHT_EMA = tl.constexpr(ROW["weight_ema"])
 SNAPSHOT = tl.constexpr(ROW["snapshot"])
 HISTORY = tl.constexpr(ROW["history_0"])
 

@@ -240,7 +240,7 @@ GROUPS: tuple[dict[str, float], ...] = (
 
 def hyper_table(groups: Sequence[dict[str, float]]) -> Tensor:
     """The FP64 hyperparameter table of parameter groups."""
-    start = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "sign": 1.0, "horizon": 3.0}
+    start = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "sign": 1.0, "horizon": 3.0, "level": 0.5}
     rows = []
     for group in groups:
         row = {"weight_decay": 0.0, **start, **group}
@@ -257,7 +257,7 @@ def set_entries(ledger: Tensor, **values: float) -> Tensor:
     return ledger
 
 
-STATE_ROWS = ("exp_avg", "exp_avg_sq", "slow_ema", "snapshot")
+STATE_ROWS = ("exp_avg", "exp_avg_sq", "slow_ema", "weight_ema", "snapshot")
 
 
 class Problem:
@@ -327,6 +327,7 @@ class Problem:
         values["snapshot"] = values["weight"] + 0.1 * normal()
         for j in range(history):
             values[f"history_{j}"] = 0.1 * normal()
+        values["weight_ema"] = values["weight"] + 0.2 * normal()
         return values
 
     def set_gradients(self) -> None:

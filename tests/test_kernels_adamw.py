@@ -36,12 +36,12 @@ from triton_hybrid.kernels.adamw import (
     _update_unless,
     adamw_step,
     adamw_step_reference,
+    averaging_rates,
 )
 from triton_hybrid.kernels.chunks import INTERPRETED, TensorSet
-from triton_hybrid.kernels.divergence import slow_decay_reference
 from triton_hybrid.kernels.ledger import new_ledger, read_ledger
 
-WRITTEN = ("weight", "exp_avg", "exp_avg_sq", "slow_ema")
+WRITTEN = ("weight", "exp_avg", "exp_avg_sq", "slow_ema", "weight_ema")
 
 
 def run(
@@ -50,6 +50,7 @@ def run(
     slow_beta: float = 0.9,
     observed: bool = True,
     measured: bool = True,
+    level: bool = True,
     cooperative: bool | None = None,
 ) -> None:
     """One step of the kernel over problems that share the first one's ledger."""
@@ -69,6 +70,7 @@ def run(
         slow_beta=slow_beta,
         observed=observed,
         measured=measured,
+        level=level,
         cooperative=cooperative,
     )
     assert workspace.arrivals.tolist() == [0, 0], "left as it was found"
@@ -82,6 +84,7 @@ def run_reference(
     slow_beta: float = 0.9,
     observed: bool = True,
     measured: bool = True,
+    level: bool = True,
 ) -> None:
     """One step of the plain-torch backend."""
     adamw_step_reference(
@@ -94,6 +97,7 @@ def run_reference(
         slow_beta=slow_beta,
         observed=observed,
         measured=measured,
+        level=level,
     )
     for problem in problems:
         problem.check()
@@ -220,10 +224,11 @@ def test_the_backend_that_never_waits_for_the_device_matches_too(
     coefficient = torch.ones((), dtype=torch.float64, device=device)
     table = _scalars(problem.group, problem.steps, problem.hyper, coefficient)
     rows = [row.unbind() for row in table.to(problem.set.compute_dtype).unbind()]
-    rate = 1.0 - slow_decay_reference(problem.ledger, 0.5)
+    norm = torch.ones_like(coefficient)
+    rates = averaging_rates(problem.ledger, 0.5, norm, coefficient)
     for skip in (True, False):
         skipped = torch.tensor(skip, device=device)
-        sums = _update_unless(problem.set, rows, skipped, rate, measured=True)
+        sums = _update_unless(problem.set, rows, skipped, rates, measured=True)
         problem.check()
         if skip:
             problem.assert_unchanged(before)

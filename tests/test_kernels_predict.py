@@ -45,6 +45,7 @@ def move(
     threshold: float = 0.5,
     share: float = 1.0,
     save: bool = True,
+    level: bool = True,
 ) -> None:
     """One predicted step by the kernel, into poisoned scratch and sums."""
     problem.sums.fill_(math.nan)
@@ -53,6 +54,7 @@ def move(
     predict(
         problem.set, problem.group, problem.steps, problem.hyper, coefficients, problem.memory,
         ledger, problem.partials(), problem.sums, threshold=threshold, share=share, save=save,
+        level=level,
     )  # fmt: skip
     assert_same_bits(ledger, before, "the ledger of a move")
     problem.check()
@@ -66,13 +68,14 @@ def move_reference(
     threshold: float = 0.5,
     share: float = 1.0,
     save: bool = True,
+    level: bool = True,
 ) -> None:
     """One predicted step by plain torch."""
     problem.sums.fill_(math.nan)
     predict_reference(
         problem.set, problem.group, problem.steps, problem.hyper, coefficients, problem.memory,
         problem.ledger if ledger is None else ledger, problem.sums,
-        threshold=threshold, share=share, save=save,
+        threshold=threshold, share=share, save=save, level=level,
     )  # fmt: skip
     problem.check()
 

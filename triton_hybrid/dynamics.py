@@ -35,6 +35,8 @@ REGRESSION_DECAY = 0.5
 LOW_NOISE = 0.5
 """Signal share of the squared gradient above which `auto` takes the trajectory."""
 LINEAR_HISTORY = 2
+LEVEL_STEPS = 2
+"""Full steps between two stretches of the slow EMA."""
 
 
 def history_needed(config: HybridConfig) -> int:
@@ -77,9 +79,10 @@ class DynamicsModel:
     def refit_steps(self) -> int:
         """Full steps needed after a stretch that held.
 
-        The slow EMA is refitted by every gradient; a trajectory needs a whole cycle.
+        The slow EMA is refitted by every gradient, and the weight EMA needs a second one to
+        be an average; a trajectory needs a whole cycle.
         """
-        return self._config.full_steps if self.follows_trajectory else 1
+        return self._config.full_steps if self.follows_trajectory else LEVEL_STEPS
 
     def observe_cycle(self) -> None:
         """Ends a cycle of gradient steps: notes its displacement and refits the model."""
@@ -145,12 +148,13 @@ class DynamicsModel:
             bound.coefficients[:, (self.slot - age) % self._history] = column
         return known, total
 
-    def predict(self, planned: int, first: bool) -> None:
+    def predict(self, planned: int, first: bool, level: bool) -> None:
         """Moves the weights by one predicted step.
 
         Args:
             planned: Predicted steps in this row.
             first: Whether this is the first of them, which keeps the snapshot.
+            level: Whether the average of the weights has been kept up to date.
         """
         runtime = self._runtime
         memory = runtime.memory
@@ -166,6 +170,7 @@ class DynamicsModel:
                 "threshold": float(self._config.confidence_threshold),
                 "share": share,
                 "save": first and not self.follows_trajectory,
+                "level": level,
             }
             sums = memory.sums[part]
             if runtime.triton:

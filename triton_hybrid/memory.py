@@ -7,6 +7,7 @@ r"""Where state lives: one place for each parameter's tensors, made at the first
     exp_avg_sq     like p           second moment
     master         like p, FP32     only behind 16-bit parameters
     slow_ema       like p           slow gradient EMA         \
+    weight_ema     like p           average of the last weights (slow_ema, auto)
     snapshot       like p           weights before the move    } unless predictor="none"
     prediction     FP32 [3]         horizon factor, slope, step fraction  /
     history_<j>    like p           cycle displacements       \
@@ -41,6 +42,7 @@ class ParameterSet:
         groups: For each, the index of its parameter group.
         state: The optimizer's state; missing entries are created, others are kept.
         predicts: Whether any dynamics model is in use.
+        level: Whether the slow EMA's model is, which needs the average of the weights.
         history: Cycle displacements to keep; 0 for none.
         memory: FP32 ``[len(params), 3]``: this set's part of the per-tensor memory.
         tiling: Overrides the device's default tiling.
@@ -53,6 +55,7 @@ class ParameterSet:
         state: State,
         *,
         predicts: bool,
+        level: bool,
         history: int,
         memory: Tensor,
         tiling: Tiling | None = None,
@@ -77,6 +80,8 @@ class ParameterSet:
         self.regression: Tensor | None = None
         if predicts:
             rows["slow_ema"] = self._like("slow_ema")
+            if level:
+                rows["weight_ema"] = self._like("weight_ema", self.masters or params)
             rows["snapshot"] = self._like("snapshot")
             self._adopt("prediction", memory)
         if history:
@@ -91,15 +96,22 @@ class ParameterSet:
         self.tensors = TensorSet(rows, tiling)
         self.partials = torch.empty(0, dtype=torch.float32, device=device)
 
-    def _like(self, key: str) -> list[Tensor]:
-        """One tensor of state for each parameter, in the parameter's memory order."""
+    def _like(self, key: str, start: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """One tensor of state for each parameter, in the parameter's memory order.
+
+        Args:
+            key: Its name.
+            start: What a new one begins as; None for zeros.
+        """
         result = []
-        for param in self.params:
+        for index, param in enumerate(self.params):
             entry = self._state[param]
             tensor = entry.get(key)
             fresh = torch.zeros_like(
                 param, dtype=state_dtype(param), memory_format=torch.preserve_format
             )
+            if start is not None:
+                fresh.copy_(start[index].detach())
             if isinstance(tensor, Tensor) and tensor.shape == param.shape:
                 suits = tensor.stride() == fresh.stride() and tensor.dtype == fresh.dtype
                 fresh = tensor if suits and tensor.device == param.device else fresh.copy_(tensor)
@@ -127,6 +139,16 @@ class ParameterSet:
                     view.copy_(loaded)
             self._state[param][key] = view
 
+    def adopt(self, index: int) -> None:
+        """Takes over what somebody else wrote into a parameter between two steps."""
+        param = self.params[index]
+        if self.masters:
+            adopt_parameter(param, self.masters[index])
+        level = self._state[param].get("weight_ema")
+        if level is not None:
+            # The average of weights that are gone would pull the new ones back to them.
+            level.copy_((self.masters or self.params)[index])
+
     def room_for(self, columns: int) -> Tensor:
         """Scratch for the chunk sums of a kernel: FP32 ``[chunks, columns]``."""
         needed = self.tensors.chunks(every=True).count * columns
@@ -142,6 +164,7 @@ class StateMemory:
         params: Every parameter that may get a gradient, with its group's index.
         state: The optimizer's state.
         predicts: Whether any dynamics model is in use.
+        level: Whether the slow EMA's model is.
         history: Cycle displacements to keep; 0 for none.
         tiling: Overrides the device's default tiling.
 
@@ -155,6 +178,7 @@ class StateMemory:
         state: State,
         *,
         predicts: bool,
+        level: bool,
         history: int,
         tiling: Tiling | None = None,
     ) -> None:
@@ -182,6 +206,7 @@ class StateMemory:
                 [group for _, group in members],
                 state,
                 predicts=predicts,
+                level=level,
                 history=history,
                 memory=self.per_tensor[part],
                 tiling=tiling,

@@ -20,7 +20,7 @@ from triton_hybrid.dynamics import DynamicsModel, history_needed
 from triton_hybrid.kernels.chunks import require_launchable
 from triton_hybrid.memory import StateMemory, state_bytes
 from triton_hybrid.phases import PHASES, Phase, PhaseController, Report
-from triton_hybrid.precision import ChangeWatch, adopt_parameter
+from triton_hybrid.precision import ChangeWatch
 from triton_hybrid.runtime import Runtime
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.validation import (
@@ -31,6 +31,7 @@ from triton_hybrid.validation import (
     refuse_unbuilt,
 )
 
+YOUTH = 256
 PROGRESS = "hybrid_progress"
 """Key of every parameter group that carries phase, counters and ledger in checkpoints."""
 
@@ -156,7 +157,7 @@ class HybridOptimizer(Optimizer):
             if phase is Phase.CORRECT:
                 self._monitor.judge()
                 self._corrector.correct(restart=self._model.follows_trajectory)
-            self._base.step(self._controller.measures)
+            self._base.step(self._controller.measures, self._young)
             self._advance()
             self._count(phase, started)
             while self._config.inline and self._controller.phase is Phase.PREDICT:
@@ -169,7 +170,7 @@ class HybridOptimizer(Optimizer):
         started = time.perf_counter()
         controller = self._controller
         first = controller.in_row == 0
-        self._model.predict(controller.planned, first)
+        self._model.predict(controller.planned, first, self._young)
         self._monitor.settle(controller.in_row + 1, self._model.predictor == "subspace")
         controller.after_prediction()
         self._count(Phase.PREDICT, started)
@@ -360,6 +361,15 @@ class HybridOptimizer(Optimizer):
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
     @property
+    def _young(self) -> bool:
+        """Whether predictions still pull towards the average of the weights.
+
+        After `YOUTH` gradients the pull has faded to a thirtieth, and is not worth its memory
+        traffic.
+        """
+        return sum(self._steps.values()) - self._steps[Phase.PREDICT] < YOUTH
+
+    @property
     def _reads_are_free(self) -> bool:
         """Whether reading the ledger waits for nobody."""
         return self._runtime.memory.device.type == "cpu"
@@ -434,7 +444,13 @@ class HybridOptimizer(Optimizer):
         self._unbind()
         config = self._config
         predicts = config.predictor != "none"
-        memory = StateMemory(params, self.state, predicts=predicts, history=history_needed(config))
+        memory = StateMemory(
+            params,
+            self.state,
+            predicts=predicts,
+            level=config.predictor in ("slow_ema", "auto"),
+            history=history_needed(config),
+        )
         if self.backend == "triton":
             require_launchable(memory.device)
         runtime = Runtime(
@@ -470,9 +486,9 @@ class HybridOptimizer(Optimizer):
         changed = set(self._watch.changed(memory.params))
         offset = 0
         for bound in memory.sets:
-            for index, master in enumerate(bound.masters):
+            for index in range(len(bound.params)):
                 if offset + index in changed:
-                    adopt_parameter(bound.params[index], master)
+                    bound.adopt(index)
             offset += len(bound.params)
 
     def _count(self, phase: Phase, started: float) -> None:

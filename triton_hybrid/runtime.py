@@ -16,17 +16,27 @@ from triton_hybrid.kernels.ledger import INDEX, new_ledger, read_ledger, write_l
 from triton_hybrid.memory import StateMemory
 
 FIRST_HORIZON = 0.25
-LONGEST_HORIZON = 2.0
-"""Base steps that one predicted step stands for, at the largest learning rate and at most.
-On a small language model (1,000 steps of 256 tokens, AdamW's best rate 1.5e-3: loss 2.165)
-0.25, 0.5 and 1 at the start gave 2.136, 2.141 and 2.194; at half the rate (AdamW: 2.220)
-2.185, 2.166 and 2.136 (one seed). On GPT-2 small at its 50-step rate 0.5 once led to a loss
-of 10.2 after 7.5, and had to be taken back."""
+HORIZON_GAIN = 3.0
+"""Base steps that one predicted step stands for at the largest learning rate, and how many
+more at rate zero. The measurements are in ``examples/benchmarks/EXPERIMENTS.md``."""
+LEVEL_SHARE = 0.5
+"""Part of the way to the weight EMA that a predicted step of a young run goes while the
+learning rate is constant. Such a run begins above the rate it can bear. A rate that decays
+averages the noise out itself, and there the same pull only slowed training down, by 0.09 in
+loss at half of AdamW's best rate."""
+
+LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
+"""What is remembered of a group's learning rate, in the group, for checkpoints."""
 
 
 def steps_ahead(largest_lr: float, lr: float) -> float:
-    """Base steps that one predicted step of the slow EMA stands for."""
-    return min(FIRST_HORIZON * largest_lr / lr, LONGEST_HORIZON) if lr > 0 else FIRST_HORIZON
+    """Base steps that one predicted step of the slow EMA stands for.
+
+    A horizon that grows as the learning rate decays does not pay out early: the predicted
+    displacement is largest in the middle of a linear decay.
+    """
+    decayed = 1.0 - lr / largest_lr if largest_lr > 0 else 0.0
+    return FIRST_HORIZON + HORIZON_GAIN * decayed
 
 
 class Runtime:
@@ -55,7 +65,6 @@ class Runtime:
         self.ledger = new_ledger(memory.device)
         self._rows: list[list[float]] = []
         self.hyper = torch.zeros(groups, len(HYPER_FIELDS), dtype=torch.float64).to(memory.device)
-        self._largest_lr: dict[int, Tensor] = {}
 
     def read(self) -> dict[str, float]:
         """The ledger on the host. Waits for the device."""
@@ -86,33 +95,46 @@ class Runtime:
     def refresh_hyperparameters(self, groups: Sequence[dict[str, Any]]) -> None:
         """Brings learning rates, betas and so on to the device, if they changed.
 
-        A learning rate that is a tensor on the device stays there. A predicted step stands
-        for 0.25 · lr_max / lr base steps, up to 2: the predicted displacement keeps its size while
-        the learning rate decays, so the horizon does not pay out early.
+        A learning rate that is a tensor on the device stays there.
         """
         rows = []
         on_device: dict[int, Tensor] = {}
         for index, group in enumerate(groups):
             lr = group["lr"]
+            largest = last = 0.0
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[index] = lr
                 lr = 0.0
-            lr = float(lr)
-            group["largest_lr"] = max(float(group.get("largest_lr", 0.0)), lr)
-            horizon = steps_ahead(group["largest_lr"], lr)
+            else:
+                lr = float(lr)
+                largest = max(float(group.get(LARGEST_LR, 0.0)), lr)
+                last = float(group.get(LAST_LR, lr))
+                group[LARGEST_LR], group[LAST_LR] = largest, lr
             beta1, beta2 = group["betas"]
             logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
+            decay = group["weight_decay"]
             sign = -1.0 if group["maximize"] else 1.0
-            rows.append(
-                [lr, beta1, beta2, *logs, group["eps"], group["weight_decay"], sign, horizon]
-            )
+            horizon, level = steps_ahead(largest, lr), LEVEL_SHARE * (lr == last)
+            rows.append([lr, beta1, beta2, *logs, group["eps"], decay, sign, horizon, level])
         if rows != self._rows or on_device:
             self._rows = rows
             self.hyper.copy_(upload(torch.tensor(rows, dtype=torch.float64), self.memory.device))
         for index, lr in on_device.items():
-            now = lr.detach().double().reshape(())
-            largest = self._largest_lr.setdefault(index, torch.zeros_like(now))
-            torch.maximum(largest, now, out=largest)
-            self.hyper[index, HYPER["lr"]].copy_(now)
-            ahead = FIRST_HORIZON * largest / now.clamp(min=1e-300)
-            self.hyper[index, HYPER["horizon"]].copy_(ahead.clamp(max=LONGEST_HORIZON))
+            self._take_from_device(groups[index], self.hyper[index], lr)
+
+    def _take_from_device(self, group: dict[str, Any], row: Tensor, lr: Tensor) -> None:
+        """The same for a learning rate on the device, without reading it on the host."""
+        now = lr.detach().double().reshape(())
+        for name in (LARGEST_LR, LAST_LR):
+            if not (isinstance(group.get(name), Tensor) and group[name].device == now.device):
+                group[name] = torch.as_tensor(group.get(name, now), dtype=now.dtype).to(
+                    now.device, copy=True
+                )
+        largest, last = group[LARGEST_LR], group[LAST_LR]
+        torch.maximum(largest, now, out=largest)
+        row[HYPER["lr"]].copy_(now)
+        row[HYPER["horizon"]].copy_(
+            FIRST_HORIZON + HORIZON_GAIN * (1.0 - now / largest.clamp(min=1e-300))
+        )
+        row[HYPER["level"]].copy_(LEVEL_SHARE * (last == now))
+        last.copy_(now)

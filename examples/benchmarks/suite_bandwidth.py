@@ -72,9 +72,9 @@ def traffic(kernel: str, dtype: torch.dtype) -> Traffic:
     return {
         "adamw": Traffic(12 + grad, 12 + param, again=grad),
         "adamw+clip": Traffic(12 + grad, 12 + param, again=grad),
-        "adamw+slow": Traffic(16 + grad, 16 + param, again=grad),
-        "adamw+clip+slow": Traffic(16 + grad, 16 + param, again=grad),
-        "predict slow": Traffic(16, 8 + param),
+        "adamw+slow": Traffic(20 + grad, 20 + param, again=grad),
+        "adamw+clip+slow": Traffic(20 + grad, 20 + param, again=grad),
+        "predict slow": Traffic(20, 8 + param),
         "predict trajectory": Traffic(8 + 4 * HISTORY, 4 + param),
         "gram": Traffic(8 + 4 * (HISTORY - 1), 8),
         "slopes": Traffic(8 + grad, 0),

@@ -26,6 +26,8 @@ ADAMW_VARIANTS: dict[str, dict[str, Any]] = {
     "adamw+clip+slow": {"max_norm": 3.0, "slow_beta": 0.9},
 }
 
+ADAMW_ROWS = ("weight", "exp_avg", "exp_avg_sq", "slow_ema", "weight_ema")
+
 
 class KernelBench(Bench):
     """The checks of every kernel with parameters of one dtype."""
@@ -67,7 +69,7 @@ class KernelBench(Bench):
         oracle.enter(slow_count=7.0, loss=2.0, loss_previous=2.5)
         for measured in (True, False):
             run_adamw_reference(oracle, measured=measured, **options)
-        written = ("weight", "exp_avg", "exp_avg_sq", *(("slow_ema",) if slow_beta else ()))
+        written = ADAMW_ROWS if slow_beta else ADAMW_ROWS[:3]
         two = stepped(cooperative=False)
         launches = {"two launches": two}
         if self.context.cooperative:
@@ -101,9 +103,9 @@ class KernelBench(Bench):
         """One NaN in one gradient must change nothing but a counter."""
         problem = self.problem()
         problem.rows["grad"][-1][-1] = math.nan
-        before = problem.copies("param", "weight", "exp_avg", "exp_avg_sq", "slow_ema")
+        before = problem.copies("param", *ADAMW_ROWS)
         run_adamw(problem, cooperative=self.context.cooperative, **options)
-        after = problem.copies("param", "weight", "exp_avg", "exp_avg_sq", "slow_ema")
+        after = problem.copies("param", *ADAMW_ROWS)
         self.same(kernel, "a NaN in the gradient changes nothing", after, before)
         skipped = read_ledger(problem.ledger)["skipped"]
         self.note(kernel, "a NaN in the gradient is counted", skipped == 1.0, skipped)

@@ -22,7 +22,14 @@ HISTORY = 4
 CANARY = 0xA5
 GUARD = 64
 """Bytes of poison between two tensors."""
-STATE = ("exp_avg", "exp_avg_sq", "slow_ema", "snapshot", *(f"history_{j}" for j in range(HISTORY)))
+STATE = (
+    "exp_avg",
+    "exp_avg_sq",
+    "slow_ema",
+    "weight_ema",
+    "snapshot",
+    *(f"history_{j}" for j in range(HISTORY)),
+)
 MODULES: tuple[ModuleType, ...] = (adamw, correct, divergence, gram, predict)
 
 
@@ -62,7 +69,7 @@ def hyper_table(groups: Sequence[dict[str, float]], device: torch.device) -> Ten
     rows = []
     for group in groups:
         logs = {f"log_{name}": math.log(group[name]) for name in ("beta1", "beta2")}
-        row = {"horizon": 3.0, **group, **logs}
+        row = {"horizon": 3.0, "level": 0.5, **group, **logs}
         rows.append([row[name] for name in HYPER_FIELDS])
     return torch.tensor(rows, dtype=torch.float64).to(device)
 
@@ -88,6 +95,7 @@ def draw(layouts: Sequence[Layout], context: Context, dtype: torch.dtype, seed: 
         values["snapshot"].append(weight + 0.1 * normal())
         for j in range(HISTORY):
             values[f"history_{j}"].append(0.1 * normal())
+        values["weight_ema"].append(weight + 0.2 * normal())
     return values
 
 

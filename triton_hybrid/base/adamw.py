@@ -18,11 +18,12 @@ class AdamWRule:
         self._runtime = runtime
         self._max_grad_norm = max_grad_norm
 
-    def step(self, measured: bool) -> None:
+    def step(self, measured: bool, level: bool) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite.
 
         Args:
             measured: Whether update and slow direction are compared, for the confidence.
+            level: Whether the average of the weights is kept up to date.
         """
         runtime = self._runtime
         sets = runtime.memory.sets
@@ -41,6 +42,7 @@ class AdamWRule:
                 slow_beta=runtime.slow_beta,
                 observed=runtime.slow_beta > 0,
                 measured=measured,
+                level=level,
             )
         else:
             adamw_step_reference(
@@ -53,4 +55,5 @@ class AdamWRule:
                 slow_beta=runtime.slow_beta,
                 observed=runtime.slow_beta > 0,
                 measured=measured,
+                level=level,
             )
