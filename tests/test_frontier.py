@@ -257,11 +257,11 @@ def test_random_moves_keep_the_norm() -> None:
 def test_schedules() -> None:
     for schedule in ("linear", "cosine"):
         factors = [rate_factor(schedule, index, 400) for index in range(400)]
-        assert factors[:3] == [0.05, 0.1, pytest.approx(0.15)]
-        assert max(factors) == factors[19] == factors[20] == 1.0
+        assert factors[:3] == [0.025, 0.05, pytest.approx(0.075)]
+        assert max(factors) == factors[39] == factors[40] == 1.0
         assert 0 < factors[-1] < 0.01
-        assert all(a >= b for a, b in pairwise(factors[19:]))
-    assert rate_factor("linear", 210, 400) == pytest.approx(0.5)
+        assert all(a >= b for a, b in pairwise(factors[39:]))
+    assert rate_factor("linear", 220, 400) == pytest.approx(0.5)
     assert rate_factor("constant", 399, 400) == 1.0
 
 

@@ -32,8 +32,9 @@ REGULARISATION = 1e-6
 """Added to the Gram matrix's diagonal, relative to its mean."""
 REGRESSION_DECAY = 0.5
 """Weight of past cycles in `linear`'s least squares."""
-LOW_NOISE = 0.5
-"""Signal share of the squared gradient above which `auto` takes the trajectory."""
+LOW_NOISE = 0.9
+"""Signal share of the squared gradient above which `auto` takes the trajectory. Full-batch runs
+at a good learning rate oscillate, and stay far below it; there the slow EMA is better too."""
 LINEAR_HISTORY = 2
 LEVEL_STEPS = 2
 """Full steps between two stretches of the slow EMA."""
@@ -148,7 +149,7 @@ class DynamicsModel:
             bound.coefficients[:, (self.slot - age) % self._history] = column
         return known, total
 
-    def predict(self, planned: int, first: bool, level: bool) -> None:
+    def predict(self, planned: int, first: bool, level: bool = False) -> None:
         """Moves the weights by one predicted step.
 
         Args:

@@ -34,8 +34,8 @@ from frontier_tasks import TASKS
 
 QUICK_TASK = "digits-fullbatch"
 QUICK_OPTIONS = {"width": 64}
-QUICK_RATES = (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)
-QUICK_SEEDS = (0, 1, 2, 3)
+QUICK_RATES = (2e-2, 4e-2, 8e-2, 1.6e-1)
+QUICK_SEEDS = (0, 1, 2, 3, 4, 5)
 QUICK_BUDGETS = (40, 80, 160)
 QUICK_MIDDLE = 80
 QUICK_CONTENDERS = ("adamw-x1.5", "adamw-again", "hybrid")
