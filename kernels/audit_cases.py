@@ -40,7 +40,8 @@ class Case:
         reads: Item sizes of the roles that a block reads.
         writes: Item sizes of the roles that a block writes.
         first_pass: Item sizes of the roles that a pass of its own reads before.
-        untaken: Bytes among ``reads`` in branches of which one is not taken.
+        untaken: Bytes among ``reads`` in branches of which one is not taken, or read once more
+            while they are in cache.
         floor: Bytes that the bare operation has to move; None where elements are not moved.
         may_spill: Whether spills are shown only. True for FP64, which nobody trains with: it
             has to run, not to be fast.
@@ -78,7 +79,8 @@ def _adamw_case(
     words += ["one chunk"] * (lengths is SINGLE)
     # weight, exp_avg, exp_avg_sq; the gradient; slow EMA and weight EMA
     extra = (wide, wide) * slow
-    reads, writes = (wide,) * 3 + (narrow,) + extra, (wide,) * 3 + precision.master + extra
+    reads = (wide,) * 3 + (narrow,) + extra + (wide,) * slow
+    writes = (wide,) * 3 + precision.master + extra
     floor = 6 * wide + narrow + sum(precision.master)
     launch = functools.partial(
         adamw_launch,
@@ -100,6 +102,7 @@ def _adamw_case(
         reads,
         writes,
         first_pass=first,
+        untaken=wide * slow,
         floor=floor,
         may_spill=precision == FP64,
     )

@@ -364,7 +364,9 @@ def test_bytes_for_each_parameter() -> None:
     for dtype, again in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)):
         for kernel, counted in (("adamw", 28), ("adamw+clip", 28), ("adamw+slow", 44)):
             bytes_ = traffic(kernel, dtype)
-            assert (bytes_.counted, bytes_.moved) == (counted, counted + again)
+            # The weight EMA is read twice, the second time from cache.
+            level = 4 if kernel == "adamw+slow" else 0
+            assert (bytes_.counted, bytes_.moved) == (counted, counted + again + level)
     assert set(ADAMW_VARIANTS) < set(KERNELS)
 
 

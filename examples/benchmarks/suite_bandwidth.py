@@ -72,8 +72,8 @@ def traffic(kernel: str, dtype: torch.dtype) -> Traffic:
     return {
         "adamw": Traffic(12 + grad, 12 + param, again=grad),
         "adamw+clip": Traffic(12 + grad, 12 + param, again=grad),
-        "adamw+slow": Traffic(20 + grad, 20 + param, again=grad),
-        "adamw+clip+slow": Traffic(20 + grad, 20 + param, again=grad),
+        "adamw+slow": Traffic(20 + grad, 20 + param, again=grad + 4),
+        "adamw+clip+slow": Traffic(20 + grad, 20 + param, again=grad + 4),
         "predict slow": Traffic(20, 8 + param),
         "predict trajectory": Traffic(8 + 4 * HISTORY, 4 + param),
         "gram": Traffic(8 + 4 * (HISTORY - 1), 8),
