@@ -58,7 +58,7 @@ class Tuning:
 
     Attributes:
         budget: Gradient evaluations a run.
-        lr: The learning rate with the lowest mean final loss over ``tuning_seeds``.
+        lr: The learning rate with the lowest mean final loss (see `tune`).
         means: That mean, for each learning rate tried, in increasing order; infinite where a
             run diverged.
         tuning_seeds: The seeds that every learning rate was run with.
@@ -80,7 +80,12 @@ class Tuning:
 
 
 def tune(lines: Sequence[Line]) -> Tuning:
-    """Chooses the learning rate from runs that differ in nothing but learning rate and seed."""
+    """Chooses the learning rate from runs that differ in nothing but learning rate and seed.
+
+    The rates with the most seeds compete by their means over those. A rate with fewer seeds was
+    given up on the way: where it is better than the winner on the seeds that it has, nobody
+    knows which of the two is best, and the choice does not count as tuned.
+    """
     budgets = {int(line["budget"]) for line in lines}
     if len(budgets) != 1:
         raise ValueError(f"lines: runs of budgets {sorted(budgets)}; allowed is exactly one budget")
@@ -89,13 +94,22 @@ def tune(lines: Sequence[Line]) -> Tuning:
         by_rate.setdefault(float(line["lr"]), {})[int(line["seed"])] = line
     rates = sorted(by_rate)
     shared = set.intersection(*(set(by_rate[rate]) for rate in rates))
-    means = {
-        rate: float(
-            np.mean([final_loss(by_rate[rate][s]) for s in sorted(shared or by_rate[rate])])
-        )
-        for rate in rates
-    }
-    best = min(rates, key=lambda rate: (means[rate], -len(by_rate[rate]), rate))
+
+    def mean(rate: float, seeds: Iterable[int]) -> float:
+        return float(np.mean([final_loss(by_rate[rate][seed]) for seed in sorted(seeds)]))
+
+    means = {rate: mean(rate, by_rate[rate]) for rate in rates}
+    most = max(
+        (set(by_rate[rate]) for rate in rates), key=lambda seeds: (len(seeds), sorted(seeds))
+    )
+    complete = [rate for rate in rates if most <= set(by_rate[rate])]
+    best = min(complete, key=lambda rate: (mean(rate, most), rate))
+    given_up = [rate for rate in rates if rate not in complete and most & set(by_rate[rate])]
+    better = [
+        rate
+        for rate in given_up
+        if mean(rate, most & set(by_rate[rate])) < mean(best, most & set(by_rate[rate]))
+    ]
     problem = None
     if not math.isfinite(means[best]):
         problem = "every learning rate diverged"
@@ -103,6 +117,8 @@ def tune(lines: Sequence[Line]) -> Tuning:
         problem = f"fewer than {MINIMUM_LEARNING_RATES} learning rates"
     elif not shared:
         problem = "no seed was run with every learning rate"
+    elif better:
+        problem = f"learning rate {better[0]:g} is better on the seeds it was run with"
     elif best in (rates[0], rates[-1]):
         problem = "best learning rate at the edge of the grid"
     runs = dict(sorted(by_rate[best].items()))
