@@ -236,11 +236,15 @@ def _draw_learning_rates(
             shown += means
         axes.set_title(f"{budget:,} gradient evaluations", fontsize=9)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", labelrotation=45)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         _loss_axis(axes, shown)
     figure.supxlabel("learning rate (ring: chosen; diverged ones are left out)", fontsize=9)
-    figure.supylabel("final loss, mean of the tuning seeds", fontsize=9)
+    figure.supylabel("final loss, mean of the seeds", fontsize=9)
     _legend(figure, *grid.flat)
     return figure
 
