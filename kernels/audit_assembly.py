@@ -45,6 +45,14 @@ def ptx_accesses(ptx: str) -> list[Access]:
     return found
 
 
+_ASYNC = re.compile(r"cp\.async\.\w+\.shared\.global[.\w:]* \[[^\]]*\], \[[^\]]*\], (\w+)")
+
+
+def async_copies(ptx: str) -> list[int]:
+    """Bits of each copy from global to shared memory in PTX code."""
+    return [8 * int(size, 0) for size in _ASYNC.findall(ptx)]
+
+
 _LLVM_BITS = {"half": 16, "bfloat": 16, "i16": 16, "float": 32, "i32": 32, "double": 64, "i64": 64}
 _LLVM_LOAD = re.compile(r"\bload (?:volatile )?<(\d+) x (\w+)>, ptr addrspace\(1\)(.*)")
 _LLVM_STORE = re.compile(r"\bstore (?:volatile )?<(\d+) x (\w+)> .*, ptr addrspace\(1\)(.*)")

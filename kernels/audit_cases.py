@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from triton_hybrid.kernels.audit_launches import (
     FP32,
     FP64,
@@ -18,12 +19,15 @@ from triton_hybrid.kernels.audit_launches import (
     correct_launch,
     gram_launch,
     judge_launch,
+    muon_launch,
+    muon_predict_launch,
+    muon_update_launch,
     predict_launch,
     reduce_launch,
     settle_launch,
     slopes_launch,
 )
-from triton_hybrid.kernels.audit_targets import Launch, Target
+from triton_hybrid.kernels.audit_targets import TYPE_NAMES, Launch, Target
 from triton_hybrid.kernels.chunks import MAX_HISTORY
 
 
@@ -45,6 +49,8 @@ class Case:
         floor: Bytes that the bare operation has to move; None where elements are not moved.
         may_spill: Whether spills are shown only. True for FP64, which nobody trains with: it
             has to run, not to be fast.
+        products: Whether it multiplies matrices; then all its tiles must come by accesses of
+            128 bits.
     """
 
     name: str
@@ -56,6 +62,7 @@ class Case:
     untaken: int = 0
     floor: int | None = None
     may_spill: bool = False
+    products: bool = False
 
     @property
     def bytes_per_element(self) -> int | None:
@@ -178,6 +185,68 @@ def _gram_case(slot: int, lengths: Sequence[int] = MANY) -> Case:
     )
 
 
+# Launches of `orthogonalise` by number: the gather, then three for each of three steps.
+_FIRST, _LATER, _LAST = 1, 4, 9
+_PRODUCTS = (
+    (_FIRST, "X Xᵀ, first step"),
+    (_FIRST + 1, "b A + c A A"),
+    (_FIRST + 2, "a X + B X, first step"),
+    (_LATER, "X Xᵀ"),
+    (_LATER + 2, "a X + B X"),
+    (_LAST, "a X + B X, last step"),
+)
+
+
+def _muon_cases() -> list[Case]:
+    """The matrix products, and what Muon changes in the bandwidth kernels."""
+    found = []
+    for precision in (FP32, *HALVES):
+        gather = functools.partial(
+            muon_launch, precision=precision, products=torch.bfloat16, number=0
+        )
+        name = f"muon gather {precision.name}"
+        found.append(Case(f"{name}, momentum", "muon", functools.partial(gather, source=None)))
+        found.append(Case(f"{name}, row", "muon", functools.partial(gather, source="slow_ema")))
+        wide, narrow, master = precision.weight.itemsize, precision.param.itemsize, precision.master
+        half = torch.bfloat16.itemsize
+        for slow, measured in ((False, False), (True, False), (True, True)):
+            # weight and orthogonalised momentum; gradient, slow EMA, its orthogonalised one
+            reads = (wide, half) + (narrow, wide) * slow + (half,) * measured
+            writes = (wide, *master) + (wide,) * slow
+            words = ", slow EMA" * slow + ", measured" * measured
+            found.append(
+                Case(
+                    f"muon update {precision.name}{words}",
+                    "muon",
+                    functools.partial(
+                        muon_update_launch, precision=precision, slow=slow, measured=measured
+                    ),
+                    reads,
+                    writes,
+                    floor=2 * wide + half + sum(master),
+                )
+            )
+        # weight, exp_avg, orthogonalised slow EMA; weight, snapshot
+        found.append(
+            Case(
+                f"muon predict {precision.name}",
+                "muon",
+                functools.partial(muon_predict_launch, precision=precision),
+                (wide, wide, half),
+                (wide, wide, *master),
+                floor=2 * wide + half + sum(master),
+            )
+        )
+    for dtype in (torch.bfloat16, torch.float32):
+        for number, name in _PRODUCTS:
+            launch = functools.partial(
+                muon_launch, precision=FP32, products=dtype, number=number, source=None
+            )
+            words = f"muon product {TYPE_NAMES[dtype]}, {name}"
+            found.append(Case(words, "muon", launch, products=True))
+    return found
+
+
 def cases() -> list[Case]:
     """Every launch to audit."""
     found: list[Case] = []
@@ -196,6 +265,7 @@ def cases() -> list[Case]:
     found.extend(_move_cases(FP32, SINGLE))
     found.append(_gram_case(slot=2))
     found.append(_gram_case(slot=1, lengths=SINGLE))
+    found.extend(_muon_cases())
     found.append(Case("reduce", "reduce", reduce_launch))
     found.append(Case("judge", "judge", functools.partial(judge_launch, lengths=MANY)))
     found.append(

@@ -12,6 +12,7 @@ from typing import Any
 from triton_hybrid.kernels.audit_assembly import (
     Access,
     amd_resources,
+    async_copies,
     gcn_accesses,
     llvm_accesses,
     nvidia_resources,
@@ -157,6 +158,12 @@ def _inspect(case: Case, target: Target, launch: Launch, compiled: Any, finding:
             f"{finding.shared_bytes} bytes of shared memory in a cooperative launch: at most "
             f"{SHARED_LIMIT}, or its programs cannot all be resident together"
         )
+    if case.products:
+        # Tiles come by asynchronous copies where the target has them, scalars never do.
+        tiles = async_copies(compiled.asm["ptx"]) if target.backend == "cuda" else []
+        tiles = tiles or [a.bits for a in emitted if not a.store and a.bits >= WIDE]
+        if not tiles or min(tiles) < WIDE:
+            failures.append(f"tiles are loaded by accesses of {sorted(set(tiles))} bits: must be 128")
     if case.bytes_per_element is None:
         return
     threads = int(compiled.metadata.num_warps) * target.warp_size

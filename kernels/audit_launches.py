@@ -14,6 +14,8 @@ from triton_hybrid.kernels.correct import SLOPE_SUMS, correct, slopes
 from triton_hybrid.kernels.divergence import MEMORY_COLUMNS, judge
 from triton_hybrid.kernels.gram import gram, reduce_partials
 from triton_hybrid.kernels.ledger import new_ledger
+from triton_hybrid.kernels.matrices import MatrixSet, matrix_tiling
+from triton_hybrid.kernels.newton_schulz import QUINTIC, orthogonalise
 from triton_hybrid.kernels.predict import MOVE_COLUMNS, predict, settle
 
 
@@ -48,6 +50,8 @@ HALVES = (Precision(torch.float16, torch.float32), Precision(torch.bfloat16, tor
 # none is specialised. One tensor of one chunk is the opposite: everything is.
 MANY = (30_000, 20_000, 10_000)
 SINGLE = (8_192,)
+MATRICES = ((384, 512), (512, 256), (33, 65))
+"""A wide, a tall and an odd-sized one."""
 
 
 class _Problem:
@@ -195,3 +199,92 @@ def judge_launch(target: Target, lengths: Sequence[int]) -> Launch:
     with recorded(target) as launches:
         judge(problem.ledger, problem.scratch(SLOPE_SUMS)[1], problem.memory, 2.5, 5.0)
     return launches[0]
+
+
+class _Matrices(_Problem):
+    """Matrices of a Muon set: a wide, a tall and an odd-sized one.
+
+    Args:
+        target: What is compiled for.
+        precision: Dtypes of the model.
+        products: Dtype of the products' inputs.
+    """
+
+    def __init__(self, target: Target, precision: Precision, products: torch.dtype) -> None:
+        super().__init__(target, precision, [rows * columns for rows, columns in MATRICES])
+        names = ("param", "grad", "weight", "exp_avg", "slow_ema", "snapshot")
+        rows = {
+            name: [flat.view(shape) for flat, shape in zip(self.tensors.flat[name], MATRICES)]
+            for name in names
+            if precision.master or name != "weight"
+        }
+        for name in ("update", "direction"):
+            rows[name] = [torch.zeros(shape, dtype=products) for shape in MATRICES]
+        self.tensors = TensorSet(rows, self.tiling)
+        count = len(MATRICES)
+        tiling = matrix_tiling(products, torch.device("cuda"))
+        whole = [(1, 1)] * count
+        steps = [QUINTIC * 3] * count
+        self.matrices = MatrixSet(self.tensors, whole, steps, [1.0] * count, tiling)
+
+
+def muon_launch(
+    target: Target, precision: Precision, products: torch.dtype, number: int, source: str | None
+) -> Launch:
+    """One of the launches of `orthogonalise`; ``source`` None takes the momentum."""
+    problem = _Matrices(target, precision, products)
+    with recorded(target) as launches:
+        orthogonalise(
+            problem.matrices,
+            problem.group,
+            problem.hyper,
+            "update",
+            source=source,
+            partials=Workspace([problem.tensors]).partials if source is None else None,
+            ledger=problem.ledger if source is None else None,
+            max_norm=1.0,
+        )
+    return launches[number]
+
+
+def muon_update_launch(target: Target, precision: Precision, slow: bool, measured: bool) -> Launch:
+    """The update of `adamw_step` for a Muon set."""
+    problem = _Matrices(target, precision, torch.bfloat16)
+    with recorded(target) as launches:
+        adamw_step(
+            [problem.tensors],
+            [problem.group],
+            [problem.steps],
+            problem.hyper,
+            problem.ledger,
+            Workspace([problem.tensors]),
+            max_norm=1.0,
+            slow_beta=0.9 if slow else 0.0,
+            observed=True,
+            measured=measured,
+            matrices=[problem.matrices],
+        )
+    return launches[-1]
+
+
+def muon_predict_launch(target: Target, precision: Precision) -> Launch:
+    """The pass of `predict` over all elements of a Muon set."""
+    problem = _Matrices(target, precision, torch.bfloat16)
+    partials, sums = problem.scratch(MOVE_COLUMNS)
+    with recorded(target) as launches:
+        predict(
+            problem.tensors,
+            problem.group,
+            problem.steps,
+            problem.hyper,
+            None,
+            problem.memory,
+            problem.ledger,
+            partials,
+            sums,
+            threshold=0.5,
+            share=0.5,
+            save=True,
+            matrices=problem.matrices,
+        )
+    return launches[-2]

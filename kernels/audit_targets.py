@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 from triton_hybrid.kernels.chunks import LAUNCH, RESIDENT_LAUNCH, launch_options
+from triton_hybrid.kernels.launch import MATRIX_LAUNCH, matrix_launch_options
 
 COOPERATIVE = "launch_cooperative_grid"
 """Launch option that makes a launch cooperative."""
@@ -116,6 +117,7 @@ def recorded(target: Target) -> Iterator[list[Launch]]:
     with (
         mock.patch.dict(LAUNCH, launch_options(target.backend), clear=True),
         mock.patch.dict(RESIDENT_LAUNCH, launch_options(target.backend, True), clear=True),
+        mock.patch.dict(MATRIX_LAUNCH, matrix_launch_options(target.backend), clear=True),
         mock.patch.object(JITFunction, "run", record),
     ):
         yield launches

@@ -41,15 +41,18 @@ from triton_hybrid.kernels.launch import (
     on_device,
 )
 from triton_hybrid.kernels.rows import (
+    DIRECTION,
     EXP_AVG,
     EXP_AVG_SQ,
     GRAD,
     HISTORY,
     MAX_HISTORY,
     N_ROWS,
+    ORTHOGONAL,
     PARAM,
     ROW,
     ROWS,
+    SCRATCH_ROWS,
     SLOW_EMA,
     SNAPSHOT,
     TAIL_SHARE,
@@ -64,6 +67,7 @@ from triton_hybrid.kernels.rows import (
 )
 
 __all__ = [
+    "DIRECTION",
     "EXP_AVG",
     "EXP_AVG_SQ",
     "GRAD",
@@ -74,12 +78,14 @@ __all__ = [
     "MAX_PROGRAMS",
     "NUM_WARPS",
     "N_ROWS",
+    "ORTHOGONAL",
     "PARAM",
     "REFERENCE_BLOCK",
     "REGISTERS",
     "RESIDENT_LAUNCH",
     "ROW",
     "ROWS",
+    "SCRATCH_ROWS",
     "SLOW_EMA",
     "SNAPSHOT",
     "TAIL_SHARE",
@@ -264,7 +270,7 @@ class TensorSet:
         known = {**self.dtype, name: dtype}
         weight = known.get("weight")
         for row, state in known.items():
-            if weight is None or row in ("param", "grad", "weight"):
+            if weight is None or row in ("param", "grad", "weight", *SCRATCH_ROWS):
                 continue
             if weight not in (torch.float32, torch.float64):
                 raise ValueError(

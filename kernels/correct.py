@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.adamw import HYPER, HYPER_COLUMNS, SIGN
 from triton_hybrid.kernels.chunks import (
     GRAD,
     LAUNCH,
@@ -22,6 +21,7 @@ from triton_hybrid.kernels.chunks import (
 )
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, MEMORY_COLUMNS
 from triton_hybrid.kernels.gram import reduce_partials
+from triton_hybrid.kernels.hyper import HYPER, HYPER_COLUMNS, SIGN
 from triton_hybrid.kernels.ledger import INDEX, VERDICT
 
 SLOPE_SUMS = 3

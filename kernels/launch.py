@@ -111,10 +111,24 @@ def launch_options(backend: str, resident: bool = False) -> dict[str, object]:
     return options
 
 
+def matrix_launch_options(backend: str) -> dict[str, object]:
+    """Launch options of the matrix products, but for the number of warps.
+
+    Three buffers hide the loads; AMD's local memory of 64 KiB has room for two.
+
+    Args:
+        backend: As for `launch_options`.
+    """
+    return {"num_stages": 2 if backend == "hip" else 3, "enable_fp_fusion": False}
+
+
 _BACKEND = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
 
 LAUNCH = launch_options(_BACKEND)
-"""Launch options of every kernel but one, on this machine."""
+"""Launch options of the bandwidth kernels but one, on this machine."""
 
 RESIDENT_LAUNCH = launch_options(_BACKEND, resident=True)
 """Launch options of the kernel with a grid barrier, on this machine."""
+
+MATRIX_LAUNCH = matrix_launch_options(_BACKEND)
+"""Launch options of the matrix products, on this machine."""

@@ -1,6 +1,7 @@
 """The predicted move: combine the basis, move the weights, measure the move.
 
     displacement = factor · slow_ema / (√v̂ + ε) + pull · (weight_ema - weight)    (slow EMA)
+    displacement = factor · orthogonalised slow_ema                                (of Muon)
     displacement = Σ_j c[t, j] · history_j                                         (trajectory)
 
 The slow EMA is the trend of the weights, the weight EMA their level: noise of the last steps
@@ -18,19 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.adamw import (
-    EPS,
-    HYPER,
-    HYPER_COLUMNS,
-    LEVEL_SHARE,
-    LOG_BETA1,
-    LOG_BETA2,
-    LR,
-    precise_div,
-    precise_sqrt,
-)
-from triton_hybrid.kernels.adamw import HORIZON as HORIZON_HYPER
 from triton_hybrid.kernels.chunks import (
+    DIRECTION,
     EXP_AVG,
     EXP_AVG_SQ,
     HISTORY,
@@ -58,6 +48,18 @@ from triton_hybrid.kernels.divergence import (
     take_back_reference,
 )
 from triton_hybrid.kernels.gram import reduce_partials
+from triton_hybrid.kernels.hyper import (
+    EPS,
+    HYPER,
+    HYPER_COLUMNS,
+    LEVEL_SHARE,
+    LOG_BETA1,
+    LOG_BETA2,
+    LR,
+    precise_div,
+    precise_sqrt,
+)
+from triton_hybrid.kernels.hyper import HORIZON as HORIZON_HYPER
 from triton_hybrid.kernels.ledger import (
     CAUSE_JUMP,
     CAUSE_NONFINITE,
@@ -73,6 +75,8 @@ from triton_hybrid.kernels.ledger import (
     STRETCH,
     UPDATE_SQUARE,
 )
+from triton_hybrid.kernels.matrices import MatrixSet
+from triton_hybrid.kernels.newton_schulz import orthogonalise, orthogonalise_reference
 
 MOVE_COLUMNS = 3
 """Sums of a move: slope, squared displacement, non-finite results."""
@@ -95,12 +99,18 @@ def _gate(ledger, threshold):
 def _predict_block(
     addresses, tensor, begin, length, coefficients, factor, pull,
     inverse_correction1, root_correction2, eps, slope, square, bad,
-    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
+    MUON: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
     LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    if SLOW:
+    if SLOW and MUON:
+        orthogonal = load_row(
+            addresses, DIRECTION, tensor, begin, length, UPDATE_TYPE, STATE, BLOCK, FULL
+        )
+        displacement = factor * orthogonal
+    elif SLOW:
         v = load_row(addresses, EXP_AVG_SQ, tensor, begin, length, STATE, STATE, BLOCK, FULL, 1.0)
         s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         denominator = precise_div(precise_sqrt(v), root_correction2) + eps
@@ -138,9 +148,10 @@ def _predict_block(
 def _predict_kernel(
     addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks,
-    group, hyper, steps, coefficients, memory, ledger, partials,
+    group, hyper, steps, scales, coefficients, memory, ledger, partials,
     threshold, share,
-    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
+    MUON: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
     LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -171,6 +182,8 @@ def _predict_kernel(
             if SLOW:
                 steps_ahead = tl.load(row + LR) * tl.load(row + HORIZON_HYPER)
                 factor = -factor * steps_ahead
+                if MUON:
+                    factor = factor * tl.load(scales + tensor)
             factor = factor.to(STATE)
             inverse_correction1 = inverse_correction1.to(STATE)
             root_correction2 = root_correction2.to(STATE)
@@ -180,14 +193,16 @@ def _predict_kernel(
                     slope, square, bad = _predict_block(
                         addresses, tensor, start + inner, length, coefficients, factor, pull,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
-                        PARAM_TYPE, STATE, MASTER, SLOW, LEVEL, N, SAVE, BLOCK, True,
+                        PARAM_TYPE, STATE, UPDATE_TYPE, MUON,
+                        MASTER, SLOW, LEVEL, N, SAVE, BLOCK, True,
                     )  # fmt: skip
             else:
                 for inner in range(0, remaining(start, length, CHUNK), TAIL):
                     slope, square, bad = _predict_block(
                         addresses, tensor, start + inner, length, coefficients, factor, pull,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
-                        PARAM_TYPE, STATE, MASTER, SLOW, LEVEL, N, SAVE, TAIL, False,
+                        PARAM_TYPE, STATE, UPDATE_TYPE, MUON,
+                        MASTER, SLOW, LEVEL, N, SAVE, TAIL, False,
                     )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
         tl.store(cell, slope)
@@ -210,6 +225,7 @@ def predict(
     share: float,
     save: bool,
     level: bool = True,
+    matrices: MatrixSet | None = None,
 ) -> None:
     """Moves the weights of one tensor set by one predicted step. Two launches.
 
@@ -230,16 +246,23 @@ def predict(
         share: Part of the whole displacement that this step makes.
         save: Whether to keep the weights in ``snapshot`` first.
         level: Whether to use ``weight_ema``, where there is one.
+        matrices: Of a set that Muon moves: its slow EMA is orthogonalised first, into the row
+            ``direction``, unless that was done. Takes the launches of `orthogonalise` more.
     """
+    if matrices is not None and coefficients is None and not matrices.direction_known:
+        orthogonalise(matrices, group, hyper, "direction", source="slow_ema")
+        matrices.direction_known = True
     addresses, lengths, aligned = tensors.tables()
     chunks = tensors.chunks(every=True)
     with on_device(tensors.device):
         _predict_kernel[(tensors.tiling.programs,)](
             addresses, lengths, aligned,
             chunks.tensor, chunks.start, chunks.count,
-            group, hyper, steps, memory if coefficients is None else coefficients, memory, ledger,
+            group, hyper, steps, hyper if matrices is None else matrices.scales,
+            memory if coefficients is None else coefficients, memory, ledger,
             partials, float(threshold), float(share),
             PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
+            UPDATE_TYPE=tensors.dtype_of("direction"), MUON=matrices is not None,
             MASTER=tensors.has_master, SLOW=coefficients is None,
             LEVEL=level and coefficients is None and tensors.has("weight_ema"),
             N=0 if coefficients is None else coefficients.shape[1], SAVE=save,
@@ -271,6 +294,7 @@ def predict_reference(
     save: bool,
     level: bool = True,
     with_slopes: bool = True,
+    matrices: MatrixSet | None = None,
 ) -> None:
     """`predict` in plain torch.
 
@@ -294,6 +318,12 @@ def predict_reference(
     if coefficients is None:
         ahead = rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]]
         factor = -factor * ahead
+    if coefficients is None and matrices is not None:
+        if not matrices.direction_known:
+            orthogonalise_reference(matrices, group, hyper, "slow_ema", "direction")
+            matrices.direction_known = True
+        factor = factor * matrices.scales
+    elif coefficients is None:
         # s / (√v / root + eps) is root · s / (√v + root · eps): one operation less a block.
         factor = factor * root_correction2
     columns = [factor, inverse_correction1, root_correction2 * rows[:, HYPER["eps"]], pull]
@@ -310,7 +340,9 @@ def predict_reference(
         for part in tensors.reference_blocks(index):
             w = flat["weight"][index][part]
             displacement = scratch[0, : w.numel()]
-            if weights is None:
+            if weights is None and matrices is not None:
+                torch.mul(flat["direction"][index][part].to(compute), factor_, out=displacement)
+            elif weights is None:
                 v, s = flat["exp_avg_sq"][index][part], flat["slow_ema"][index][part]
                 denominator = torch.sqrt(v, out=scratch[1, : w.numel()]).add_(scaled_eps)
                 torch.div(s, denominator, out=displacement).mul_(factor_)

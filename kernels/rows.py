@@ -19,10 +19,15 @@ ROWS: tuple[str, ...] = (
     "slow_ema",
     "weight_ema",
     "snapshot",
+    "update",
+    "direction",
     *(f"history_{i}" for i in range(MAX_HISTORY)),
 )
 """The roles a tensor can have in a launch. ``weight`` is what the mathematics moves: the
-FP32 master of a 16-bit parameter, otherwise the parameter itself."""
+FP32 master of a 16-bit parameter, otherwise the parameter itself. ``update`` and ``direction``
+are scratch of Muon: the orthogonalised momentum and slow EMA."""
+
+SCRATCH_ROWS = ("update", "direction")
 
 ROW = {name: index for index, name in enumerate(ROWS)}
 
@@ -35,6 +40,8 @@ EXP_AVG_SQ = tl.constexpr(ROW["exp_avg_sq"])
 SLOW_EMA = tl.constexpr(ROW["slow_ema"])
 WEIGHT_EMA = tl.constexpr(ROW["weight_ema"])
 SNAPSHOT = tl.constexpr(ROW["snapshot"])
+ORTHOGONAL = tl.constexpr(ROW["update"])
+DIRECTION = tl.constexpr(ROW["direction"])
 HISTORY = tl.constexpr(ROW["history_0"])
 
 TAIL_SHARE = tl.constexpr(4)

@@ -240,7 +240,15 @@ GROUPS: tuple[dict[str, float], ...] = (
 
 def hyper_table(groups: Sequence[dict[str, float]]) -> Tensor:
     """The FP64 hyperparameter table of parameter groups."""
-    start = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "sign": 1.0, "horizon": 3.0, "level": 0.5}
+    start = {
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "sign": 1.0,
+        "horizon": 3.0,
+        "level": 0.5,
+        "look_ahead": 1.0,
+    }
     rows = []
     for group in groups:
         row = {"weight_decay": 0.0, **start, **group}

@@ -32,12 +32,10 @@ from kernel_helpers import (
 from triton_hybrid.kernels import chunks
 from triton_hybrid.kernels.adamw import (
     Workspace,
-    _scalars,
-    _update_unless,
     adamw_step,
     adamw_step_reference,
-    averaging_rates,
 )
+from triton_hybrid.kernels.adamw_reference import _scalars, _update_unless, averaging_rates
 from triton_hybrid.kernels.chunks import INTERPRETED, TensorSet
 from triton_hybrid.kernels.ledger import new_ledger, read_ledger
 

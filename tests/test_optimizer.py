@@ -48,7 +48,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eps": -1e-8}, ValueError, "eps=-1e-08"),
     ({"weight_decay": float("inf")}, ValueError, "weight_decay=inf"),
     ({"base": "sgd"}, ValueError, "base='sgd'"),
-    ({"base": "muon"}, NotImplementedError, "base='muon'"),
+    ({"base": "muon"}, ValueError, r"base='muon' has shape \(2,\)"),
     ({"hybrid": {"full_steps": 3}}, ValueError, "hybrid="),
     ({"hybrid": HybridConfig(offload="cpu")}, NotImplementedError, "offload='cpu'"),
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm=0.0"),

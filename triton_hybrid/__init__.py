@@ -13,6 +13,7 @@ if (_CHECKOUT / "kernels" / "chunks.py").is_file():
 
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.optimizer import HybridOptimizer
+from triton_hybrid.param_groups import split_param_groups
 from triton_hybrid.phases import Phase
 from triton_hybrid.stats import HybridStats
 
@@ -47,8 +48,3 @@ def needs_backward(optimizer: Any) -> bool:
 def reshard(module: Any) -> None:
     """Not built yet: belongs to distributed training."""
     raise NotImplementedError("reshard is not built yet: distributed training is not supported")
-
-
-def split_param_groups(model: Any, **options: Any) -> list[dict[str, Any]]:
-    """Not built yet: belongs to ``base="muon"``."""
-    raise NotImplementedError("split_param_groups is not built yet: base='muon' is not supported")

@@ -3,7 +3,8 @@
 Every predictor is a linear combination of a few stored vectors with one set of
 coefficients for each tensor:
 
-* ``slow_ema``: the slow gradient EMA, preconditioned by the current second moment; one
+* ``slow_ema``: the slow gradient EMA, preconditioned by the current second moment (in a Muon
+  group: orthogonalised); one
   predicted step is a quarter of a base step with it, and more as the learning rate decays.
   AdEMAMix (arXiv 2409.03137) mixes the same vector into every step.
 * ``linear``: the last cycle's displacement, times the ratio that best explained past cycles
@@ -172,6 +173,7 @@ class DynamicsModel:
                 "share": share,
                 "save": first and not self.follows_trajectory,
                 "level": level,
+                "matrices": bound.matrices,
             }
             sums = memory.sums[part]
             if runtime.triton:

@@ -4,10 +4,10 @@ r"""Where state lives: one place for each parameter's tensors, made at the first
 
     step           FP32, 0-dim      applied base updates
     exp_avg        like p           first moment (FP32; FP64 for FP64 parameters)
-    exp_avg_sq     like p           second moment
+    exp_avg_sq     like p           second moment             not in a Muon group
     master         like p, FP32     only behind 16-bit parameters
     slow_ema       like p           slow gradient EMA         \
-    weight_ema     like p           average of the last weights (slow_ema, auto)
+    weight_ema     like p           average of the last weights (slow_ema, auto; not Muon)
     snapshot       like p           weights before the move    } unless predictor="none"
     prediction     FP32 [3]         horizon factor, slope, step fraction  /
     history_<j>    like p           cycle displacements       \
@@ -16,26 +16,30 @@ r"""Where state lives: one place for each parameter's tensors, made at the first
     regression     FP64 [2]         least squares of `linear` /
 
 The small ones are views into one tensor for all parameters, so that one launch reaches them.
+Muon groups have scratch memory besides, which no checkpoint needs: the orthogonalised momentum
+and slow EMA, in BF16 like p each, and what the products need at a time (``kernels/matrices.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from triton_hybrid.base.muon import MatrixSettings
 from triton_hybrid.kernels.adamw import Workspace
 from triton_hybrid.kernels.chunks import TensorSet, Tiling
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, HORIZON_COLUMN, MEMORY_COLUMNS
+from triton_hybrid.kernels.matrices import MatrixSet
 from triton_hybrid.precision import adopt_parameter, needs_master, new_master, state_dtype
 
 State = dict[Tensor, dict[str, Any]]
 
 
 class ParameterSet:
-    """The parameters of one dtype with their state, bound for launches.
+    """The parameters of one dtype and base rule with their state, bound for launches.
 
     Args:
         params: Parameters of one dtype on one device.
@@ -45,6 +49,7 @@ class ParameterSet:
         level: Whether the slow EMA's model is, which needs the average of the weights.
         history: Cycle displacements to keep; 0 for none.
         memory: FP32 ``[len(params), 3]``: this set's part of the per-tensor memory.
+        muon: For each, how it is orthogonalised; None for a set of AdamW.
         tiling: Overrides the device's default tiling.
     """
 
@@ -58,6 +63,7 @@ class ParameterSet:
         level: bool,
         history: int,
         memory: Tensor,
+        muon: Sequence[MatrixSettings] | None = None,
         tiling: Tiling | None = None,
     ) -> None:
         self.params = params
@@ -70,7 +76,8 @@ class ParameterSet:
         self._adopt("step", self.steps)
         rows: dict[str, list[Tensor]] = {"param": params}
         rows["exp_avg"] = self._like("exp_avg")
-        rows["exp_avg_sq"] = self._like("exp_avg_sq")
+        if muon is None:
+            rows["exp_avg_sq"] = self._like("exp_avg_sq")
         self.masters: list[Tensor] = []
         if needs_master(params[0]):
             self.masters = [self._master(param) for param in params]
@@ -80,7 +87,7 @@ class ParameterSet:
         self.regression: Tensor | None = None
         if predicts:
             rows["slow_ema"] = self._like("slow_ema")
-            if level:
+            if level and muon is None:
                 rows["weight_ema"] = self._like("weight_ema", self.masters or params)
             rows["snapshot"] = self._like("snapshot")
             self._adopt("prediction", memory)
@@ -93,7 +100,21 @@ class ParameterSet:
             self._adopt("gram", self.gram)
             self._adopt("regression", self.regression)
             self._adopt("coefficients", self.coefficients)
+        if muon is not None:
+            for name in ("update", "direction") if predicts else ("update",):
+                rows[name] = [
+                    torch.zeros_like(p, dtype=muon[0].dtype, memory_format=torch.preserve_format)
+                    for p in params
+                ]
         self.tensors = TensorSet(rows, tiling)
+        self.matrices: MatrixSet | None = None
+        if muon is not None:
+            self.matrices = MatrixSet(
+                self.tensors,
+                [settings.grid for settings in muon],
+                [settings.coefficients for settings in muon],
+                [settings.scale for settings in muon],
+            )
         self.partials = torch.empty(0, dtype=torch.float32, device=device)
 
     def _like(self, key: str, start: Sequence[Tensor] | None = None) -> list[Tensor]:
@@ -166,6 +187,7 @@ class StateMemory:
         predicts: Whether any dynamics model is in use.
         level: Whether the slow EMA's model is.
         history: Cycle displacements to keep; 0 for none.
+        muon: How the parameters of Muon groups are orthogonalised.
         tiling: Overrides the device's default tiling.
 
     Raises:
@@ -180,16 +202,20 @@ class StateMemory:
         predicts: bool,
         level: bool,
         history: int,
+        muon: Mapping[Tensor, MatrixSettings] | None = None,
         tiling: Tiling | None = None,
     ) -> None:
+        muon = muon or {}
         devices = sorted({str(param.device) for param, _ in params})
         if len(devices) > 1:
             raise NotImplementedError(f"parameters on several devices ({', '.join(devices)})")
         self.device = params[0][0].device
-        by_dtype: dict[torch.dtype, list[tuple[Tensor, int]]] = {}
+        # By dtype and base rule; matrices of one set also share the dtype of their products.
+        alike: dict[tuple[torch.dtype, torch.dtype | None], list[tuple[Tensor, int]]] = {}
         for param, group in params:
-            by_dtype.setdefault(param.dtype, []).append((param, group))
-        count = sum(len(members) for members in by_dtype.values())
+            key = (param.dtype, muon[param].dtype if param in muon else None)
+            alike.setdefault(key, []).append((param, group))
+        count = len(params)
         columns = MEMORY_COLUMNS.value
         self.per_tensor = torch.zeros(count, columns, dtype=torch.float32, device=self.device)
         self.per_tensor[:, HORIZON_COLUMN.value] = 1.0
@@ -198,7 +224,7 @@ class StateMemory:
         self.sets: list[ParameterSet] = []
         self.parts: list[slice] = []
         begin = 0
-        for members in by_dtype.values():
+        for (_, products), members in alike.items():
             part = slice(begin, begin + len(members))
             begin = part.stop
             bound = ParameterSet(
@@ -209,6 +235,7 @@ class StateMemory:
                 level=level,
                 history=history,
                 memory=self.per_tensor[part],
+                muon=None if products is None else [muon[param] for param, _ in members],
                 tiling=tiling,
             )
             if predicts:

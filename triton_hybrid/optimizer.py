@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from triton_hybrid.base.adamw import AdamWRule
+from triton_hybrid.base.adamw import BaseRule
+from triton_hybrid.base.muon import MUON_DEFAULTS, matrix_settings, settings_key
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.corrector import ResidualCorrector
 from triton_hybrid.divergence import DivergenceMonitor
@@ -26,6 +27,7 @@ from triton_hybrid.stats import HybridStats
 from triton_hybrid.validation import (
     check_backend,
     check_group,
+    check_matrix,
     check_max_grad_norm,
     check_parameter,
     refuse_unbuilt,
@@ -37,7 +39,7 @@ PROGRESS = "hybrid_progress"
 
 
 class HybridOptimizer(Optimizer):
-    """AdamW that needs fewer backward passes.
+    """AdamW, or Muon, that needs fewer backward passes.
 
     It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the
     training run, moves the weights ahead without a gradient, judges the move by the next
@@ -46,12 +48,13 @@ class HybridOptimizer(Optimizer):
 
     Args:
         params: Parameters, or parameter groups. Groups may set ``lr``, ``betas``, ``eps``,
-            ``weight_decay``, ``maximize`` and ``base``.
+            ``weight_decay``, ``maximize``, ``base`` and Muon's options.
         lr: Learning rate; a float or a one-element tensor.
         betas: Decay of the two moments, each in [0, 1).
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        base: Base rule, ``"adamw"``.
+        base: Base rule, ``"adamw"`` or, for matrices, ``"muon"``; mostly set by group
+            (`split_param_groups`). Muon groups ignore ``betas``.
         hybrid: The phase machine's configuration; None takes the defaults.
         max_grad_norm: Global-norm clipping inside the fused step, or None.
         master_weights: ``"auto"``: FP32 masters behind 16-bit parameters.
@@ -63,8 +66,16 @@ class HybridOptimizer(Optimizer):
         backend: ``"auto"`` (Triton on GPU tensors, plain torch elsewhere), ``"triton"`` or
             ``"torch"``.
         process_group: Not built yet.
+        muon: Options of Muon groups: ``momentum`` (0.95), ``nesterov`` (True), ``ns_steps`` (5),
+            ``ns_coefficients`` (three numbers, or three for each step), ``adjust_lr_fn``
+            (``"match_rms_adamw"``, so that one learning rate serves both rules, or
+            ``"original"``), as in ``torch.optim.Muon``; ``ns_dtype`` (``"bfloat16"`` or
+            ``"float32"``); ``blocks`` (equal blocks along rows and columns, orthogonalised each
+            by itself) and ``transposed`` (whether rows are inputs), both also one for each
+            parameter. Groups may set each of them.
 
     Raises:
+        TypeError: An unknown option.
         ValueError: A value out of range; the message names argument, value and range.
         NotImplementedError: An option that is not built yet; the message names it.
     """
@@ -93,7 +104,14 @@ class HybridOptimizer(Optimizer):
         capturable: bool = False,
         backend: str = "auto",
         process_group: object | None = None,
+        **muon: Any,
     ) -> None:
+        unknown = sorted(set(muon) - set(MUON_DEFAULTS))
+        if unknown:
+            raise TypeError(
+                f"HybridOptimizer got unknown arguments {unknown}; of Muon there are "
+                f"{sorted(MUON_DEFAULTS)}"
+            )
         if hybrid is not None and not isinstance(hybrid, HybridConfig):
             raise ValueError(f"hybrid={hybrid!r}: must be a HybridConfig or None")
         config = hybrid or HybridConfig()
@@ -113,6 +131,8 @@ class HybridOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "base": base,
+            **MUON_DEFAULTS,
+            **muon,
         }
         check_group(defaults)
         self._settings: dict[str, Any] = {
@@ -288,9 +308,13 @@ class HybridOptimizer(Optimizer):
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
             param_group = {**param_group, "params": params}
-            check_group({**self.defaults, **param_group})
-            for entry in params:
-                check_parameter(entry[1] if isinstance(entry, tuple) else entry)
+            group = {**self.defaults, **param_group}
+            check_group(group)
+            for index, entry in enumerate(params):
+                param = entry[1] if isinstance(entry, tuple) else entry
+                check_parameter(param)
+                if group["base"] == "muon":
+                    check_matrix(group, index, param)
         super().add_param_group(param_group)
         self._unbind()
 
@@ -300,7 +324,7 @@ class HybridOptimizer(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this optimizer, or one of ``torch.optim.AdamW``.
+        """Loads a checkpoint of this optimizer, or one of torch's AdamW or Muon.
 
         Torch casts floating state to its parameter's dtype; here every tensor keeps the
         dtype it was saved with, as a copy on its parameter's device.
@@ -311,12 +335,19 @@ class HybridOptimizer(Optimizer):
         for group in state_dict["param_groups"]:
             if group.get("amsgrad"):
                 raise ValueError("amsgrad=True in the checkpoint: must be False, it is not built")
+        rules = [group["base"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, rule in zip(self.param_groups, rules):
+            # Torch's checkpoints name no rule, and the present one stays.
+            group["base"] = group["base"] if PROGRESS in group else rule
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved_ids, params):
+            # Torch's Muon keeps the same average under another name.
+            self.state[param].pop("momentum_buffer", None)
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
+                    key = "exp_avg" if key == "momentum_buffer" else key
                     self.state[param][key] = value.detach().to(device=param.device, copy=True)
         self._unbind(save=False)
         self._load_progress()
@@ -356,7 +387,7 @@ class HybridOptimizer(Optimizer):
         self._ledger: dict[str, float] = {}
         self._model_state: dict[str, int] | None = None
         self._pending_loss = None
-        self._bound_ids: list[tuple[int, int]] = []
+        self._bound_ids: list[Any] = []
         self._steps = dict.fromkeys(PHASES, 0)
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -415,7 +446,8 @@ class HybridOptimizer(Optimizer):
         ]
         if not params:
             return False
-        ids = [(id(param), index) for param, index in params]
+        ids: list[Any] = [(id(param), index) for param, index in params]
+        ids.extend(settings_key(group) for group in self.param_groups)
         if self._runtime_or_none is None or ids != self._bound_ids:
             if not self.state and all(param.grad is None for param, _ in params):
                 return False
@@ -450,6 +482,12 @@ class HybridOptimizer(Optimizer):
             predicts=predicts,
             level=config.predictor in ("slow_ema", "auto"),
             history=history_needed(config),
+            muon={
+                param: matrix_settings(group, index, param)
+                for group in self.param_groups
+                if group["base"] == "muon"
+                for index, param in enumerate(group["params"])
+            },
         )
         if self.backend == "triton":
             require_launchable(memory.device)
@@ -466,7 +504,7 @@ class HybridOptimizer(Optimizer):
             runtime.observe_loss(self._pending_loss)
             self._pending_loss = None
         self._runtime_or_none = runtime
-        self._base = AdamWRule(runtime, self._settings["max_grad_norm"])
+        self._base = BaseRule(runtime, self._settings["max_grad_norm"])
         self._model = DynamicsModel(runtime)
         if self._model_state is not None:
             self._model.restore(self._model_state)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.adamw import HYPER, HYPER_FIELDS
 from triton_hybrid.kernels.chunks import upload
+from triton_hybrid.kernels.hyper import HYPER, HYPER_FIELDS
 from triton_hybrid.kernels.ledger import INDEX, new_ledger, read_ledger, write_ledger
 from triton_hybrid.memory import StateMemory
 
@@ -29,13 +29,15 @@ LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
 """What is remembered of a group's learning rate, in the group, for checkpoints."""
 
 
-def steps_ahead(largest_lr: float, lr: float) -> float:
+def steps_ahead(decayed: float | Tensor) -> Any:
     """Base steps that one predicted step of the slow EMA stands for.
 
     A horizon that grows as the learning rate decays does not pay out early: the predicted
     displacement is largest in the middle of a linear decay.
+
+    Args:
+        decayed: By which part of its largest value the learning rate has decayed.
     """
-    decayed = 1.0 - lr / largest_lr if largest_lr > 0 else 0.0
     return FIRST_HORIZON + HORIZON_GAIN * decayed
 
 
@@ -111,11 +113,17 @@ class Runtime:
                 last = float(group.get(LAST_LR, lr))
                 group[LARGEST_LR], group[LAST_LR] = largest, lr
             beta1, beta2 = group["betas"]
+            look_ahead = 1.0
+            if group["base"] == "muon":
+                beta1 = group["momentum"]
+                look_ahead = beta1 if group["nesterov"] else 1.0
             logs = [math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2)]
             decay = group["weight_decay"]
             sign = -1.0 if group["maximize"] else 1.0
-            horizon, level = steps_ahead(largest, lr), LEVEL_SHARE * (lr == last)
-            rows.append([lr, beta1, beta2, *logs, group["eps"], decay, sign, horizon, level])
+            horizon = steps_ahead(1.0 - lr / largest if largest > 0 else 0.0)
+            level = LEVEL_SHARE * (lr == last)
+            row = [lr, beta1, beta2, *logs, group["eps"], decay, sign, horizon, level, look_ahead]
+            rows.append(row)
         if rows != self._rows or on_device:
             self._rows = rows
             self.hyper.copy_(upload(torch.tensor(rows, dtype=torch.float64), self.memory.device))
@@ -133,8 +141,6 @@ class Runtime:
         largest, last = group[LARGEST_LR], group[LAST_LR]
         torch.maximum(largest, now, out=largest)
         row[HYPER["lr"]].copy_(now)
-        row[HYPER["horizon"]].copy_(
-            FIRST_HORIZON + HORIZON_GAIN * (1.0 - now / largest.clamp(min=1e-300))
-        )
+        row[HYPER["horizon"]].copy_(steps_ahead(1.0 - now / largest.clamp(min=1e-300)))
         row[HYPER["level"]].copy_(LEVEL_SHARE * (last == now))
         last.copy_(now)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from triton_hybrid.base.muon import SCALES, matrix_settings
 from triton_hybrid.kernels.chunks import TRITON_DTYPES, dense_view
+from triton_hybrid.kernels.matrices import SCRATCH_DTYPES
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -27,7 +29,6 @@ def check_group(group: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: A value out of range.
-        NotImplementedError: A base rule that is not built yet.
     """
     lr = group["lr"]
     if isinstance(lr, Tensor):
@@ -50,7 +51,85 @@ def check_group(group: Mapping[str, Any]) -> None:
     if base not in ("adamw", "muon"):
         raise ValueError(f"base={base!r}: must be 'adamw' or 'muon'")
     if base == "muon":
-        raise NotImplementedError("base='muon' is not built yet: use base='adamw'")
+        _check_muon_group(group)
+
+
+def _check_muon_group(group: Mapping[str, Any]) -> None:
+    _number("momentum", group["momentum"], "a number in [0, 1)", 0.0, 1.0)
+    if not isinstance(group["nesterov"], bool):
+        raise ValueError(f"nesterov={group['nesterov']!r}: must be True or False")
+    steps = group["ns_steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
+        raise ValueError(f"ns_steps={steps!r}: must be a whole number from 1 to 99")
+    given = group["ns_coefficients"]
+    every = given if isinstance(given, (tuple, list)) else ()
+    nested = [c for c in every if isinstance(c, (tuple, list))]
+    triples = nested if nested else [every]
+    if len(nested) not in (0, len(every)) or any(
+        len(triple) != 3 or not all(_is_finite(c) for c in triple) for triple in triples
+    ):
+        raise ValueError(
+            f"ns_coefficients={given!r}: must be three finite numbers, or three for each step"
+        )
+    if group["adjust_lr_fn"] not in (None, *SCALES):
+        raise ValueError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: must be one of {SCALES} or None")
+    if group["ns_dtype"] not in SCRATCH_DTYPES:
+        raise ValueError(f"ns_dtype={group['ns_dtype']!r}: must be one of {tuple(SCRATCH_DTYPES)}")
+    count = len(group["params"]) if "params" in group else None
+    blocks = group["blocks"]
+    pairs = blocks if _is_list(blocks, count, _is_pair) else [blocks]
+    if not all(_is_pair(pair) for pair in pairs):
+        raise ValueError(
+            f"blocks={blocks!r}: must be two whole numbers >= 1 (blocks along rows and columns), "
+            "or such a pair for every parameter of the group"
+        )
+    transposed = group["transposed"]
+    if not isinstance(transposed, bool) and not _is_list(
+        transposed, count, lambda value: isinstance(value, bool)
+    ):
+        raise ValueError(
+            f"transposed={transposed!r}: must be True or False, or one of them for every "
+            "parameter of the group"
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value)
+    )
+
+
+def _is_list(value: Any, count: int | None, suits: Callable[[Any], bool]) -> bool:
+    """Whether a value holds something that suits for every parameter."""
+    listed = isinstance(value, (tuple, list)) and all(suits(entry) for entry in value)
+    return listed and count in (None, len(value))
+
+
+def check_matrix(group: Mapping[str, Any], index: int, param: Any) -> None:
+    """Checks that a parameter of a Muon group can be orthogonalised.
+
+    Raises:
+        ValueError: Not a matrix, or not divisible into the blocks asked for.
+    """
+    if not isinstance(param, Tensor):
+        return
+    if param.ndim != 2:
+        raise ValueError(
+            f"params: parameter {index} of a group with base='muon' has shape "
+            f"{tuple(param.shape)}, must be a matrix; split_param_groups(model) makes the groups"
+        )
+    grid = matrix_settings(group, index, param).grid
+    if any(size % parts for size, parts in zip(param.shape, grid)):
+        raise ValueError(
+            f"blocks={grid}: must divide the shape {tuple(param.shape)} of parameter {index}"
+        )
 
 
 def check_parameter(param: Any) -> None:

@@ -67,7 +67,7 @@ class Driver:
 
     def settings(self) -> dict[str, Any]:
         """Returns what the optimizer was set to, defaults included, beside rate and schedule."""
-        kept = ("betas", "eps", "weight_decay", "momentum", "adjust_lr_fn", "alpha")
+        kept = ("betas", "eps", "weight_decay", "momentum", "adjust_lr_fn", "alpha", "base")
         groups = [
             {"optimizer": type(optimizer).__name__}
             | {name: group[name] for name in kept if name in group}

@@ -26,8 +26,9 @@ from frontier_drivers import (
     hybrid_config,
 )
 from torch import nn
+from triton_hybrid.kernels.newton_schulz import POLAR
 
-from triton_hybrid import HybridOptimizer
+from triton_hybrid import HybridOptimizer, split_param_groups
 
 SCHEDULES = ("linear", "cosine", "constant")
 # A tenth of the run. With a twentieth, and 20 steps at most, AdamW on `lm` was unstable above a
@@ -289,6 +290,21 @@ def _hybrid_optimizer(plan: Plan, predictor: str | None, inline: bool = True) ->
     return HybridOptimizer(plan.model.parameters(), **plan.shared(), hybrid=config)
 
 
+def _hybrid_muon(predictor: str | None = None) -> Callable[[Plan], Driver]:
+    """HybridOptimizer with Muon as the base rule of the hidden matrices."""
+
+    def build(plan: Plan) -> Driver:
+        chosen = {name: plan.options[name] for name in MUON_OPTIONS if name in plan.options}
+        if chosen.get("ns_coefficients") == "polar":
+            chosen["ns_coefficients"] = POLAR
+        parts = int(plan.options.get("blocks", FUSED_PARTS))
+        groups = split_param_groups(plan.model, blocks={FUSED_NAMES: parts}, **chosen)
+        config = hybrid_config(plan.options, predictor, inline=True)
+        return HybridDriver(HybridOptimizer(groups, **plan.shared(), hybrid=config))
+
+    return build
+
+
 def _hybrid_random(plan: Plan) -> Driver:
     return RandomMoves(_hybrid_optimizer(plan, None, inline=False), plan.seed)
 
@@ -300,6 +316,9 @@ def _hybrid_tail_off(plan: Plan) -> Driver:
 
 HYBRID = COMMON | frozenset(HYBRID_OPTIONS)
 VARIANT = HYBRID - {"predictor"}
+# The task's fused projection lies in thirds, which its name alone does not tell.
+FUSED_NAMES, FUSED_PARTS = "*query_key_value.weight", 3
+MUON_OPTIONS = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_dtype")
 PEERS = "pytorch_optimizer"
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(_adamw),
@@ -334,6 +353,8 @@ OPTIMIZERS: dict[str, Entry] = {
     "hybrid-subspace": Entry(_hybrid("subspace"), VARIANT),
     "hybrid-linear": Entry(_hybrid("linear"), VARIANT),
     "hybrid-none": Entry(_hybrid("none"), VARIANT),
+    "hybrid-muon": Entry(_hybrid_muon(), HYBRID | {"blocks", *MUON_OPTIONS}),
+    "hybrid-muon-none": Entry(_hybrid_muon("none"), VARIANT | {"blocks", *MUON_OPTIONS}),
     "hybrid-random": Entry(_hybrid_random, HYBRID),
     "hybrid-tail-off": Entry(_hybrid_tail_off, HYBRID | {"tail"}),
     "adamw-gain": Entry(_adamw_with_gain, COMMON | {"gain"}),

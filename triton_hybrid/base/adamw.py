@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) as the base rule."""
+"""The base step: AdamW (Loshchilov and Hutter, arXiv 1711.05101), and Muon where it is asked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from triton_hybrid.kernels.adamw import adamw_step, adamw_step_reference
 from triton_hybrid.runtime import Runtime
 
 
-class AdamWRule:
-    """One AdamW step for all parameters, with everything that rides in the same pass.
+class BaseRule:
+    """One base step for all parameters, with everything that rides in the same pass.
 
     Args:
         runtime: Bound state.
@@ -30,6 +30,7 @@ class AdamWRule:
         tensors = [bound.tensors for bound in sets]
         groups = [bound.group for bound in sets]
         steps = [bound.steps for bound in sets]
+        matrices = [bound.matrices for bound in sets]
         if runtime.triton:
             adamw_step(
                 tensors,
@@ -43,6 +44,7 @@ class AdamWRule:
                 observed=runtime.slow_beta > 0,
                 measured=measured,
                 level=level,
+                matrices=matrices,
             )
         else:
             adamw_step_reference(
@@ -56,4 +58,5 @@ class AdamWRule:
                 observed=runtime.slow_beta > 0,
                 measured=measured,
                 level=level,
+                matrices=matrices,
             )

@@ -1,0 +1,291 @@
+"""The matrices of a tensor set: which blocks are orthogonalised, and where their scratch lies.
+
+A Muon parameter is one matrix or a grid of equal blocks (fused query, key and value), each
+orthogonalised by itself. In memory a block is ``rows`` lines of ``columns`` elements,
+``pitch`` apart. Scratch memory holds it wide (no more rows than columns; orthogonalising and
+transposing commute) and padded with zeros to whole tiles, which no product ever notices, so
+the matrix kernels need neither masks nor a second orientation.
+
+Matrices of all shapes share the launches: a table says where each lies, another which tile of
+which matrix a program computes. What does not fit into the scratch memory waits for the next
+wave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton_hybrid.kernels.chunks import TensorSet
+
+SCRATCH_BYTES = 1 << 28
+"""Scratch memory of a wave. GPT-2 small takes two waves of it, GPT-2 xl about thirty; a wave
+of this size is some hundred tiles for each multiprocessor, so the last round of a launch costs
+little."""
+
+Coefficients = tuple[tuple[float, float, float], ...]
+
+MATRIX_FIELDS: tuple[str, ...] = (
+    "tensor",  # index in the tensor set
+    "offset",  # element of the tensor at which the block begins
+    "rows",  # in memory
+    "columns",
+    "pitch",  # elements from one row to the next
+    "tall",  # 1: scratch holds the transpose
+    "even",  # 1: offset and pitch are multiples of 8
+    "height",  # in scratch, padded
+    "width",
+    "place",  # element at which it begins among the matrices of the wave
+    "gram_place",  # element at which its Gram matrix begins
+    "first_tile",  # in the table of tiles
+    "tiles",
+)
+"""Columns of the table of matrices, int64."""
+
+FIELD = {name: index for index, name in enumerate(MATRIX_FIELDS)}
+MATRIX_COLUMNS = tl.constexpr(len(MATRIX_FIELDS))
+TENSOR = tl.constexpr(FIELD["tensor"])
+OFFSET = tl.constexpr(FIELD["offset"])
+MEMORY_ROWS = tl.constexpr(FIELD["rows"])
+MEMORY_COLUMNS = tl.constexpr(FIELD["columns"])
+PITCH = tl.constexpr(FIELD["pitch"])
+TALL = tl.constexpr(FIELD["tall"])
+EVEN = tl.constexpr(FIELD["even"])
+HEIGHT = tl.constexpr(FIELD["height"])
+WIDTH = tl.constexpr(FIELD["width"])
+PLACE = tl.constexpr(FIELD["place"])
+GRAM_PLACE = tl.constexpr(FIELD["gram_place"])
+FIRST_TILE = tl.constexpr(FIELD["first_tile"])
+TILES = tl.constexpr(FIELD["tiles"])
+
+SCRATCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Dtypes in which matrices can be orthogonalised; products accumulate in FP32."""
+
+
+@dataclass(frozen=True)
+class MatrixTiling:
+    """How the matrix products are cut.
+
+    Attributes:
+        tile: Rows and columns of the tile that a program computes; a power of two.
+        depth: Elements of the inner dimension that it multiplies at a time.
+        strip: Rows of a tile that are copied at a time.
+        warps: Warps of a program.
+    """
+
+    tile: int
+    depth: int
+    strip: int
+    warps: int
+
+    def __post_init__(self) -> None:
+        for name in ("tile", "depth", "strip"):
+            value = getattr(self, name)
+            if value < 16 or value & (value - 1):
+                raise ValueError(f"{name}={value}: must be a power of two of at least 16")
+        if self.tile % self.depth or self.tile % self.strip:
+            raise ValueError(
+                f"depth={self.depth}, strip={self.strip}: must divide tile={self.tile}"
+            )
+
+
+def matrix_tiling(dtype: torch.dtype, device: torch.device) -> MatrixTiling:
+    """The tiling for a scratch dtype on a device.
+
+    FP32 products are exact ones, without tensor cores, and a smaller tile keeps their
+    accumulators in registers. On the CPU (the interpreter) little is padded.
+    """
+    if device.type == "cpu":
+        return MatrixTiling(32, 32, 32, 4)
+    return MatrixTiling(128, 64, 32, 8) if dtype == torch.bfloat16 else MatrixTiling(64, 32, 32, 8)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One matrix to be orthogonalised, as it lies in memory.
+
+    Attributes:
+        tensor: Index of its tensor.
+        offset: Element of the tensor at which it begins.
+        rows: Its rows in memory.
+        columns: Its columns in memory.
+        pitch: Elements from one row to the next.
+    """
+
+    tensor: int
+    offset: int
+    rows: int
+    columns: int
+    pitch: int
+
+    @property
+    def tall(self) -> bool:
+        """Whether scratch memory holds its transpose."""
+        return self.rows > self.columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its wide shape."""
+        return min(self.rows, self.columns), max(self.rows, self.columns)
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The wide matrix in its tensor's memory.
+
+        Args:
+            flat: The tensor's elements in the order of memory.
+        """
+        size, stride = (self.rows, self.columns), (self.pitch, 1)
+        matrix = flat.as_strided(size, stride, flat.storage_offset() + self.offset)
+        return matrix.t() if self.tall else matrix
+
+
+def blocks_of(index: int, tensor: Tensor, grid: tuple[int, int]) -> list[Block]:
+    """The blocks of a dense 2-D tensor.
+
+    Args:
+        index: Its index in the tensor set.
+        tensor: The tensor.
+        grid: Equal parts along its first and its second dimension.
+
+    Raises:
+        ValueError: Not a matrix, or not divisible.
+    """
+    if tensor.ndim != 2:
+        raise ValueError(f"tensor {index} has shape {tuple(tensor.shape)}: must be a matrix")
+    size = tuple(tensor.shape)
+    if any(part < 1 or length % part for length, part in zip(size, grid)):
+        raise ValueError(f"tensor {index} of shape {size}: cannot be cut into blocks {grid}")
+    if not tensor.numel():
+        return []
+    parts = grid
+    if 1 not in size and tensor.stride(1) != 1:
+        size, parts = size[::-1], grid[::-1]
+    rows, columns = size[0] // parts[0], size[1] // parts[1]
+    return [
+        Block(index, i * rows * size[1] + j * columns, rows, columns, size[1])
+        for i in range(parts[0])
+        for j in range(parts[1])
+    ]
+
+
+class Wave:
+    """Blocks that are orthogonalised together, with the tables of their launches.
+
+    Args:
+        blocks: The blocks.
+        coefficients: Of each step.
+        tiling: How products are cut.
+        device: Where the tables lie.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        coefficients: Coefficients,
+        tiling: MatrixTiling,
+        device: torch.device,
+    ) -> None:
+        self.blocks = list(blocks)
+        self.coefficients = coefficients
+        self.elements = self.gram_elements = 0
+        rows: list[list[int]] = []
+        tiles: list[tuple[int, int, int]] = []
+        halves: list[tuple[int, int, int]] = []
+        for index, block in enumerate(blocks):
+            high, wide = padded(block, tiling)
+            down, across = high // tiling.tile, wide // tiling.tile
+            even = block.offset % 8 == 0 and block.pitch % 8 == 0
+            memory = (block.tensor, block.offset, block.rows, block.columns, block.pitch)
+            scratch = (high, wide, self.elements, self.gram_elements, len(tiles), down * across)
+            rows.append([*memory, int(block.tall), int(even), *scratch])
+            tiles.extend((index, i, j) for i in range(down) for j in range(across))
+            halves.extend((index, i, j) for i in range(down) for j in range(i + 1))
+            self.elements += high * wide
+            self.gram_elements += high * high
+        self.n_tiles, self.n_halves = len(tiles), len(halves)
+        self.table = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.tiles = torch.tensor(tiles, dtype=torch.int32).to(device)
+        self.halves = torch.tensor(halves, dtype=torch.int32).to(device)
+
+
+def padded(block: Block, tiling: MatrixTiling) -> tuple[int, int]:
+    """Height and width of a block in scratch memory."""
+    high, wide = (-(-length // tiling.tile) * tiling.tile for length in block.shape)
+    return high, wide
+
+
+def scratch_bytes(block: Block, tiling: MatrixTiling, itemsize: int) -> int:
+    """What a block takes: the matrix twice, its Gram matrix and that one's polynomial."""
+    high, wide = padded(block, tiling)
+    return 2 * high * (wide + high) * itemsize
+
+
+class MatrixSet:
+    """The matrices of a tensor set, their tables, and scratch memory for them.
+
+    Args:
+        tensors: With rows ``grad``, ``exp_avg`` and ``update``, and ``slow_ema`` and
+            ``direction`` where predictions are made.
+        grids: For each tensor, equal parts along its two dimensions.
+        coefficients: For each tensor, the coefficients of each step.
+        scales: For each tensor, what its learning rate is multiplied with.
+        tiling: How products are cut; the default for the dtype of ``update`` when None.
+        limit: Bytes of scratch memory; one matrix alone may exceed it.
+    """
+
+    def __init__(
+        self,
+        tensors: TensorSet,
+        grids: Sequence[tuple[int, int]],
+        coefficients: Sequence[Coefficients],
+        scales: Sequence[float],
+        tiling: MatrixTiling | None = None,
+        limit: int = SCRATCH_BYTES,
+    ) -> None:
+        self.tensors = tensors
+        self.dtype = tensors.dtype["update"]
+        self.tiling = tiling or matrix_tiling(self.dtype, tensors.device)
+        self.scales = torch.tensor(list(scales), dtype=torch.float64).to(tensors.device)
+        self.direction_known = False
+        """Whether the row ``direction`` belongs to the present slow EMA."""
+        by_steps: dict[Coefficients, list[Block]] = {}
+        for index, (tensor, grid) in enumerate(zip(tensors.shapes, grids)):
+            by_steps.setdefault(coefficients[index], []).extend(blocks_of(index, tensor, grid))
+        self.waves = [
+            Wave(blocks, steps, self.tiling, tensors.device)
+            for steps, every in by_steps.items()
+            for blocks in self._parted(every, limit)
+        ]
+        self._scratch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def _parted(self, blocks: Sequence[Block], limit: int) -> list[list[Block]]:
+        parts: list[list[Block]] = []
+        room = 0
+        for block in blocks:
+            needed = scratch_bytes(block, self.tiling, self.dtype.itemsize)
+            if not parts or needed > room:
+                parts.append([])
+                room = limit
+            parts[-1].append(block)
+            room -= needed
+        return parts
+
+    def scratch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Two buffers for matrices, two for Gram matrices, FP32 squares of tiles.
+
+        Allocated once, for the largest wave.
+        """
+        if self._scratch is None:
+            device = self.tensors.device
+            elements = max((wave.elements for wave in self.waves), default=0)
+            grams = max((wave.gram_elements for wave in self.waves), default=0)
+            tiles = max((wave.n_tiles for wave in self.waves), default=0)
+            sizes = (elements, elements, grams, grams)
+            first, second, gram, square = (
+                torch.zeros(size, dtype=self.dtype, device=device) for size in sizes
+            )
+            self._scratch = first, second, gram, square, torch.zeros(tiles, device=device)
+        return self._scratch

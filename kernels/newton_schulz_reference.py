@@ -1,0 +1,96 @@
+"""Newton-Schulz orthogonalisation in plain torch: the kernels' oracle, and the CPU backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton_hybrid.kernels.hyper import HYPER
+from triton_hybrid.kernels.matrices import Block, Coefficients, MatrixSet
+
+SMALLEST_NORM = 1e-30
+"""Norms below it count as it, so that a matrix of zeros stays one also where eps is 0."""
+
+
+def newton_schulz_reference(
+    matrices: Tensor, coefficients: Coefficients, eps: float | Tensor = 1e-7
+) -> Tensor:
+    """Orthogonalises a batch of matrices, in their dtype.
+
+    Args:
+        matrices: ``[..., rows, columns]``, of any floating dtype.
+        coefficients: a, b, c of each step.
+        eps: Least norm that a matrix is divided by; a tensor gives each matrix its own.
+
+    Returns:
+        As `matrices`, with singular values near one.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    least = torch.as_tensor(eps, device=x.device).clamp(min=SMALLEST_NORM)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.matrix_norm(x, dtype=wide)
+    x = (x / torch.maximum(norm, least.to(wide))[..., None, None]).to(x.dtype)
+    batch = x.reshape(-1, *x.shape[-2:])
+    for a, b, c in coefficients:
+        gram = batch @ batch.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        batch = torch.baddbmm(batch, polynomial, batch, beta=a)
+    result = batch.reshape(x.shape)
+    return result.mT if tall else result
+
+
+def momentum_reference(
+    matrices: MatrixSet, group: Tensor, hyper: Tensor, coefficient: Tensor, skip: Tensor | None
+) -> None:
+    """Updates ``exp_avg`` with the gradient, and ``update`` with the orthogonalised momentum.
+
+    Args:
+        matrices: The matrices of a tensor set.
+        group: int32 ``[tensors]``, row of ``hyper``.
+        hyper: FP64 ``[groups, HYPER_FIELDS]``.
+        coefficient: 0-dim FP64, what clipping multiplies the gradient with.
+        skip: 0-dim bool; where it is true ``exp_avg`` stays as it is. None: it is not.
+    """
+    tensors = matrices.tensors
+    flat, compute = tensors.flat, tensors.compute_dtype
+    rows = hyper[group.long()]
+    columns = (coefficient * rows[:, HYPER["sign"]], 1.0 - rows[:, HYPER["beta1"]])
+    table = torch.stack([*columns, rows[:, HYPER["look_ahead"]]], dim=1).to(compute)
+    looked = {}
+    for index, here in enumerate(tensors.present):
+        if not here:
+            continue
+        clip, rate, look_ahead = table[index].unbind()
+        g = flat["grad"][index].to(compute) * clip
+        m = flat["exp_avg"][index]
+        moved = m + rate * (g - m)
+        m.copy_(moved if skip is None else torch.where(skip, m, moved))
+        looked[index] = g + look_ahead * (moved - g)
+    _orthogonalise(matrices, group, hyper, looked, "update")
+
+
+def orthogonalise_reference(
+    matrices: MatrixSet, group: Tensor, hyper: Tensor, source: str, goal: str
+) -> None:
+    """`orthogonalise` of a row, in plain torch."""
+    flat = dict(enumerate(matrices.tensors.flat[source]))
+    _orthogonalise(matrices, group, hyper, flat, goal)
+
+
+def _orthogonalise(
+    matrices: MatrixSet, group: Tensor, hyper: Tensor, sources: dict[int, Tensor], goal: str
+) -> None:
+    """Orthogonalises matrices in flat tensors, all of one shape at a time."""
+    tensors = matrices.tensors
+    eps = hyper[group.long(), HYPER["eps"]]
+    for wave in matrices.waves:
+        by_shape: dict[tuple[int, int], list[Block]] = {}
+        for block in wave.blocks:
+            if block.tensor in sources:
+                by_shape.setdefault(block.shape, []).append(block)
+        for blocks in by_shape.values():
+            views = [block.view(sources[block.tensor]).to(matrices.dtype) for block in blocks]
+            least = torch.stack([eps[block.tensor] for block in blocks])
+            result = newton_schulz_reference(torch.stack(views), wave.coefficients, least)
+            for block, matrix in zip(blocks, result.unbind()):
+                block.view(tensors.flat[goal][block.tensor]).copy_(matrix)
