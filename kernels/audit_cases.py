@@ -185,15 +185,12 @@ def _gram_case(slot: int, lengths: Sequence[int] = MANY) -> Case:
     )
 
 
-# Launches of `orthogonalise` by number: the gather, then three for each of three steps.
-_FIRST, _LATER, _LAST = 1, 4, 9
+# Launches of `orthogonalise` by number: gather, normalise, then three for each of three steps.
 _PRODUCTS = (
-    (_FIRST, "X Xᵀ, first step"),
-    (_FIRST + 1, "b A + c A A"),
-    (_FIRST + 2, "a X + B X, first step"),
-    (_LATER, "X Xᵀ"),
-    (_LATER + 2, "a X + B X"),
-    (_LAST, "a X + B X, last step"),
+    (2, "X Xᵀ"),
+    (3, "b A + c A A"),
+    (4, "a X + B X"),
+    (10, "a X + B X, last step"),
 )
 
 
@@ -238,12 +235,13 @@ def _muon_cases() -> list[Case]:
             )
         )
     for dtype in (torch.bfloat16, torch.float32):
+        launch = functools.partial(muon_launch, precision=FP32, products=dtype, source=None)
+        normalise = functools.partial(launch, number=1)
+        found.append(Case(f"muon normalise {TYPE_NAMES[dtype]}", "muon", normalise))
         for number, name in _PRODUCTS:
-            launch = functools.partial(
-                muon_launch, precision=FP32, products=dtype, number=number, source=None
-            )
             words = f"muon product {TYPE_NAMES[dtype]}, {name}"
-            found.append(Case(words, "muon", launch, products=True))
+            product = functools.partial(launch, number=number)
+            found.append(Case(words, "muon", product, products=True))
     return found
 
 

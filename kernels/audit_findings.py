@@ -163,7 +163,9 @@ def _inspect(case: Case, target: Target, launch: Launch, compiled: Any, finding:
         tiles = async_copies(compiled.asm["ptx"]) if target.backend == "cuda" else []
         tiles = tiles or [a.bits for a in emitted if not a.store and a.bits >= WIDE]
         if not tiles or min(tiles) < WIDE:
-            failures.append(f"tiles are loaded by accesses of {sorted(set(tiles))} bits: must be 128")
+            failures.append(
+                f"tiles are loaded by accesses of {sorted(set(tiles))} bits: must be 128"
+            )
     if case.bytes_per_element is None:
         return
     threads = int(compiled.metadata.num_warps) * target.warp_size

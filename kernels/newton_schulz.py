@@ -7,9 +7,9 @@ one (Muon: K. Jordan, 2024; the iteration is in Björck and Bowie, 1971). A and 
 symmetric: one triangle of tiles is computed and mirrored, which saves 15 to 28% of the
 multiplications.
 
-A step is three launches for all matrices of a wave, whatever their shapes; one more gathers
-them, with the momentum on the way, and the last product writes them back. The norm is the sum
-of the tiles' squares, added up in a fixed order by whoever needs it.
+A step is three launches for all matrices of a wave, whatever their shapes. Two more gather the
+matrices, with the momentum on the way, and divide them by their norms; the last product writes
+them back.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from triton_hybrid.kernels.hyper import (
     SIGN,
     clip_coefficient,
     gradient_verdict,
+    precise_div,
+    precise_sqrt,
 )
 from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH
 from triton_hybrid.kernels.ledger import HOLD
@@ -115,7 +117,7 @@ def _strip(
             tl.store(exp_avg + at, m)
         else:
             tl.store(exp_avg + at, m, mask=inside)
-        value = g + look_ahead * (m - g)
+        value = m - (1.0 - look_ahead) * (m - g)
     elif FULL:
         value = tl.load(source + at)
     else:
@@ -209,17 +211,34 @@ def _gather_kernel(
 
 
 @triton.jit
-def _inverse_norm(squares, matrix, group, hyper):
-    """One over the norm of a matrix, from the squares of its tiles, in a fixed order."""
+def _normalise_kernel(
+    matrices, tiles, group, hyper, squares, scratch,
+    DTYPE: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """Divides a matrix by its norm, the sum of its tiles' squares in a fixed order."""
+    tile = tl.program_id(0)
+    matrix = matrices + tl.load(tiles + 3 * tile) * MATRIX_COLUMNS
+    i = tl.load(tiles + 3 * tile + 1)
+    j = tl.load(tiles + 3 * tile + 2)
     first = tl.load(matrix + FIRST_TILE)
     count = tl.load(matrix + TILES)
     total = tl.zeros([256], tl.float32)
     for begin in range(0, count, 256):
         at = begin + tl.arange(0, 256)
         total += tl.load(squares + first + at, mask=at < count, other=0.0)
-    row = hyper + tl.load(group + tl.load(matrix + TENSOR)) * HYPER_COLUMNS
-    least = tl.maximum(tl.load(row + EPS), _SMALLEST_NORM).to(tl.float32)
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(total, axis=0)), least)
+    settings = hyper + tl.load(group + tl.load(matrix + TENSOR)) * HYPER_COLUMNS
+    least = tl.maximum(tl.load(settings + EPS), _SMALLEST_NORM).to(tl.float32)
+    # Rounded as torch.optim.Muon does: later steps blow a difference of 0.2% up to 4%.
+    norm = narrow(precise_sqrt(tl.sum(total, axis=0)), DTYPE).to(tl.float32)
+    norm = narrow(tl.maximum(norm, least), DTYPE).to(tl.float32)
+    place = tl.multiple_of(tl.load(matrix + PLACE), TILE)
+    width = tl.multiple_of(tl.load(matrix + WIDTH), TILE)
+    columns = j * TILE + tl.arange(0, TILE)
+    for begin in range(0, TILE, STRIP):
+        rows = i * TILE + begin + tl.arange(0, STRIP)
+        at = place + rows.to(tl.int64)[:, None] * width + columns[None, :]
+        value = precise_div(tl.load(scratch + at).to(tl.float32), norm)
+        tl.store(scratch + at, narrow(value, DTYPE))
 
 
 @triton.jit
@@ -234,8 +253,8 @@ def _product(left, right, total, DTYPE: tl.constexpr):
 
 @triton.jit
 def _symmetric_kernel(
-    matrices, tiles, group, hyper, squares, scratch, target, b, c,
-    DTYPE: tl.constexpr, POLYNOMIAL: tl.constexpr, FIRST: tl.constexpr,
+    matrices, tiles, scratch, target, b, c,
+    DTYPE: tl.constexpr, POLYNOMIAL: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """X Xᵀ, or b A + c A A of a symmetric A: the lower triangle of tiles, and its mirror."""
@@ -262,9 +281,6 @@ def _symmetric_kernel(
     at = gram_place + rows[:, None] * height + columns[None, :]
     if POLYNOMIAL:
         total = b * tl.load(scratch + at).to(tl.float32) + c * total
-    if FIRST:
-        inverse = _inverse_norm(squares, matrix, group, hyper)
-        total = total * inverse * inverse
     value = narrow(total, DTYPE)
     tl.store(target + at, value)
     if i != j:
@@ -273,8 +289,8 @@ def _symmetric_kernel(
 
 @triton.jit
 def _polynomial_kernel(
-    addresses, aligned, matrices, tiles, group, hyper, squares, scratch, factor, target, goal, a,
-    DTYPE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    addresses, aligned, matrices, tiles, scratch, factor, target, goal, a,
+    DTYPE: tl.constexpr, LAST: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The product a X + B X; the last step writes it to the row ``goal`` of its tensor."""
@@ -297,8 +313,6 @@ def _polynomial_kernel(
         right += DEPTH * width
     at = place + rows.to(tl.int64)[:, None] * width + columns[None, :]
     total += a * tl.load(scratch + at).to(tl.float32)
-    if FIRST:
-        total = total * _inverse_norm(squares, matrix, group, hyper)
     value = narrow(total, DTYPE)
     if LAST:
         tensor = tl.load(matrix + TENSOR)
@@ -339,7 +353,7 @@ def orthogonalise(
     ledger: Tensor | None = None,
     max_norm: float | None = None,
 ) -> None:
-    """Orthogonalises every matrix of a tensor set. Launches: 1 + 3 · steps for each wave.
+    """Orthogonalises every matrix of a tensor set. Launches: 2 + 3 · steps for each wave.
 
     Args:
         matrices: The matrices.
@@ -378,18 +392,22 @@ def orthogonalise(
                 COLUMNS=1 if partials is None else partials.shape[1],
                 TILE=tiling.tile, STRIP=tiling.strip, **options,
             )  # fmt: skip
+            _normalise_kernel[(wave.n_tiles,)](
+                *where, group, hyper, squares, first,
+                DTYPE=dtype, TILE=tiling.tile, STRIP=tiling.strip, **options,
+            )  # fmt: skip
             x, y = first, second
             final = len(wave.coefficients) - 1
             for step, (a, b, c) in enumerate(wave.coefficients):
-                table = (wave.table, wave.halves, group, hyper, squares)
+                half = (wave.table, wave.halves)
                 _symmetric_kernel[(wave.n_halves,)](
-                    *table, x, gram, 0.0, 0.0, POLYNOMIAL=False, FIRST=step == 0, **cut, **options
+                    *half, x, gram, 0.0, 0.0, POLYNOMIAL=False, **cut, **options
                 )
                 _symmetric_kernel[(wave.n_halves,)](
-                    *table, gram, square, b, c, POLYNOMIAL=True, FIRST=False, **cut, **options
+                    *half, gram, square, b, c, POLYNOMIAL=True, **cut, **options
                 )
                 _polynomial_kernel[(wave.n_tiles,)](
-                    addresses, aligned, *where, group, hyper, squares, x, square, y, ROW[goal], a,
-                    FIRST=step == 0, LAST=step == final, **cut, **options,
+                    addresses, aligned, *where, x, square, y, ROW[goal], a,
+                    LAST=step == final, **cut, **options,
                 )  # fmt: skip
                 x, y = y, x

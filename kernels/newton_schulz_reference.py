@@ -28,12 +28,15 @@ def newton_schulz_reference(
     x = matrices.mT if tall else matrices
     least = torch.as_tensor(eps, device=x.device).clamp(min=SMALLEST_NORM)
     wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.matrix_norm(x, dtype=wide)
-    x = (x / torch.maximum(norm, least.to(wide))[..., None, None]).to(x.dtype)
+    # Rounded as torch.optim.Muon does: later steps blow a difference of 0.2% up to 4%.
+    norm = torch.linalg.matrix_norm(x, dtype=wide).to(x.dtype).to(wide)
+    norm = torch.maximum(norm, least.to(wide)).to(x.dtype)
+    x = x / norm[..., None, None]
     batch = x.reshape(-1, *x.shape[-2:])
     for a, b, c in coefficients:
         gram = batch @ batch.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        # With alpha=0 in BF16 on the CPU, torch 2.13's baddbmm forgets beta.
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
         batch = torch.baddbmm(batch, polynomial, batch, beta=a)
     result = batch.reshape(x.shape)
     return result.mT if tall else result
@@ -63,9 +66,9 @@ def momentum_reference(
         clip, rate, look_ahead = table[index].unbind()
         g = flat["grad"][index].to(compute) * clip
         m = flat["exp_avg"][index]
-        moved = m + rate * (g - m)
+        moved = torch.lerp(m, g, rate)
         m.copy_(moved if skip is None else torch.where(skip, m, moved))
-        looked[index] = g + look_ahead * (moved - g)
+        looked[index] = torch.lerp(g, moved, look_ahead)
     _orthogonalise(matrices, group, hyper, looked, "update")
 
 

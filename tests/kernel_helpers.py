@@ -456,11 +456,15 @@ class Counted:
 
 
 @contextlib.contextmanager
-def counted_launches() -> Iterator[list[str]]:
-    """The names of all kernels launched inside the block, in order."""
+def counted_launches(*further: Any) -> Iterator[list[str]]:
+    """The names of all kernels launched inside the block, in order.
+
+    Args:
+        further: Modules whose kernels count too.
+    """
     log: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (adamw, correct, divergence, gram, predict):
+        for module in (adamw, correct, divergence, gram, predict, *further):
             for name in dir(module):
                 if name.endswith("_kernel"):
                     patch.setattr(module, name, Counted(getattr(module, name), log, name))

@@ -1,0 +1,404 @@
+"""Muon groups: everything that holds for AdamW groups holds for them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import (
+    assert_same_state,
+    assert_same_weights,
+    backward,
+    fast_config,
+    make_batches,
+    state_copy,
+    train,
+    until,
+    weights,
+)
+from triton_hybrid.kernels.newton_schulz import POLAR
+
+from triton_hybrid import HybridConfig, HybridOptimizer, Phase, split_param_groups
+
+OFF = HybridConfig(predictor="none")
+PREDICTORS = ("slow_ema", "subspace", "linear", "none")
+
+
+def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """The middle layer is the hidden matrix."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(12, 14), nn.Tanh(), nn.Linear(14, 9), nn.Tanh(), nn.Linear(9, 5)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def make_optimizer(model: nn.Module, **options: Any) -> HybridOptimizer:
+    defaults: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "hybrid": fast_config()}
+    return HybridOptimizer(split_param_groups(model), **{**defaults, **options})
+
+
+def matrices(shapes: tuple[tuple[int, int], ...], seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def random_gradients(*lists: list[nn.Parameter], steps: int) -> Iterator[int]:
+    """The same random gradients for parameters of equal shapes."""
+    generator = torch.Generator().manual_seed(5)
+    for step in range(steps):
+        for group in zip(*lists):
+            grad = torch.randn(group[0].shape, generator=generator)
+            for param in group:
+                param.grad = grad.clone()
+        yield step
+
+
+# ---------------------------------------------------------------------- torch.optim.Muon
+
+SHAPES = ((16, 16), (8, 40), (40, 8), (1, 9), (9, 1), (33, 65), (1, 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": False},
+        {"adjust_lr_fn": "original"},
+        {"momentum": 0.8, "weight_decay": 0.0},
+        {"ns_steps": 3, "ns_coefficients": (2.0, -1.5, 0.5)},
+        {"ns_steps": 3, "ns_coefficients": (1.5, -0.5, 0.0)},
+    ],
+    ids=str,
+)
+def test_is_torch_muon(options: dict[str, Any]) -> None:
+    muon = getattr(torch.optim, "Muon", None) or pytest.skip("this torch has no Muon")
+    shared = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw", "eps": 1e-7}
+    ours, theirs = matrices(SHAPES), matrices(SHAPES)
+    optimizer = HybridOptimizer(ours, base="muon", hybrid=OFF, **{**shared, **options})
+    reference = muon(theirs, **{**shared, **options})
+    for _ in random_gradients(ours, theirs, steps=20):
+        optimizer.step()
+        reference.step()
+    for mine, other in zip(ours, theirs):
+        assert float((mine - other).detach().norm() / other.detach().norm()) < 1e-6
+
+
+def test_fp32_products_match_fp64_ones() -> None:
+    from triton_hybrid.kernels.newton_schulz_reference import newton_schulz_reference
+
+    ours = matrices(SHAPES)
+    before = [param.detach().clone() for param in ours]
+    optimizer = HybridOptimizer(
+        ours, lr=1.0, weight_decay=0.0, base="muon", hybrid=OFF, ns_dtype="float32"
+    )
+    for _ in random_gradients(ours, steps=1):
+        grads = [param.grad.double() for param in ours if param.grad is not None]
+        optimizer.step()
+    steps = (optimizer.param_groups[0]["ns_coefficients"],) * 5
+    for param, start, grad in zip(ours, before, grads):
+        looked = grad + 0.95 * (0.05 * grad - grad)
+        scale = 0.2 * math.sqrt(max(param.shape))
+        update = scale * newton_schulz_reference(looked, steps, 1e-8)
+        moved = (start - param.detach()).double()
+        assert float((moved - update).norm() / update.norm()) < 1e-5
+
+
+def test_checkpoint_of_torch_muon_goes_on() -> None:
+    muon = getattr(torch.optim, "Muon", None) or pytest.skip("this torch has no Muon")
+    options = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    theirs = matrices(SHAPES)
+    reference = muon(theirs, **options)
+    for _ in random_gradients(theirs, steps=3):
+        reference.step()
+    ours = [nn.Parameter(param.detach().clone()) for param in theirs]
+    optimizer = HybridOptimizer(ours, base="muon", hybrid=OFF, **options)
+    optimizer.load_state_dict(reference.state_dict())
+    assert optimizer.param_groups[0]["base"] == "muon"
+    assert "momentum_buffer" not in optimizer.state[ours[0]]
+    for _ in random_gradients(ours, theirs, steps=3):
+        optimizer.step()
+        reference.step()
+    for mine, other in zip(ours, theirs):
+        assert float((mine - other).detach().norm() / other.detach().norm()) < 1e-6
+
+
+def test_polar_coefficients_come_nearer_to_orthogonal() -> None:
+    spreads = []
+    for options in ({}, {"ns_coefficients": POLAR}):
+        (param,) = matrices(((24, 40),))
+        start = param.detach().clone()
+        optimizer = HybridOptimizer(
+            [param], lr=1.0, weight_decay=0.0, base="muon", hybrid=OFF, ns_dtype="float32",
+            **options,
+        )  # fmt: skip
+        for _ in random_gradients([param], steps=1):
+            optimizer.step()
+        values = torch.linalg.svdvals(start - param.detach()) / (0.2 * math.sqrt(40))
+        spreads.append(float((values - 1).abs().max()))
+    assert spreads[1] < 0.13 < spreads[0] < 0.35
+
+
+# ------------------------------------------------------------------------------ the phases
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_trains_in_every_phase(predictor: str, inline: bool) -> None:
+    model = make_model()
+    optimizer = make_optimizer(model, hybrid=fast_config(predictor=predictor, inline=inline))
+    batches = make_batches()
+    first = float(backward(model, next(batches)))
+    optimizer.zero_grad()
+    train(model, optimizer, 120, batches)
+    assert float(backward(model, next(batches))) < 0.5 * first
+    stats = optimizer.stats()
+    assert (stats.predicted_steps > 0) == (predictor != "none")
+
+
+def test_state_has_no_second_moment() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 3)
+    hidden, rest = (group["params"] for group in optimizer.param_groups)
+    assert set(optimizer.state[hidden[0]]) == {
+        "step",
+        "exp_avg",
+        "slow_ema",
+        "snapshot",
+        "prediction",
+    }
+    assert {"exp_avg_sq", "weight_ema"} <= set(optimizer.state[rest[0]])
+
+
+def test_predicted_displacement_is_orthogonal() -> None:
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(12, 20))
+    config = fast_config(inline=False, max_predict_steps=2, correction_interval=2)
+    optimizer = HybridOptimizer([param], lr=1e-2, weight_decay=0.0, base="muon", hybrid=config)
+    generator = torch.Generator().manual_seed(1)
+    steady = torch.randn(12, 20, generator=generator)
+    while optimizer.phase is not Phase.PREDICT:
+        param.grad = steady + 0.1 * torch.randn(12, 20, generator=generator)
+        optimizer.step()
+    before = param.detach().clone()
+    optimizer.step()
+    moved = before - param.detach()
+    assert float((moved * steady).sum()) > 0, "it goes on downhill"
+    values = torch.linalg.svdvals(moved)
+    values = values / values.mean()
+    assert 0.7 < float(values.min()) <= float(values.max()) < 1.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameter_is_the_rounded_master(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    optimizer = make_optimizer(model, hybrid=fast_config(inline=False))
+
+    def check(index: int, phase: Phase) -> None:
+        for param, state in optimizer.state.items():
+            assert state["master"].dtype == torch.float32
+            assert torch.equal(param.detach(), state["master"].to(dtype)), f"{phase}, step {index}"
+
+    phases = train(model, optimizer, 40, after=check)
+    assert set(phases) == set(Phase)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_rollback_is_exact(inline: bool) -> None:
+    model = make_model()
+    optimizer = make_optimizer(model, hybrid=fast_config(inline=False))
+    until(optimizer, model, Phase.PREDICT)
+    before, state = weights(optimizer), state_copy(optimizer)
+    while optimizer.phase is Phase.PREDICT:
+        optimizer.step()
+    backward(model, next(make_batches(3)))
+    optimizer.observe_loss(float("inf"))
+    optimizer.step()
+    assert optimizer.stats().rollbacks == 1
+    assert_same_weights(weights(optimizer), before)
+    assert_same_state(state_copy(optimizer), state, but=("prediction", "snapshot"))
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("stop", range(5, 14))
+def test_checkpoint_goes_on_bit_for_bit(predictor: str, stop: int) -> None:
+    """Also in the middle of a stretch, where the direction has to be found again."""
+    options = {"hybrid": fast_config(predictor=predictor, inline=False)}
+    model = make_model()
+    optimizer = make_optimizer(model, **options)
+    batches = make_batches()
+    train(model, optimizer, stop, batches)
+    twin = copy.deepcopy(model)
+    other = make_optimizer(twin, **options)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for left, right in ((optimizer, model), (other, twin)):
+        train(right, left, 20, make_batches(9))
+    assert_same_weights(weights(optimizer), weights(other))
+    assert_same_state(state_copy(optimizer), state_copy(other))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_nonfinite_gradient_moves_nothing(bad: float) -> None:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 4)
+    before, state = weights(optimizer), state_copy(optimizer)
+    backward(model, next(make_batches(4)))
+    optimizer.param_groups[0]["params"][0].grad[0, 0] = bad
+    optimizer.step()
+    assert optimizer.stats().skipped_nonfinite == 1
+    assert_same_weights(weights(optimizer), before)
+    assert_same_state(state_copy(optimizer), state)
+
+
+def test_clipping_is_global_over_both_rules() -> None:
+    """The AdamW tensors feel the gradient of the Muon matrix in the norm."""
+    moments = []
+    for scale in (1.0, 100.0):
+        matrix, vector = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))
+        optimizer = HybridOptimizer(
+            [{"params": [matrix], "base": "muon"}, {"params": [vector]}],
+            lr=1e-2, max_grad_norm=1.0, hybrid=OFF,
+        )  # fmt: skip
+        matrix.grad, vector.grad = scale * torch.ones(4, 4), torch.ones(3)
+        optimizer.step()
+        moments.append(float(optimizer.state[vector]["exp_avg"][0]))
+    assert moments[0] == pytest.approx(0.1 / math.sqrt(19), rel=1e-5)
+    assert moments[1] == pytest.approx(0.1 / math.sqrt(160003), rel=1e-5)
+
+
+def test_maximize_goes_uphill() -> None:
+    (up,), (down,) = matrices(((6, 8),)), matrices(((6, 8),))
+    start = up.detach().clone()
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.0, "base": "muon", "hybrid": OFF}
+    rising, falling = (
+        HybridOptimizer([up], maximize=True, **options),
+        HybridOptimizer([down], **options),
+    )
+    for _ in random_gradients([up], [down], steps=1):
+        rising.step()
+        falling.step()
+    assert torch.equal(up - start, start - down) or torch.allclose(up - start, start - down)
+
+
+def test_memory_does_not_grow() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 1)
+    sizes = optimizer.stats().state_bytes_device
+    train(model, optimizer, 60)
+    assert optimizer.stats().state_bytes_device == sizes
+
+
+def test_the_same_inputs_give_the_same_bits() -> None:
+    runs = []
+    for _ in range(2):
+        model = make_model()
+        optimizer = make_optimizer(model)
+        train(model, optimizer, 30)
+        runs.append(weights(optimizer))
+    assert_same_weights(*runs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs without a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_backend_follows_the_torch_backend(dtype: torch.dtype) -> None:
+    results: list[list[Tensor]] = []
+    for backend in ("triton", "torch"):
+        model = make_model(dtype)
+        optimizer = make_optimizer(
+            model, backend=backend, max_grad_norm=1.0, hybrid=fast_config(inline=False)
+        )
+        phases = train(model, optimizer, 12)
+        assert {Phase.PREDICT, Phase.CORRECT} <= set(phases)
+        results.append([state.get("master", param) for param, state in optimizer.state.items()])
+    for mine, other in zip(*results):
+        limit = 2e-3 if dtype == torch.float32 else 2e-2
+        assert float((mine.detach() - other.detach()).norm() / other.detach().norm()) < limit
+
+
+# ------------------------------------------------------------------------------ the options
+
+
+def test_new_settings_take_hold_between_steps() -> None:
+    (param,) = matrices(((8, 8),))
+    optimizer = HybridOptimizer(
+        [param], lr=1.0, weight_decay=0.0, base="muon", hybrid=OFF, ns_dtype="float32"
+    )
+    moves = []
+    for step in random_gradients([param], steps=2):
+        if step == 1:
+            optimizer.param_groups[0]["ns_steps"] = 1
+        before = param.detach().clone()
+        optimizer.step()
+        moves.append(float(torch.linalg.svdvals(before - param.detach()).min()))
+    assert moves[1] < 0.5 * moves[0], "one step leaves small singular values small"
+
+
+def test_blocks_of_a_fused_matrix_move_as_separate_ones() -> None:
+    (fused,) = matrices(((12, 4),))
+    apart = [nn.Parameter(part.clone()) for part in fused.detach().chunk(3)]
+    options: dict[str, Any] = {"lr": 1e-2, "base": "muon", "hybrid": OFF}
+    one = HybridOptimizer([{"params": [fused], "blocks": (3, 1)}], **options)
+    many = HybridOptimizer(apart, **options)
+    for _ in random_gradients([fused], steps=3):
+        for param, grad in zip(apart, fused.grad.chunk(3)):  # type: ignore[union-attr]
+            param.grad = grad.clone()
+        one.step()
+        many.step()
+    for param, part in zip(apart, fused.detach().chunk(3)):
+        assert torch.allclose(param, part, atol=1e-7)
+
+
+def test_original_scale_knows_inputs_from_outputs() -> None:
+    moves = []
+    for transposed in (False, True):
+        (param,) = matrices(((16, 4),))
+        before = param.detach().clone()
+        optimizer = HybridOptimizer(
+            [{"params": [param], "transposed": transposed}],
+            lr=1.0, weight_decay=0.0, base="muon", adjust_lr_fn="original", hybrid=OFF,
+        )  # fmt: skip
+        for _ in random_gradients([param], steps=1):
+            optimizer.step()
+        moves.append(float((before - param.detach()).norm()))
+    assert moves[0] == pytest.approx(2.0 * moves[1], rel=1e-4), "16 outputs of 4 inputs"
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"momentum": 1.0}, r"momentum=1.0: must be a number in \[0, 1\)"),
+    ({"nesterov": 1}, "nesterov=1: must be True or False"),
+    ({"ns_steps": 0}, "ns_steps=0: must be a whole number from 1 to 99"),
+    ({"ns_steps": 2.5}, "ns_steps=2.5"),
+    ({"ns_coefficients": (1.0, 2.0)}, "ns_coefficients="),
+    ({"ns_coefficients": ((1.0, 2.0, 3.0), 4.0)}, "ns_coefficients="),
+    ({"ns_coefficients": (1.0, math.nan, 3.0)}, "ns_coefficients="),
+    ({"adjust_lr_fn": "adam"}, "adjust_lr_fn='adam'"),
+    ({"ns_dtype": "float16"}, "ns_dtype='float16'"),
+    ({"blocks": (0, 1)}, r"blocks=\(0, 1\)"),
+    ({"blocks": ((1, 1), (1, 1))}, "blocks="),
+    ({"blocks": (3, 1)}, r"blocks=\(3, 1\): must divide the shape \(4, 6\)"),
+    ({"transposed": (True, False)}, "transposed="),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=str)
+def test_bad_option_is_named(options: dict[str, Any], message: str) -> None:
+    (param,) = matrices(((4, 6),))
+    with pytest.raises(ValueError, match=message):
+        HybridOptimizer([{"params": [param], "base": "muon", **options}])
+
+
+def test_unknown_option_is_named() -> None:
+    with pytest.raises(TypeError, match=r"unknown arguments \['momentun'\]"):
+        HybridOptimizer(matrices(((4, 6),)), base="muon", momentun=0.9)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), ()])
+def test_only_matrices_are_taken(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must be a matrix; split_param_groups"):
+        HybridOptimizer([nn.Parameter(torch.zeros(shape))], base="muon")
