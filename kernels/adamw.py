@@ -124,7 +124,7 @@ def _update_block(
     uu, us, ss, ee, pull,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MUON: tl.constexpr,
-    MASTER: tl.constexpr, SLOW: tl.constexpr, LEVEL: tl.constexpr, MEASURE: tl.constexpr,
+    MASTER: tl.constexpr, SLOW: tl.constexpr, LEVEL: tl.constexpr, COMPARE: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     w = load_row(addresses, WEIGHT, tensor, begin, length, COMPUTE, COMPUTE, BLOCK, FULL)
@@ -164,7 +164,7 @@ def _update_block(
     if MASTER:
         store_row(addresses, PARAM, tensor, begin, length, w, PARAM_TYPE, COMPUTE, BLOCK, FULL)
     if SLOW:
-        if MEASURE:
+        if COMPARE:
             if MUON:
                 ahead = load_row(
                     addresses, DIRECTION, tensor, begin, length, UPDATE_TYPE, COMPUTE, BLOCK, FULL
@@ -198,9 +198,10 @@ def _adamw_kernel(
     max_norm, slow_beta,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MUON: tl.constexpr,
-    MASTER: tl.constexpr, SLOW: tl.constexpr, LEVEL: tl.constexpr, MEASURE: tl.constexpr,
-    CLIP: tl.constexpr, STATISTICS_PART: tl.constexpr, UPDATE_PART: tl.constexpr,
-    LAST: tl.constexpr, OBSERVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    MASTER: tl.constexpr, SLOW: tl.constexpr, LEVEL: tl.constexpr, COMPARE: tl.constexpr,
+    MEASURE: tl.constexpr, CLIP: tl.constexpr,
+    STATISTICS_PART: tl.constexpr, UPDATE_PART: tl.constexpr, LAST: tl.constexpr,
+    OBSERVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -287,7 +288,7 @@ def _adamw_kernel(
                         clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
                         steady, level_rate, uu, us, ss, ee, pull,
                         PARAM_TYPE, GRAD_TYPE, COMPUTE, UPDATE_TYPE, MUON,
-                        MASTER, SLOW, LEVEL, MEASURE, BLOCK, True,
+                        MASTER, SLOW, LEVEL, COMPARE, BLOCK, True,
                     )  # fmt: skip
             else:
                 for inner in range(0, remaining(start, length, CHUNK), TAIL):
@@ -296,7 +297,7 @@ def _adamw_kernel(
                         clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
                         steady, level_rate, uu, us, ss, ee, pull,
                         PARAM_TYPE, GRAD_TYPE, COMPUTE, UPDATE_TYPE, MUON,
-                        MASTER, SLOW, LEVEL, MEASURE, TAIL, False,
+                        MASTER, SLOW, LEVEL, COMPARE, TAIL, False,
                     )  # fmt: skip
         if SLOW:
             tl.store(partials + 2 * COLUMNS + column, uu)
@@ -414,9 +415,13 @@ def adamw_step(
         cooperative: Forces or forbids the single launch; None takes what the device can.
         matrices: For each set, its matrices where Muon moves it, with rows ``update`` and, when
             ``slow_beta`` is positive, ``direction`` instead of ``exp_avg_sq``; None for AdamW.
-            Empty for AdamW everywhere.
+            Empty for AdamW everywhere. Without a row ``direction`` its updates are not compared.
     """
     muon = list(matrices) or [None] * len(sets)
+    compares = [
+        measured and slow_beta > 0 and (here is None or tensors.has("direction"))
+        for tensors, here in zip(sets, muon)
+    ]
     alone = not INTERPRETED or sets[0].tiling.programs == 1
     if cooperative is None:
         cooperative = alone and cooperative_launches(sets[0].device)
@@ -433,7 +438,7 @@ def adamw_step(
             here = muon[index]
             if here is not None and part == UPDATE:
                 table = (here, groups[index], hyper)
-                if measured and slow_beta > 0:
+                if compares[index]:
                     orthogonalise(*table, "direction", source="slow_ema")
                 orthogonalise(
                     *table,
@@ -458,7 +463,8 @@ def adamw_step(
                     MUON=here is not None,
                     MASTER=tensors.has_master, SLOW=slow_beta > 0,
                     LEVEL=level and slow_beta > 0 and tensors.has("weight_ema"),
-                    MEASURE=measured and slow_beta > 0, CLIP=max_norm is not None,
+                    COMPARE=compares[index], MEASURE=measured and slow_beta > 0,
+                    CLIP=max_norm is not None,
                     STATISTICS_PART=bool(part & STATISTICS), UPDATE_PART=bool(part & UPDATE),
                     LAST=index == len(sets) - 1, OBSERVE=observed,
                     BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk,

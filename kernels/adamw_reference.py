@@ -74,19 +74,20 @@ def adamw_step_reference(
     if skip is not None or bool(applied):
         every = list(matrices) or [None] * len(sets)
         for tensors, group, step, muon in zip(sets, groups, steps, every):
+            compared = measured and (muon is None or tensors.has("direction"))
             table = _scalars(group, step, hyper, coefficient)
             if muon is not None:
                 table[:, STEP_SIZE] = table[:, RATE] * muon.scales
-                if measured:
+                if compared:
                     orthogonalise_reference(muon, group, hyper, "slow_ema", "direction")
                 momentum_reference(muon, group, hyper, coefficient, skip)
                 muon.direction_known = False
             if skip is None:
                 known = None if rates is None else rates.tolist()
-                sums += _update_on_cpu(tensors, table, step, known, measured, level)
+                sums += _update_on_cpu(tensors, table, step, known, measured, compared, level)
             else:
                 rows = [row.unbind() for row in table.to(tensors.compute_dtype).unbind()]
-                sums += _update_unless(tensors, rows, skip, rates, measured, level)
+                sums += _update_unless(tensors, rows, skip, rates, compared, level)
             here = torch.tensor(tensors.present, device=device) if not all(tensors.present) else 1.0
             step.add_(applied.float() * here)
 
@@ -220,6 +221,7 @@ def _update_on_cpu(
     steps: Tensor,
     rates: Sequence[float] | None,
     measured: bool,
+    compared: bool,
     level: bool,
 ) -> Tensor:
     """Updates one set in place, with torch's own fused CPU operator for the AdamW part.
@@ -263,7 +265,7 @@ def _update_on_cpu(
             if averages is not None:
                 averages[index][part].lerp_(w, level_rate)
             s = flat["slow_ema"][index][part]
-            if measured:
+            if compared:
                 if muon:
                     direction, scale = flat["direction"][index][part].to(compute), size**2
                 else:

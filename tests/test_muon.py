@@ -26,7 +26,7 @@ from triton_hybrid.kernels.newton_schulz import POLAR
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase, split_param_groups
 
 OFF = HybridConfig(predictor="none")
-PREDICTORS = ("slow_ema", "subspace", "linear", "none")
+PREDICTORS = ("auto", "slow_ema", "subspace", "linear", "none")
 
 
 def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -172,6 +172,64 @@ def test_state_has_no_second_moment() -> None:
         "prediction",
     }
     assert {"exp_avg_sq", "weight_ema"} <= set(optimizer.state[rest[0]])
+
+
+def test_auto_leaves_matrices_still() -> None:
+    """Its predictions move AdamW's tensors alone; a rollback has nothing to undo in the rest."""
+    model = make_model()
+    optimizer = make_optimizer(model, hybrid=fast_config(predictor="auto", inline=False))
+    hidden = optimizer.param_groups[0]["params"]
+    moved = 0
+
+    def check(index: int, phase: Phase) -> None:
+        nonlocal moved
+        if phase is Phase.PREDICT:
+            moved += 1
+            assert_same_weights([p.detach() for p in hidden], before)
+            assert any(not torch.equal(a, b) for a, b in zip(weights(optimizer), everything))
+        before[:] = [p.detach().clone() for p in hidden]
+        everything[:] = weights(optimizer)
+
+    before: list[Tensor] = [p.detach().clone() for p in hidden]
+    everything = weights(optimizer)
+    train(model, optimizer, 40, after=check)
+    assert moved > 5
+    while optimizer.phase is not Phase.PREDICT:
+        train(model, optimizer, 1)
+    start = weights(optimizer)
+    optimizer.step()
+    while optimizer.phase is Phase.PREDICT:
+        optimizer.step()
+    backward(model, next(make_batches(3)))
+    optimizer.observe_loss(float("inf"))
+    optimizer.step()
+    assert_same_weights(weights(optimizer), start)
+
+
+def test_auto_does_not_predict_where_nothing_would_move() -> None:
+    (param,) = matrices(((6, 8),))
+    optimizer = HybridOptimizer([param], base="muon", hybrid=fast_config(predictor="auto"))
+    for _ in random_gradients([param], steps=20):
+        optimizer.step()
+    assert optimizer.stats().predicted_steps == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs without a GPU")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_auto_still_measures(backend: str) -> None:
+    """Whichever rule comes last: confidence and signal are those of both groups."""
+    entries = []
+    for turned in (False, True):
+        model = make_model()
+        groups = split_param_groups(model)[:: -1 if turned else 1]
+        optimizer = HybridOptimizer(
+            groups, lr=1e-2, backend=backend, hybrid=HybridConfig(warmup_steps=3)
+        )
+        train(model, optimizer, 4)
+        stats = optimizer.stats()
+        entries.append((stats.confidence, stats.signal))
+        assert stats.confidence > 0
+    assert entries[0] == pytest.approx(entries[1], rel=1e-3)
 
 
 def test_predicted_displacement_is_orthogonal() -> None:

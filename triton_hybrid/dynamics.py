@@ -4,7 +4,8 @@ Every predictor is a linear combination of a few stored vectors with one set of
 coefficients for each tensor:
 
 * ``slow_ema``: the slow gradient EMA, preconditioned by the current second moment (in a Muon
-  group: orthogonalised); one
+  group: orthogonalised; `auto` leaves Muon's matrices still, because over a tuned Muon no such
+  move has gained anything, see ``examples/benchmarks/EXPERIMENTS.md``); one
   predicted step is a quarter of a base step with it, and more as the learning rate decays.
   AdEMAMix (arXiv 2409.03137) mixes the same vector into every step.
 * ``linear``: the last cycle's displacement, times the ratio that best explained past cycles
@@ -73,6 +74,8 @@ class DynamicsModel:
     def ready(self) -> bool:
         """Whether enough was observed to predict."""
         if self.predictor == "none":
+            return False
+        if not self.follows_trajectory and all(b.still for b in self._runtime.memory.sets):
             return False
         needed = {"slow_ema": -1, "linear": LINEAR_HISTORY, "subspace": self._history}
         return self.cycles >= needed[self.predictor]
@@ -166,6 +169,11 @@ class DynamicsModel:
             "subspace": 1.0 / planned,
         }[self.predictor]
         for bound, part in zip(memory.sets, memory.parts):
+            if bound.still and not self.follows_trajectory:
+                memory.sums[part].zero_()
+                if first:
+                    bound.keep_snapshot()
+                continue
             basis = bound.coefficients if self.follows_trajectory else None
             shared = (bound.tensors, bound.group, bound.steps, runtime.hyper, basis, bound.memory)
             options: dict[str, Any] = {

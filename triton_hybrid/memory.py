@@ -17,7 +17,8 @@ r"""Where state lives: one place for each parameter's tensors, made at the first
 
 The small ones are views into one tensor for all parameters, so that one launch reaches them.
 Muon groups have scratch memory besides, which no checkpoint needs: the orthogonalised momentum
-and slow EMA, in BF16 like p each, and what the products need at a time (``kernels/matrices.py``).
+and (``predictor="slow_ema"``) slow EMA, in BF16 like p each, and what the products need at a
+time (``kernels/matrices.py``).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class ParameterSet:
         state: The optimizer's state; missing entries are created, others are kept.
         predicts: Whether any dynamics model is in use.
         level: Whether the slow EMA's model is, which needs the average of the weights.
+        steered: Whether the slow EMA moves matrices of Muon too.
         history: Cycle displacements to keep; 0 for none.
         memory: FP32 ``[len(params), 3]``: this set's part of the per-tensor memory.
         muon: For each, how it is orthogonalised; None for a set of AdamW.
@@ -61,6 +63,7 @@ class ParameterSet:
         *,
         predicts: bool,
         level: bool,
+        steered: bool,
         history: int,
         memory: Tensor,
         muon: Sequence[MatrixSettings] | None = None,
@@ -101,7 +104,7 @@ class ParameterSet:
             self._adopt("regression", self.regression)
             self._adopt("coefficients", self.coefficients)
         if muon is not None:
-            for name in ("update", "direction") if predicts else ("update",):
+            for name in ("update", "direction") if predicts and steered else ("update",):
                 rows[name] = [
                     torch.zeros_like(p, dtype=muon[0].dtype, memory_format=torch.preserve_format)
                     for p in params
@@ -170,6 +173,15 @@ class ParameterSet:
             # The average of weights that are gone would pull the new ones back to them.
             level.copy_((self.masters or self.params)[index])
 
+    @property
+    def still(self) -> bool:
+        """Whether predictions along the slow EMA leave these weights where they are."""
+        return self.matrices is not None and not self.tensors.has("direction")
+
+    def keep_snapshot(self) -> None:
+        """Keeps the weights as they are, for a set that the coming prediction leaves still."""
+        torch._foreach_copy_(self.tensors.flat["snapshot"], self.tensors.flat["weight"])
+
     def room_for(self, columns: int) -> Tensor:
         """Scratch for the chunk sums of a kernel: FP32 ``[chunks, columns]``."""
         needed = self.tensors.chunks(every=True).count * columns
@@ -186,6 +198,7 @@ class StateMemory:
         state: The optimizer's state.
         predicts: Whether any dynamics model is in use.
         level: Whether the slow EMA's model is.
+        steered: Whether the slow EMA moves matrices of Muon too.
         history: Cycle displacements to keep; 0 for none.
         muon: How the parameters of Muon groups are orthogonalised.
         tiling: Overrides the device's default tiling.
@@ -201,6 +214,7 @@ class StateMemory:
         *,
         predicts: bool,
         level: bool,
+        steered: bool,
         history: int,
         muon: Mapping[Tensor, MatrixSettings] | None = None,
         tiling: Tiling | None = None,
@@ -233,6 +247,7 @@ class StateMemory:
                 state,
                 predicts=predicts,
                 level=level,
+                steered=steered,
                 history=history,
                 memory=self.per_tensor[part],
                 muon=None if products is None else [muon[param] for param, _ in members],

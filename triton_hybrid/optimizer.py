@@ -481,6 +481,7 @@ class HybridOptimizer(Optimizer):
             self.state,
             predicts=predicts,
             level=config.predictor in ("slow_ema", "auto"),
+            steered=config.predictor == "slow_ema",
             history=history_needed(config),
             muon={
                 param: matrix_settings(group, index, param)
