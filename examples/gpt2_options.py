@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from flag_types import config_value, device_name, real_number, whole_number
+from run_records import ADAMW, BASES, MUON
 from text_data import SMALLEST_VOCABULARY
 
 from triton_hybrid import HybridConfig
@@ -27,6 +28,7 @@ Trains GPT-2 from a random start twice, from the same seed on the same batches: 
 torch.optim.AdamW and once with HybridOptimizer, which predicts some of its steps instead of
 computing a gradient for them. Prints a table of both, and of AdamW stopped after as many
 gradients as HybridOptimizer used, and writes the same as JSON beside a plot of the loss.
+With --base muon there is a third run: Muon without prediction.
 """
 
 PRECISION_HELP = """\
@@ -72,6 +74,8 @@ class Options:
         batch: Sequences in a batch.
         length: Tokens in a sequence.
         learning_rate: The (first) learning rate.
+        base: Base rule of HybridOptimizer, "adamw" or "muon".
+        muon_learning_rate: The (first) learning rate of Muon's matrices; None without Muon.
         weight_decay: Weight decay of both optimizers.
         dropout: Dropout everywhere in the model.
         schedule: "constant" or "linear" (to zero).
@@ -97,6 +101,8 @@ class Options:
     batch: int
     length: int
     learning_rate: float
+    base: str
+    muon_learning_rate: float | None
     weight_decay: float
     dropout: float
     schedule: str
@@ -140,6 +146,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=whole_number(1), default=4, help="sequences in a batch")
     add("--length", type=whole_number(2), default=64, help="tokens in a sequence")
     add("--lr", type=real_number(0, open_below=True), default=6e-4, help="learning rate")
+    add(
+        "--base",
+        choices=tuple(BASES),
+        default=ADAMW,
+        help="base rule of HybridOptimizer; muon: Muon for hidden matrices and AdamW for the "
+        "rest, also trained without prediction, to tell the rule's share from prediction's",
+    )
+    add(
+        "--muon-lr",
+        type=real_number(0, open_below=True),
+        help="learning rate of Muon's matrices; default: that of --lr, since Muon's updates are "
+        "scaled to the size of AdamW's",
+    )
     add("--weight-decay", type=real_number(0), default=0.01, help="weight decay")
     add("--dropout", type=real_number(0, 1), default=0.0, help="dropout everywhere in the model")
     add(
@@ -256,6 +275,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
             f"argument --controls: not possible with --only {values.only}, which leaves nothing "
             "to compare; allowed: without --only"
         )
+    if values.muon_lr is not None and values.base != MUON:
+        parser.error(
+            f"argument --muon-lr: {values.muon_lr:g} is not possible with --base {values.base}, "
+            f"which has no Muon; allowed: with --base {MUON}"
+        )
+    if values.base == MUON and values.muon_lr is None:
+        values.muon_lr = values.lr
     if values.tokenizer is not None and values.vocabulary is not None:
         parser.error(
             f"argument --vocabulary: {values.vocabulary} is not possible with --tokenizer "
@@ -289,6 +315,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         batch=values.batch,
         length=values.length,
         learning_rate=values.lr,
+        base=values.base,
+        muon_learning_rate=values.muon_lr,
         weight_decay=values.weight_decay,
         dropout=values.dropout,
         schedule=values.schedule,

@@ -5,6 +5,7 @@ seed and on the same batches. Nothing is downloaded. ``--help`` lists what can b
 
     python examples/gpt2_small.py
     python examples/gpt2_small.py --model tiny --steps 200 --seeds 0 1 2
+    python examples/gpt2_small.py --base muon
 """
 
 from __future__ import annotations
@@ -22,9 +23,18 @@ from gpt2_options import Options, parse_options
 from reporting import progress, result_table, seeds_table
 from rich.console import Console
 from run_files import environment, seed_summary, write_json, write_plot
-from run_records import BASELINE, CONTROL, HYBRID, NAMES, RunRecord, SeedRecord
+from run_records import (
+    ADAMW,
+    ALONE,
+    BASELINE,
+    BASES,
+    CONTROL,
+    HYBRID,
+    RunRecord,
+    SeedRecord,
+)
 from text_data import Corpus, TokenizedText, check_length, load_corpus, tokenize
-from training_run import parameter_count, release_memory, train
+from training_run import HYBRIDS, parameter_count, release_memory, train
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 REFUSED = 2
@@ -136,13 +146,16 @@ def introduce(console: Console, options: Options, content: dict[str, Any]) -> No
         content: What the JSON file says beside the runs.
     """
     data, hardware = content["data"], content["hardware"]
+    rule = ""
+    if options.base != ADAMW:
+        rule = f", base rule {BASES[options.base]} at {options.muon_learning_rate:g}"
     console.print(
         f"GPT-2 {options.model}, {content['parameters']:,} parameters, {options.precision} on "
         f"{hardware.get('gpu', hardware['processor'])}\n"
         f"Text: {data['description']}; {data['training_tokens']:,} training and "
         f"{data['held_out_tokens']:,} held-out tokens, split {data['split']}\n"
         f"{options.steps} steps of {options.batch} x {options.length} tokens, learning rate "
-        f"{options.learning_rate:g} ({options.schedule}), {options.drive}",
+        f"{options.learning_rate:g} ({options.schedule}), {options.drive}{rule}",
         highlight=False,
     )
 
@@ -167,10 +180,11 @@ def run_seed(
     """
 
     def new(name: str, steps: int) -> RunRecord:
-        return RunRecord(name, record.seed, steps, options.batch * options.length)
+        base = options.base if name in HYBRIDS else ADAMW
+        return RunRecord(name, record.seed, steps, options.batch * options.length, base)
 
     def run(run_record: RunRecord, evaluate_after: Collection[int] = ()) -> None:
-        title = f"Seed {record.seed}: {NAMES[run_record.name]}"
+        title = f"Seed {record.seed}: {run_record.title}"
         try:
             with progress(console, title, run_record.planned_steps) as report:
                 train(run_record, options, text, evaluate_after=evaluate_after, report=report)
@@ -193,6 +207,12 @@ def run_seed(
         record.control = new(CONTROL, gradients)
         record.control_source = "own run"
         run(record.control)
+    if options.base != ADAMW:
+        record.alone = new(ALONE, options.steps)
+        comparable = set()
+        if gradients is not None and stops_alike(options, gradients):
+            comparable = {gradients}
+        run(record.alone, evaluate_after=comparable)
 
 
 def add_free_control(record: SeedRecord, options: Options, gradients: int) -> None:
@@ -203,11 +223,20 @@ def add_free_control(record: SeedRecord, options: Options, gradients: int) -> No
         options: The flags.
         gradients: How many gradients HybridOptimizer used.
     """
-    # With another schedule the learning rate has not decayed yet where the control stops.
-    same_schedule = options.schedule == "constant" or gradients == options.steps
-    if same_schedule and record.baseline is not None:
+    if stops_alike(options, gradients) and record.baseline is not None:
         record.control = record.baseline.stopped_after(gradients)
         record.control_source = "baseline on its way" if record.control else "none"
+
+
+def stops_alike(options: Options, gradients: int) -> bool:
+    """Whether a run of all steps, stopped on its way, is one planned for so few.
+
+    Args:
+        options: The flags.
+        gradients: After how many gradients it is stopped.
+    """
+    # With another schedule the learning rate has not decayed yet where it stops.
+    return options.schedule == "constant" or gradients == options.steps
 
 
 def save(
@@ -226,6 +255,8 @@ def save(
         options.output / "results.json", {**content, "complete": complete, "seeds": summaries}
     )
     title = f"GPT-2 {options.model}, {options.batch} x {options.length} tokens a gradient"
+    if options.base != ADAMW:
+        title += f", base rule {BASES[options.base]}"
     write_plot(options.output / "loss.png", records, title)
 
 

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from run_records import FINAL_LOSSES, RunRecord, SeedRecord, percent_above
+from run_records import ADAMW, BASES, FINAL_LOSSES, RunRecord, SeedRecord, percent_above
 
 SECONDS_BETWEEN_LINES = 30.0
 UNKNOWN = "-"
@@ -90,7 +91,10 @@ def result_table(seed_record: SeedRecord, device: torch.device) -> Table:
         device: Where they ran, which decides what "memory" means.
     """
     runs = seed_record.runs
-    table = Table(title=f"Seed {seed_record.seed}", title_justify="left")
+    alone = seed_record.alone
+    # In the wide box a fourth run would not fit into 80 columns.
+    narrow: dict[str, Any] = {} if alone is None else {"box": SIMPLE_HEAD, "padding": 0}
+    table = Table(title=f"Seed {seed_record.seed}", title_justify="left", **narrow)
     table.add_column("")
     for run in runs:
         table.add_column(_heading(run, seed_record), justify="right")
@@ -106,15 +110,12 @@ def result_table(seed_record: SeedRecord, device: torch.device) -> Table:
         "Mean step time",
         lambda run: _milliseconds([step.seconds for step in run.steps]),
     )
-    phases = dict.fromkeys(
-        phase for run in runs if run.stats is not None for phase in run.seconds_by_phase()
-    )
-    for phase in phases:
+    by_phase = {} if seed_record.hybrid is None else seed_record.hybrid.seconds_by_phase()
+    for phase, seconds in by_phase.items():
+        cell = _milliseconds(seconds, counted=True)
         row(
             f"  {phase.capitalize()}",
-            lambda run, phase=phase: _milliseconds(  # type: ignore[misc]
-                run.seconds_by_phase().get(phase, []), counted=True
-            ),
+            lambda run, cell=cell: cell if run is seed_record.hybrid else UNKNOWN,  # type: ignore[misc]
         )
     row("Tokens per second", lambda run: f"{run.tokens_per_second:,.0f}")
     memory = "Peak memory (GPU)" if device.type == "cuda" else "Peak memory (whole process)"
@@ -125,15 +126,48 @@ def result_table(seed_record: SeedRecord, device: torch.device) -> Table:
     row("Held-out loss, start", lambda run: _number(run.held_out_start))
     row("Held-out loss, end", lambda run: _number(run.held_out_end))
     row("  against AdamW", lambda run: _against_baseline(run, seed_record))
-    row("  against AdamW, as many gradients", lambda run: _against_control(run, seed_record))
+    if alone is not None and seed_record.hybrid is not None:
+        _add_base_rows(row, seed_record, alone, seed_record.hybrid)
+    else:
+        row("  against AdamW, as many gradients", lambda run: _against_control(run, seed_record))
     row("Speed-up, wall clock", lambda run: _speed_up(run, seed_record.baseline))
     row("Predictions accepted", lambda run: _share(run.statistic("acceptance_rate")))
     row("Rollbacks", lambda run: str(run.statistic("rollbacks") if run.stats else UNKNOWN))
     return table
 
 
+def _add_base_rows(
+    row: Callable[[str, Callable[[RunRecord], str]], None],
+    seed_record: SeedRecord,
+    alone: RunRecord,
+    hybrid: RunRecord,
+) -> None:
+    """Adds what tells the base rule's share from prediction's.
+
+    Args:
+        row: Adds a row to the table.
+        seed_record: The runs.
+        alone: The base rule alone.
+        hybrid: HybridOptimizer.
+    """
+    rule, gradients = BASES[alone.base], hybrid.gradients
+
+    def hybrid_only(value: float | None) -> Callable[[RunRecord], str]:
+        return lambda run: _percent(value) if run is hybrid else UNKNOWN
+
+    row(f"  against {rule} alone", hybrid_only(seed_record.against_alone))
+    row(f"  against AdamW after {gradients}", hybrid_only(seed_record.against_control))
+    row(f"  against {rule} after {gradients}", hybrid_only(seed_record.against_alone_on_its_way))
+
+
 def seeds_table(seed_records: Sequence[SeedRecord]) -> Table:
-    """Returns the table of several seeds: a row for each and their mean."""
+    """Returns the table of several seeds: a row for each and their mean.
+
+    Args:
+        seed_records: The runs. Where the base rule also ran alone, its loss takes the place of
+            the seconds.
+    """
+    rule = next((BASES[record.alone.base] for record in seed_records if record.alone), None)
     # Narrow enough for 80 columns.
     table = Table(title="All seeds", title_justify="left", box=SIMPLE_HEAD, padding=0)
     columns: list[tuple[str, Callable[[SeedRecord], float | None], Callable[[float | None], str]]]
@@ -148,6 +182,12 @@ def seeds_table(seed_records: Sequence[SeedRecord]) -> Table:
         ("Against\nAdamW", lambda s: s.against_baseline, _percent),
         ("Against\nas many", lambda s: s.against_control, _percent),
     ]
+    if rule is not None:
+        columns = [column for column in columns if not column[0].endswith("seconds")]
+        columns.insert(
+            3, (f"{rule}\nheld-out", lambda s: s.alone.held_out_end if s.alone else None, _number)
+        )
+        columns.append((f"Against\n{rule}", lambda s: s.against_alone, _percent))
     table.add_column("Seed", no_wrap=True)
     for heading, _, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -165,7 +205,9 @@ def seeds_table(seed_records: Sequence[SeedRecord]) -> Table:
 
 def _heading(run: RunRecord, seed_record: SeedRecord) -> str:
     if run is seed_record.hybrid:
-        return "Hybrid"
+        return "Hybrid" if run.base == ADAMW else f"Hybrid\non {BASES[run.base]}"
+    if run is seed_record.alone:
+        return f"{BASES[run.base]}\nalone"
     if run is seed_record.control:
         return f"AdamW after\n{run.planned_steps} gradients"
     return "AdamW"

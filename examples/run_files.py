@@ -16,11 +16,11 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from run_records import BASELINE, CONTROL, HYBRID, NAMES, RunRecord, SeedRecord
+from run_records import ALONE, BASELINE, CONTROL, HYBRID, RunRecord, SeedRecord
 from text_data import write_atomically
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "triton_hybrid")
-RUN_COLOURS = {BASELINE: "0.45", HYBRID: "tab:purple", CONTROL: "black"}
+RUN_COLOURS = {BASELINE: "0.45", ALONE: "tab:cyan", HYBRID: "tab:purple", CONTROL: "black"}
 PHASE_COLOURS = {
     "warmup": "tab:orange",
     "full": "tab:blue",
@@ -80,6 +80,8 @@ def seed_summary(record: SeedRecord) -> dict[str, Any]:
         "held_out_percent_above_baseline": record.against_baseline,
         "held_out_percent_above_control": record.against_control,
         "control_source": record.control_source,
+        "held_out_percent_above_base_alone": record.against_alone,
+        "held_out_percent_above_base_alone_as_many_gradients": record.against_alone_on_its_way,
         "runs": {run.name: _run_summary(run) for run in record.runs},
     }
 
@@ -87,6 +89,7 @@ def seed_summary(record: SeedRecord) -> dict[str, Any]:
 def _run_summary(run: RunRecord) -> dict[str, Any]:
     return {
         "optimizer": run.optimizer,
+        "base": run.base,
         "complete": run.complete,
         "planned_steps": run.planned_steps,
         "steps_taken": len(run.steps),
@@ -171,7 +174,7 @@ def _draw_run(axis: Axes, run: RunRecord, by_time: bool) -> None:
     ]
     x = [position for position, _, _ in measured]
     y = [loss for _, loss, _ in measured]
-    name = NAMES[run.name]
+    name = run.title
     if run.name == HYBRID:
         bottom = axis.get_xaxis_transform()
         for phase, colour in PHASE_COLOURS.items():
@@ -200,8 +203,8 @@ def _draw_run(axis: Axes, run: RunRecord, by_time: bool) -> None:
         axis.plot(x, y, color="0.2", lw=0.8, alpha=0.7)
         colours = [PHASE_COLOURS[phase] for _, _, phase in measured]
         axis.scatter(x, y, s=14, c=colours, zorder=3, label=name)
-    elif run.name == BASELINE:
-        axis.plot(x, y, color=RUN_COLOURS[BASELINE], lw=1.2, label=name)
+    elif run.name in (BASELINE, ALONE):
+        axis.plot(x, y, color=RUN_COLOURS[run.name], lw=1.2, label=name)
     if run.held_out_end is not None and positions:
         axis.plot(
             positions[-1],

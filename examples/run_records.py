@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-BASELINE, HYBRID, CONTROL = "baseline", "hybrid", "control"
+BASELINE, HYBRID, CONTROL, ALONE = "baseline", "hybrid", "control", "base_alone"
 NAMES = {BASELINE: "AdamW", HYBRID: "HybridOptimizer", CONTROL: "AdamW, as many gradients"}
+ADAMW, MUON = "adamw", "muon"
+BASES = {ADAMW: "AdamW", MUON: "Muon"}
 FINAL_LOSSES = 5  # the last few batches' mean: the loss of one batch is mostly the batch's own
 
 
@@ -34,10 +36,11 @@ class RunRecord:
     """What one run did, filled in while it runs.
 
     Attributes:
-        name: "baseline", "hybrid" or "control".
+        name: "baseline", "hybrid", "control" or "base_alone".
         seed: Seed of the initial weights and of the batches.
         planned_steps: How many steps it was to take.
         tokens_per_batch: Tokens a gradient evaluation consumes.
+        base: Base rule of hidden matrices, "adamw" or "muon"; all else is AdamW's.
         optimizer: Which optimizer exactly.
         steps: The steps taken.
         held_out_start: Held-out loss before the first step.
@@ -52,6 +55,7 @@ class RunRecord:
     seed: int
     planned_steps: int
     tokens_per_batch: int
+    base: str = ADAMW
     optimizer: str = ""
     steps: list[StepRecord] = field(default_factory=list)
     held_out_start: float | None = None
@@ -60,6 +64,15 @@ class RunRecord:
     memory_before: int = 0
     memory_peak: int = 0
     stats: dict[str, Any] | None = None
+
+    @property
+    def title(self) -> str:
+        """What it is called where it is shown."""
+        if self.name == ALONE:
+            return f"{BASES[self.base]} alone"
+        if self.base != ADAMW:
+            return f"{NAMES[self.name]} on {BASES[self.base]}"
+        return NAMES[self.name]
 
     @property
     def complete(self) -> bool:
@@ -101,6 +114,7 @@ class RunRecord:
             seed=self.seed,
             planned_steps=gradients,
             tokens_per_batch=self.tokens_per_batch,
+            base=self.base,
             optimizer=self.optimizer,
             steps=[step for step in self.steps if step.gradients <= gradients],
             held_out_start=self.held_out_start,
@@ -131,6 +145,7 @@ class SeedRecord:
         hybrid: HybridOptimizer.
         control: AdamW for as many gradients as HybridOptimizer used.
         control_source: Where the control comes from: "own run", "baseline on its way" or "none".
+        alone: The base rule without prediction, for all steps; only where it is not AdamW.
     """
 
     seed: int
@@ -138,11 +153,13 @@ class SeedRecord:
     hybrid: RunRecord | None = None
     control: RunRecord | None = None
     control_source: str = "none"
+    alone: RunRecord | None = None
 
     @property
     def runs(self) -> list[RunRecord]:
         """The runs there are, in the order of the tables."""
-        return [run for run in (self.baseline, self.hybrid, self.control) if run is not None]
+        runs = (self.baseline, self.alone, self.hybrid, self.control)
+        return [run for run in runs if run is not None]
 
     @property
     def speed_up(self) -> float | None:
@@ -160,6 +177,18 @@ class SeedRecord:
     def against_control(self) -> float | None:
         """The same against AdamW with as many gradients."""
         return percent_above(self.hybrid, self.control)
+
+    @property
+    def against_alone(self) -> float | None:
+        """The same against the base rule without prediction."""
+        return percent_above(self.hybrid, self.alone)
+
+    @property
+    def against_alone_on_its_way(self) -> float | None:
+        """The same against the base rule after as many gradients, where that was measured."""
+        if self.hybrid is None or self.alone is None:
+            return None
+        return percent_above(self.hybrid, self.alone.stopped_after(self.hybrid.gradients))
 
 
 def percent_above(run: RunRecord | None, other: RunRecord | None) -> float | None:

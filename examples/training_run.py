@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import time
 from collections.abc import Callable, Collection
@@ -12,15 +13,16 @@ from typing import Any
 import torch
 from gpt2_options import GPT2_VOCABULARY, MODEL_SHAPES, Options
 from peak_memory import PeakMemory
-from run_records import BASELINE, HYBRID, RunRecord, StepRecord
+from run_records import ALONE, BASELINE, BASES, HYBRID, MUON, RunRecord, StepRecord
 from text_data import TokenizedText, WindowSampler, held_out_windows
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from triton_hybrid import HybridOptimizer
+from triton_hybrid import HybridOptimizer, split_param_groups
 
 HELD_OUT_BATCH = 16
 REHEARSAL_LIMIT = 200
+HYBRIDS = (HYBRID, ALONE)  # runs of HybridOptimizer, with predictions or without
 WARM_UP_SEED_OFFSET = 1 << 62  # the warm-up batch is none of the run's own
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -67,14 +69,32 @@ def parameter_count(options: Options, text: TokenizedText) -> int:
     return count
 
 
+def parameter_groups(name: str, model: torch.nn.Module, options: Options) -> list[dict[str, Any]]:
+    """Returns the model's parameters in the groups that a run's optimizer takes.
+
+    Args:
+        name: Which run.
+        model: The model.
+        options: Its base rule and learning rates.
+    """
+    if name in HYBRIDS and options.base == MUON:
+        return split_param_groups(
+            model,
+            lr=options.learning_rate,
+            muon_lr=options.muon_learning_rate,
+            weight_decay=options.weight_decay,
+        )
+    return [{"params": list(model.parameters())}]
+
+
 def build_optimizer(
-    name: str, parameters: list[torch.nn.Parameter], options: Options
+    name: str, groups: list[dict[str, Any]], options: Options
 ) -> tuple[torch.optim.Optimizer, str]:
     """Builds the optimizer of a run.
 
     Args:
-        name: "hybrid", or anything else for AdamW.
-        parameters: What it trains.
+        name: "hybrid", "base_alone" (which never predicts), or anything else for AdamW.
+        groups: What it trains.
         options: Its settings.
 
     Returns:
@@ -84,14 +104,18 @@ def build_optimizer(
         "lr": options.learning_rate,
         "weight_decay": options.weight_decay,
     }
-    if name == HYBRID:
-        optimizer = HybridOptimizer(parameters, hybrid=options.hybrid, **settings)
-        return optimizer, f"HybridOptimizer, {options.drive}"
+    if name in HYBRIDS:
+        config, drive = options.hybrid, options.drive
+        if name == ALONE:
+            config, drive = dataclasses.replace(config, predictor="none"), "no prediction"
+        optimizer = HybridOptimizer(groups, hybrid=config, **settings)
+        rule = f", {BASES[MUON]} for hidden matrices" if options.base == MUON else ""
+        return optimizer, f"HybridOptimizer, {drive}{rule}"
     implementation = options.baseline_implementation
     switches: dict[str, bool] = {}
     if implementation != "default":
         switches = {name: implementation == name for name in ("fused", "foreach")}
-    adamw = torch.optim.AdamW(parameters, **settings, **switches)
+    adamw = torch.optim.AdamW(groups, **settings, **switches)
     return adamw, f"torch.optim.AdamW, {implementation}"
 
 
@@ -124,8 +148,8 @@ def train(
     model.loss_type = "ForCausalLM"  # transformers warns when it has to guess
     # AdamW has no master weights: it gets FP32 weights and casts in the forward pass instead.
     half = PRECISIONS.get(options.precision)
-    model.to(device=device, dtype=half if record.name == HYBRID else None)
-    autocast_dtype = None if record.name == HYBRID else half
+    model.to(device=device, dtype=half if record.name in HYBRIDS else None)
+    autocast_dtype = None if record.name in HYBRIDS else half
     batches = WindowSampler(text.training, options.batch, options.length, record.seed, device)
     windows = held_out_windows(text.held_out, options.held_out_windows, options.length)
 
@@ -136,7 +160,8 @@ def train(
     record.held_out_start = held_out_loss()
 
     forward = torch.compile(model) if options.compile else model
-    optimizer, record.optimizer = build_optimizer(record.name, list(model.parameters()), options)
+    groups = parameter_groups(record.name, model, options)
+    optimizer, record.optimizer = build_optimizer(record.name, groups, options)
     scheduler = LambdaLR(optimizer, _schedule(options.schedule, record.planned_steps))
     hybrid = optimizer if isinstance(optimizer, HybridOptimizer) else None
 
@@ -204,13 +229,15 @@ def rehearse(name: str, model: torch.nn.Module, options: Options) -> None:
         model: Whose parameters are copied.
         options: The optimizer's settings.
     """
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()]
-    for copy in copies:
-        copy.grad = torch.full_like(copy, 1e-3)  # the same every time, so it can be predicted
-    optimizer, _ = build_optimizer(name, copies, options)
+    groups = parameter_groups(name, model, options)
+    for group in groups:
+        group["params"] = [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]
+        for copy in group["params"]:
+            copy.grad = torch.full_like(copy, 1e-3)  # the same every time, so it can be predicted
+    optimizer, _ = build_optimizer(name, groups, options)
     steps = 2
     if isinstance(optimizer, HybridOptimizer):
-        config = options.hybrid
+        config = optimizer.hybrid
         cycle = config.max_predict_steps + config.correction_interval
         steps = min(REHEARSAL_LIMIT, config.warmup_steps + config.full_steps + cycle)
     for _ in range(steps):

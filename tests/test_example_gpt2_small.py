@@ -27,6 +27,7 @@ from gpt2_options import parse_options
 from reporting import seeds_table
 from rich.console import Console
 from run_records import RunRecord, SeedRecord, StepRecord
+from transformers import GPT2LMHeadModel
 
 FILES = 40
 STEPS = 24
@@ -198,6 +199,9 @@ def test_both_runs_see_the_same_batches_and_leave_results(
     content = results(tmp_path)
     assert content["complete"]
     (seed,) = content["seeds"]
+    assert list(seed["runs"]) == ["baseline", "hybrid", "control"]
+    assert {run["base"] for run in seed["runs"].values()} == {content["options"]["base"]}
+    assert content["options"]["base"] == "adamw"
     hybrid, baseline, control = (seed["runs"][name] for name in ("hybrid", "baseline", "control"))
     # Each run draws from its own sampler, and once from another to warm up.
     hybrid_batches, hybrid_warm_up, baseline_batches, baseline_warm_up = samplers[:4]
@@ -248,6 +252,111 @@ def test_inline_uses_a_gradient_at_every_step(text_folder: Path, tmp_path: Path)
     (seed,) = results(tmp_path)["seeds"]
     assert list(seed["runs"]) == ["hybrid"]
     assert seed["runs"]["hybrid"]["gradient_evaluations"] == STEPS
+
+
+def test_muon_is_shown_beside_muon_alone(
+    text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--base", "muon", "--muon-lr", "0.001")
+    assert gpt2_small.main(flags(text_folder, tmp_path, *more)) == 0
+    content = results(tmp_path)
+    assert content["options"]["base"] == "muon"
+    assert content["options"]["muon_learning_rate"] == 0.001
+    (seed,) = content["seeds"]
+    runs = seed["runs"]
+    bases = {name: run["base"] for name, run in runs.items()}
+    assert bases == {
+        "baseline": "adamw",
+        "base_alone": "muon",
+        "hybrid": "muon",
+        "control": "adamw",
+    }
+    assert all("Muon" in runs[name]["optimizer"] for name in ("base_alone", "hybrid"))
+
+    alone, hybrid = runs["base_alone"], runs["hybrid"]
+    assert alone["gradient_evaluations"] == runs["baseline"]["gradient_evaluations"] == STEPS
+    assert alone["stats"]["predictor"] == "none"
+    assert hybrid["gradient_evaluations"] < STEPS
+    # Until something is predicted the two are the same thing, and not AdamW.
+    losses = {name: [step["loss"] for step in run["steps"]] for name, run in runs.items()}
+    first = losses["hybrid"].index(None)
+    assert losses["base_alone"][:first] == losses["hybrid"][:first]
+    assert losses["base_alone"][1:first] != losses["baseline"][1:first]
+
+    end = hybrid["held_out_loss_end"]
+    on_its_way = alone["held_out_loss_after_gradients"][str(hybrid["gradient_evaluations"])]
+    for key, other in (
+        ("held_out_percent_above_base_alone", alone["held_out_loss_end"]),
+        ("held_out_percent_above_base_alone_as_many_gradients", on_its_way),
+    ):
+        assert seed[key] == pytest.approx(100 * (end / other - 1))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for words in ("on Muon", "Muon alone", "against Muon after", "base rule"):
+        assert words in printed
+    table = printed[printed.index("\nSeed 0 ") :].splitlines()
+    assert max(len(line.rstrip()) for line in table if str(tmp_path) not in line) <= 80
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ("--only baseline", ["baseline", "base_alone"]),
+        ("--only hybrid --drive inline", ["hybrid"]),
+        ("--schedule linear --precision bf16", ["baseline", "base_alone", "hybrid"]),
+        (
+            "--schedule linear --controls --max-predict-steps 1",
+            ["baseline", "base_alone", "hybrid", "control"],
+        ),
+    ],
+)
+def test_muon_with_other_flags(
+    text_folder: Path, tmp_path: Path, more: str, names: list[str]
+) -> None:
+    assert gpt2_small.main(flags(text_folder, tmp_path, "--base", "muon", *more.split())) == 0
+    (seed,) = results(tmp_path)["seeds"]
+    assert list(seed["runs"]) == names
+    for run in seed["runs"].values():
+        assert run["complete"]
+        assert run["held_out_loss_end"] < run["held_out_loss_start"]
+    # The rate of a run of all steps has not decayed yet where it would be compared.
+    assert seed["held_out_percent_above_base_alone_as_many_gradients"] is None
+
+
+def test_only_runs_of_hybrid_optimizer_have_a_muon_group() -> None:
+    text = text_data.TokenizedText(torch.zeros(1), torch.zeros(1), 300, 0, "")
+    found = {}
+    for more in ("", "--base muon", "--base muon --muon-lr 0.02"):
+        options = parse_options(f"--model tiny --lr 0.01 {more}".split())
+        model = GPT2LMHeadModel(training_run.model_config(options, text))
+        for name in ("baseline", "control", "base_alone", "hybrid"):
+            groups = training_run.parameter_groups(name, model, options)
+            optimizer, _ = training_run.build_optimizer(name, groups, options)
+            trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+            assert trained == {id(param) for param in model.parameters()}
+            found[more, name] = [
+                (group.get("base", "torch"), group["lr"]) for group in optimizer.param_groups
+            ]
+    torch_only = [("torch", 0.01)]
+    for (more, name), groups in found.items():
+        if name in ("baseline", "control"):
+            assert groups == torch_only
+        elif not more:
+            assert groups == [("adamw", 0.01)]
+        else:
+            rate = 0.02 if "--muon-lr" in more else 0.01
+            assert groups == [("muon", rate), ("adamw", 0.01)]
+
+
+def test_rehearsal_leaves_the_model_alone() -> None:
+    options = parse_options(["--model", "tiny", "--device", "cpu", "--base", "muon"])
+    text = text_data.TokenizedText(torch.zeros(1), torch.zeros(1), 300, 0, "")
+    model = GPT2LMHeadModel(training_run.model_config(options, text))
+    before = [param.detach().clone() for param in model.parameters()]
+    for name in ("baseline", "base_alone", "hybrid"):
+        training_run.rehearse(name, model, options)
+    assert all(param.grad is None for param in model.parameters())
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 
 
 def test_interruption_leaves_what_was_done(
@@ -302,6 +411,9 @@ def test_interruption_leaves_what_was_done(
         ("--data no/such/place", "no/such/place"),
         ("--only hybrid --controls", "hybrid"),
         ("--tokenizer x --vocabulary 300", "300"),
+        ("--base sgd", "'sgd'"),
+        ("--base muon --muon-lr 0", "'0'"),
+        ("--muon-lr 0.02", "0.02"),
     ],
 )
 def test_bad_flags_are_refused_by_name(
@@ -324,7 +436,8 @@ def test_too_little_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "out").exists()
 
 
-def test_seeds_table_has_a_row_for_each_seed_and_the_mean() -> None:
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_seeds_table_has_a_row_for_each_seed_and_the_mean(base: str) -> None:
     records = []
     for seed, loss in ((3, 2.0), (4, 4.0)):
         step = StepRecord(step=1, phase="full", seconds=1.0, gradients=1, loss=loss)
@@ -333,12 +446,16 @@ def test_seeds_table_has_a_row_for_each_seed_and_the_mean() -> None:
             for name in ("baseline", "hybrid")
         )
         records.append(SeedRecord(seed, baseline, hybrid))
+        if base == "muon":
+            alone = RunRecord("base_alone", seed, 1, 32, base, steps=[step], held_out_end=2 * loss)
+            records[-1].alone = alone
     console = Console(width=80)
     text = "".join(segment.text for segment in console.render(seeds_table(records)))
     assert "…" not in text
     mean = next(line for line in text.splitlines() if "mean" in line)
     assert "3.0000" in mean
     assert "1.00x" in mean
+    assert ("6.0000" in mean and "-50.00 %" in mean) == (base == "muon")
 
 
 def test_runs_as_a_script_from_anywhere(text_folder: Path, tmp_path: Path) -> None:
