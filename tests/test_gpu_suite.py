@@ -23,14 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "be
 import gpu_suite
 import suite_correctness
 import suite_kernels
+import suite_muon
 import suite_process
 from suite_bandwidth import KERNELS, SIZES, Buffers, traffic
 from suite_barrier import LAYOUTS
 from suite_context import DTYPES, Context
 from suite_correctness import correctness
-from suite_gpt2_shapes import PARAMETERS, gpt2_small_shapes
+from suite_gpt2_shapes import PARAMETERS, Matrix, gpt2_small_shapes
 from suite_kernels import ADAMW_VARIANTS, KernelBench
-from suite_problems import GPU_LAYOUTS, Launches, Problem
+from suite_muon_contenders import COMPILED, OURS, TORCH_BLOCKS, TORCH_WHOLE, Contenders
+from suite_problems import GPU_LAYOUTS, Launches, Problem, relative_error
 from suite_records import Check, Row, SectionResult, Skip, SuiteRecord, Timing
 from triton_hybrid.kernels.chunks import INTERPRETED, Tiling, default_tiling
 
@@ -497,3 +499,120 @@ def test_memory_between_tensors_and_rounding_are_watched() -> None:
     stray = problem.rows["weight"][1]
     stray.as_strided((1,), (1,), stray.storage_offset() + len(stray)).fill_(1.0)
     assert problem.spoiled_guards() == 4
+
+
+# -------------------------------------------------------------------------------------- Muon
+
+
+@interpreted
+def test_the_update_of_muon_is_checked() -> None:
+    context, result = Context(CPU, seed=9, tiny=True), SectionResult("muon", "")
+    suite_muon.check_updates(context, result)
+    assert result.failures == []
+    assert context.refusal([suite_muon.KERNEL], "fp32") is None
+    names = [check.name for check in result.checks]
+    assert any(name.startswith("1x20: FP32") for name in names)
+    assert any(name.startswith("16x48 in blocks (1, 3)") for name in names)
+    if hasattr(torch.optim, "Muon"):
+        assert len(names) == 3 * len(suite_muon.TINY_SHAPES)
+        assert len(result.facts["updates in BF16"]) == len(suite_muon.TINY_SHAPES)
+
+
+@interpreted
+def test_a_wrong_update_of_muon_is_found_out_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One element of one matrix is a tenth too large."""
+    real = suite_muon.our_updates
+
+    def spoilt(*arguments: Any) -> list[torch.Tensor]:
+        updates = real(*arguments)
+        updates[1][0, 3] *= 1.1
+        return updates
+
+    monkeypatch.setattr(suite_muon, "our_updates", spoilt)
+    monkeypatch.setattr(suite_muon, "TINY_SHAPES", suite_muon.TINY_SHAPES[:2])
+    context, result = Context(CPU, seed=9, tiny=True), SectionResult("muon", "")
+    suite_muon.muon(context, result)
+    assert {check.name.split(":")[0] for check in result.failures} == {"1x20"}
+    assert [skip.what for skip in result.skipped if "newton_schulz" in skip.reason] == [
+        "GPT-2 small", "GPT-2 medium", "GPT-2 xl",
+    ]  # fmt: skip
+    assert result.rows == []
+    assert set(result.facts["limits"].values()) == {0.05, 0.5}
+
+
+@interpreted
+def test_without_torchs_muon_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    monkeypatch.setattr(suite_muon, "TINY_SHAPES", suite_muon.TINY_SHAPES[:1])
+    context, result = Context(CPU, seed=9, tiny=True), SectionResult("muon", "")
+    suite_muon.check_updates(context, result)
+    assert [check.passed for check in result.checks] == [True]
+    assert "torch.optim.Muon" in result.skipped[0].what
+    contenders = Contenders([Matrix((16, 16))], CPU, 1, compiled=False)
+    assert set(contenders.steps) == {OURS, COMPILED}
+    assert set(contenders.missing) == {TORCH_BLOCKS, TORCH_WHOLE}
+
+
+@interpreted
+def test_all_contenders_do_the_same() -> None:
+    matrices = [Matrix((16, 48), (1, 3)), Matrix((16, 24)), Matrix((24, 16))]
+    contenders = Contenders(matrices, CPU, seed=3, compiled=False)
+    start = [param.detach().clone() for param in contenders.ours]
+    blocks = [weight.clone() for weight in contenders.weights.tensors]
+    contenders.steps[OURS]()
+    ours = [suite_muon.moved(w, p) for w, p in zip(start, contenders.ours)]
+    contenders.steps[COMPILED]()
+    plain = [suite_muon.moved(w, p) for w, p in zip(blocks, contenders.weights.tensors)]
+    # The fused matrix and the first stack hold the same blocks.
+    fused = torch.stack(suite_muon.blocks_of_matrix(matrices[0], ours[0]))
+    assert relative_error([fused, ours[1][None], ours[2][None]], plain) < 0.05
+    if TORCH_BLOCKS not in contenders.steps:
+        return
+    for weight, begin in zip(contenders.weights.tensors, blocks):
+        weight.copy_(begin)
+    contenders.steps[TORCH_BLOCKS]()
+    same = [suite_muon.moved(w, p) for w, p in zip(blocks, contenders.weights.tensors)]
+    assert relative_error(plain, same) < 0.05
+    contenders.steps[TORCH_WHOLE]()
+    whole = [suite_muon.moved(w, p) for w, p in zip(start, contenders.whole)]
+    assert relative_error(ours[1:], whole[1:]) < 0.05
+
+
+def test_contenders_take_turns_and_ratios_are_of_one_round() -> None:
+    order: list[str] = []
+    cost = {OURS: 1.0, TORCH_BLOCKS: 4.0, COMPILED: 2.0}
+
+    def measure(step: Any) -> tuple[float, float]:
+        step()
+        # A machine that slows down slows all of them.
+        slower = 1.0 + len(order) // 3
+        return cost[order[-1]] * slower, 2.0 * cost[order[-1]]
+
+    steps = {name: (lambda name=name: order.append(name)) for name in cost}
+    context, result = Context(CPU), SectionResult("muon", "")
+    samples = suite_muon.alternating(context, steps, 3, measure)
+    assert len(order) == 3 * (suite_muon.DROPPED + 3)
+    assert order[:6] == [OURS, TORCH_BLOCKS, COMPILED, TORCH_BLOCKS, COMPILED, OURS]
+    assert {len(each.device) for each in samples.values()} == {3}
+    samples = {name: suite_muon.Samples([cost[name], 3 * cost[name]], [1.0, 1.0]) for name in cost}
+    suite_muon.add_rows(context, result, "GPT-2 tiny", samples, 34)
+    rows = {row.optimizer: row for row in result.rows if isinstance(row, suite_muon.MuonRow)}
+    assert rows[OURS].ratio is None
+    assert rows[OURS].launches == 34
+    assert rows[TORCH_BLOCKS].ratio == Timing(0.25, 0.25, 0.25, 2)
+    assert rows[COMPILED].ratio == Timing(0.5, 0.5, 0.5, 2)
+    (check,) = result.checks
+    assert (check.passed, check.error, check.tolerance) == (True, 0.25, 0.5)
+    assert all(len(row.cells()) == len(row.HEAD) for row in result.rows)
+
+
+@pytest.mark.parametrize(("matrices", "passed"), [(4.0, True), (6.0, False)])
+def test_the_share_of_training_is_judged(matrices: float, passed: bool) -> None:
+    context, result = Context(CPU), SectionResult("muon", "")
+    suite_muon.add_share(context, result, "16x1024", [[100.0, matrices, 1.0]] * 3)
+    (check,) = result.checks
+    assert (check.passed, check.tolerance) == (passed, 0.05)
+    (row,) = result.rows
+    assert isinstance(row, suite_muon.ShareRow)
+    assert row.share_with_rest.median == pytest.approx((matrices + 1.0) / 100.0)
+    assert len(row.cells()) == len(row.HEAD)

@@ -157,7 +157,7 @@ KERNELS: dict[str, Callable[[Buffers], None]] = {
     "predict slow": lambda b: _predict(b, None),
     "predict trajectory": lambda b: _predict(b, b.coefficients),
     "gram": lambda b: gram(b.set, HISTORY, 2, b.scratch(HISTORY), b.products),
-    "slopes": lambda b: slopes(b.set, b.group, b.hyper, b.scratch(3), b.sums),
+    "slopes": lambda b: slopes(b.set, b.group, b.hyper, b.ledger, b.scratch(3), b.sums),
     "correct": lambda b: correct(b.set, b.memory, b.decided, restart=False),
 }
 """Kernels as the optimizer launches them, their second stage included."""

@@ -222,11 +222,13 @@ class KernelBench(Bench):
             if problem.has_master:
                 copy_weights(problem)
             partials = problem.partials(3, every=False)
-            slopes(problem.set, problem.group, problem.hyper, partials, problem.sums)
+            slopes(
+                problem.set, problem.group, problem.hyper, problem.ledger, partials, problem.sums
+            )
             return problem
 
         oracle = self.oracle()
-        slopes_reference(oracle.set, oracle.group, oracle.hyper, oracle.sums)
+        slopes_reference(oracle.set, oracle.group, oracle.hyper, oracle.ledger, oracle.sums)
         problem = once()
         slope, square, bad = ((problem.sums - oracle.sums).abs() / scale(oracle.sums)).amax(0)
         errors = {

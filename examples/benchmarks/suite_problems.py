@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from suite_context import Context
 from torch import Tensor
-from triton_hybrid.kernels import adamw, correct, divergence, gram, predict
+from triton_hybrid.kernels import adamw, correct, divergence, gram, newton_schulz, predict
 from triton_hybrid.kernels.adamw import HYPER_FIELDS, Workspace
 from triton_hybrid.kernels.chunks import TensorSet, Tiling
 from triton_hybrid.kernels.ledger import INDEX, new_ledger
@@ -30,7 +30,7 @@ STATE = (
     "snapshot",
     *(f"history_{j}" for j in range(HISTORY)),
 )
-MODULES: tuple[ModuleType, ...] = (adamw, correct, divergence, gram, predict)
+MODULES: tuple[ModuleType, ...] = (adamw, correct, divergence, gram, newton_schulz, predict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def hyper_table(groups: Sequence[dict[str, float]], device: torch.device) -> Ten
     rows = []
     for group in groups:
         logs = {f"log_{name}": math.log(group[name]) for name in ("beta1", "beta2")}
-        row = {"horizon": 3.0, "level": 0.5, **group, **logs}
+        row = {"horizon": 3.0, "level": 0.5, "look_ahead": 0.0, **group, **logs}
         rows.append([row[name] for name in HYPER_FIELDS])
     return torch.tensor(rows, dtype=torch.float64).to(device)
 
