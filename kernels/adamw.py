@@ -60,7 +60,8 @@ from triton_hybrid.kernels.hyper import (
     precise_div,
     precise_sqrt,
 )
-from triton_hybrid.kernels.ledger import APPLIED, HOLD, LOSS, NONFINITE, NORM, SKIPPED
+from triton_hybrid.kernels.ledger import APPLIED, FOUND_INF, HOLD, LOSS, NONFINITE, NORM, SKIPPED
+from triton_hybrid.kernels.loss_scale import move_loss_scale
 from triton_hybrid.kernels.matrices import MatrixSet
 from triton_hybrid.kernels.newton_schulz import orthogonalise
 
@@ -242,7 +243,7 @@ def _adamw_kernel(
 
     if UPDATE_PART:
         columns = tl.arange(0, COLUMNS)
-        norm, nonfinite = gradient_verdict(partials, COLUMNS)
+        norm, nonfinite, unscale = gradient_verdict(partials, ledger, COLUMNS)
         held = tl.load(ledger + HOLD) > 0
         coefficient = clip_coefficient(norm, max_norm, CLIP)
         slow_rate = 0.0
@@ -277,7 +278,7 @@ def _adamw_kernel(
                 step_size = (lr * tl.load(scales + tensor)).to(COMPUTE)
             root_correction2 = tl.sqrt(correction2).to(COMPUTE)
             decay = (1.0 - lr * tl.load(row + WEIGHT_DECAY)).to(COMPUTE)
-            clip = (coefficient * tl.load(row + SIGN)).to(COMPUTE)
+            clip = (coefficient * unscale * tl.load(row + SIGN)).to(COMPUTE)
             beta1 = tl.load(row + BETA1).to(COMPUTE)
             beta2 = tl.load(row + BETA2).to(COMPUTE)
             eps = tl.load(row + EPS).to(COMPUTE)
@@ -313,7 +314,7 @@ def _adamw_kernel(
             tl.store(arrivals, 0)
             tl.store(arrivals + 1, 0)
             # Looked up again: kept through the update, they would cost registers there.
-            final_norm, any_bad = gradient_verdict(partials, COLUMNS)
+            final_norm, any_bad, _ = gradient_verdict(partials, ledger, COLUMNS)
             applied = (any_bad == 0) & (tl.load(ledger + HOLD) <= 0)
             # One thread writes the ledger; first every thread must have read what it
             # decides by.
@@ -359,6 +360,8 @@ def _adamw_kernel(
                         )
                 tl.store(ledger + LOSS, float("nan"))
                 tl.store(ledger + HOLD, 0.0)
+                tl.store(ledger + FOUND_INF, 0.0)
+                move_loss_scale(ledger, any_bad)
 
 
 @functools.cache

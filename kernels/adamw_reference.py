@@ -16,6 +16,7 @@ from triton_hybrid.kernels.divergence import (
 )
 from triton_hybrid.kernels.hyper import HYPER
 from triton_hybrid.kernels.ledger import INDEX
+from triton_hybrid.kernels.loss_scale import move_loss_scale_reference
 from triton_hybrid.kernels.matrices import MatrixSet
 from triton_hybrid.kernels.newton_schulz_reference import (
     momentum_reference,
@@ -54,12 +55,14 @@ def adamw_step_reference(
         if grads:
             wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
             norms.extend(n.double() for n in torch._foreach_norm(grads, 2, wide))
-    norm = torch.stack(norms).square().sum().sqrt() if norms else zero
+    unscale = ledger[INDEX["loss_scale"]].reciprocal()
+    norm = torch.stack(norms).square().sum().sqrt() * unscale if norms else zero
     # An infinite sum of squares of finite values is an overflow, not a non-finite gradient.
     nonfinite = ~norm.isfinite()
     if device.type != "cpu" or bool(nonfinite):
         finite = [g.isfinite().all() for tensors in sets for g in tensors.flat["grad"] if g.numel()]
         nonfinite = ~torch.stack(finite).all() if finite else nonfinite
+    nonfinite = nonfinite | (ledger[INDEX["found_inf"]] > 0)
     held = ledger[INDEX["hold"]] > 0
     applied = ~(nonfinite | held)
     coefficient = torch.ones_like(zero)
@@ -75,12 +78,12 @@ def adamw_step_reference(
         every = list(matrices) or [None] * len(sets)
         for tensors, group, step, muon in zip(sets, groups, steps, every):
             compared = measured and (muon is None or tensors.has("direction"))
-            table = _scalars(group, step, hyper, coefficient)
+            table = _scalars(group, step, hyper, coefficient * unscale)
             if muon is not None:
                 table[:, STEP_SIZE] = table[:, RATE] * muon.scales
                 if compared:
                     orthogonalise_reference(muon, group, hyper, "slow_ema", "direction")
-                momentum_reference(muon, group, hyper, coefficient, skip)
+                momentum_reference(muon, group, hyper, coefficient * unscale, skip)
                 muon.direction_known = False
             if skip is None:
                 known = None if rates is None else rates.tolist()
@@ -105,6 +108,8 @@ def adamw_step_reference(
         )
     ledger[INDEX["loss"]] = torch.nan
     ledger[INDEX["hold"]] = 0.0
+    ledger[INDEX["found_inf"]] = 0.0
+    move_loss_scale_reference(ledger, nonfinite)
 
 
 def averaging_rates(ledger: Tensor, slow_beta: float, norm: Tensor, coefficient: Tensor) -> Tensor:

@@ -179,7 +179,8 @@ def slopes_launch(target: Target, precision: Precision, lengths: Sequence[int]) 
     """The pass of `slopes` over all elements."""
     problem = _Problem(target, precision, lengths)
     with recorded(target) as launches:
-        slopes(problem.tensors, problem.group, problem.hyper, *problem.scratch(SLOPE_SUMS))
+        table = (problem.group, problem.hyper, problem.ledger)
+        slopes(problem.tensors, *table, *problem.scratch(SLOPE_SUMS))
     return launches[0]
 
 

@@ -22,7 +22,7 @@ from triton_hybrid.kernels.chunks import (
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, MEMORY_COLUMNS
 from triton_hybrid.kernels.gram import reduce_partials
 from triton_hybrid.kernels.hyper import HYPER, HYPER_COLUMNS, SIGN
-from triton_hybrid.kernels.ledger import INDEX, VERDICT
+from triton_hybrid.kernels.ledger import INDEX, LOSS_SCALE, VERDICT
 
 SLOPE_SUMS = 3
 """Sums of a judging gradient: slope, squared gradient, non-finite gradients."""
@@ -50,10 +50,11 @@ def _chunk_slopes(
 @triton.jit
 def _slopes_kernel(
     addresses, lengths, aligned,
-    chunk_tensor, chunk_start, n_chunks, group, hyper, partials,
+    chunk_tensor, chunk_start, n_chunks, group, hyper, ledger, partials,
     GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
+    unscale = (1.0 / tl.load(ledger + LOSS_SCALE)).to(tl.float32)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor = tl.load(chunk_tensor + chunk)
         start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
@@ -70,13 +71,18 @@ def _slopes_kernel(
                 GRAD_TYPE, STATE, TAIL, False,
             )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
-        tl.store(cell, sign * slope)
-        tl.store(cell + 1, square)
+        tl.store(cell, sign * unscale * slope)
+        tl.store(cell + 1, unscale * unscale * square)
         tl.store(cell + 2, bad)
 
 
 def slopes(
-    tensors: TensorSet, group: Tensor, hyper: Tensor, partials: Tensor, sums: Tensor
+    tensors: TensorSet,
+    group: Tensor,
+    hyper: Tensor,
+    ledger: Tensor,
+    partials: Tensor,
+    sums: Tensor,
 ) -> None:
     """Measures a gradient along the displacement ``weight - snapshot``. Two launches.
 
@@ -84,6 +90,7 @@ def slopes(
         tensors: With rows ``grad``, ``weight`` and ``snapshot``.
         group: int32 ``[tensors]``, row of ``hyper``.
         hyper: FP64 ``[groups, HYPER_FIELDS]``; its ``sign`` turns ascent into descent.
+        ledger: FP64 ledger; its ``loss_scale`` is undone.
         partials: FP32 ``[chunks, 3]``, scratch.
         sums: FP64 ``[tensors, 3]``, written: slope, squared gradient, chunks with a
             non-finite gradient. Zero for a tensor without a gradient.
@@ -93,7 +100,7 @@ def slopes(
     with on_device(tensors.device):
         _slopes_kernel[(tensors.tiling.programs,)](
             addresses, lengths, aligned,
-            chunks.tensor, chunks.start, chunks.count, group, hyper, partials,
+            chunks.tensor, chunks.start, chunks.count, group, hyper, ledger, partials,
             GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
             BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
         )  # fmt: skip
@@ -101,7 +108,12 @@ def slopes(
 
 
 def slopes_reference(
-    tensors: TensorSet, group: Tensor, hyper: Tensor, sums: Tensor, with_slopes: bool = True
+    tensors: TensorSet,
+    group: Tensor,
+    hyper: Tensor,
+    ledger: Tensor,
+    sums: Tensor,
+    with_slopes: bool = True,
 ) -> None:
     """`slopes` in plain torch.
 
@@ -124,7 +136,9 @@ def slopes_reference(
                 total[2] += ~g.isfinite().all()
         totals.append(total)
     sums.copy_(torch.stack(totals))
-    sums[:, 0] *= hyper[group.long(), HYPER["sign"]]
+    unscale = ledger[INDEX["loss_scale"]].reciprocal()
+    sums[:, 0] *= hyper[group.long(), HYPER["sign"]] * unscale
+    sums[:, 1] *= unscale * unscale
 
 
 @triton.jit

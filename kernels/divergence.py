@@ -23,6 +23,7 @@ from triton_hybrid.kernels.ledger import (
     CAUSE_NORM,
     CONFIDENCE,
     COOLDOWN,
+    FOUND_INF,
     GRADIENT_SQUARE,
     HOLD,
     HORIZON,
@@ -336,7 +337,7 @@ def _judge_kernel(
         square += tl.load(sums + 3 * t + 1, mask=t < n_tensors, other=0.0)
         bad += tl.load(sums + 3 * t + 2, mask=t < n_tensors, other=0.0)
     norm = tl.sqrt(tl.sum(square, axis=0))
-    nonfinite = tl.sum(bad, axis=0) > 0
+    nonfinite = (tl.sum(bad, axis=0) > 0) | (tl.load(ledger + FOUND_INF) > 0)
 
     moved = tl.load(ledger + MOVED) > 0
     blocked = tl.load(ledger + BLOCKED)
@@ -452,7 +453,7 @@ def judge_reference(
     """
     entries = dict(zip(INDEX, ledger.unbind()))
     norm = sums[:, 1].sum().sqrt()
-    nonfinite = sums[:, 2].sum() > 0
+    nonfinite = (sums[:, 2].sum() > 0) | (entries["found_inf"] > 0)
     moved = entries["moved"] > 0
     zero = torch.zeros_like(norm)
     blocked = torch.where(nonfinite, entries["blocked"] + 1.0, zero)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton_hybrid.kernels.ledger import FOUND_INF, LOSS_SCALE
 
 HYPER_FIELDS: tuple[str, ...] = (
     "lr",
@@ -51,12 +52,15 @@ def precise_div(x, y):
 
 
 @triton.jit
-def gradient_verdict(partials, COLUMNS: tl.constexpr):
-    """Norm of all gradients, and whether one of them is not finite."""
+def gradient_verdict(partials, ledger, COLUMNS: tl.constexpr):
+    """Norm of all gradients, whether one is not finite, and what undoes the loss scale."""
     columns = tl.arange(0, COLUMNS)
     squares = tl.load(partials + columns, cache_modifier=".cg")
     flags = tl.load(partials + COLUMNS + columns, cache_modifier=".cg")
-    return tl.sqrt(tl.sum(squares.to(tl.float64), axis=0)), tl.max(flags, axis=0) > 0
+    unscale = 1.0 / tl.load(ledger + LOSS_SCALE)
+    norm = tl.sqrt(tl.sum(squares.to(tl.float64), axis=0)) * unscale
+    nonfinite = (tl.max(flags, axis=0) > 0) | (tl.load(ledger + FOUND_INF) > 0)
+    return norm, nonfinite, unscale
 
 
 @triton.jit

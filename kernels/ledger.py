@@ -21,6 +21,9 @@ FIELDS: tuple[str, ...] = (
     "skipped",  # how many gradients were skipped for that
     "applied",  # how many base updates were applied
     "hold",  # 1: the next base update is left out (its point was taken back)
+    "loss_scale",  # what the coming gradient was multiplied with
+    "growth_tracker",  # finite gradients since the scale last changed; -1: it never does
+    "found_inf",  # 1: a GradScaler found the coming gradient not finite
     # Running statistics over real steps: logarithm of the norm, change of the loss.
     "norm_count",
     "norm_mean",
@@ -69,6 +72,9 @@ NONFINITE = tl.constexpr(INDEX["nonfinite"])
 SKIPPED = tl.constexpr(INDEX["skipped"])
 APPLIED = tl.constexpr(INDEX["applied"])
 HOLD = tl.constexpr(INDEX["hold"])
+LOSS_SCALE = tl.constexpr(INDEX["loss_scale"])
+GROWTH_TRACKER = tl.constexpr(INDEX["growth_tracker"])
+FOUND_INF = tl.constexpr(INDEX["found_inf"])
 NORM_COUNT = tl.constexpr(INDEX["norm_count"])
 NORM_MEAN = tl.constexpr(INDEX["norm_mean"])
 NORM_VARIANCE = tl.constexpr(INDEX["norm_variance"])
@@ -105,10 +111,20 @@ CAUSE_NORM = tl.constexpr(INDEX["cause_norm"])
 CAUSE_LOSS = tl.constexpr(INDEX["cause_loss"])
 
 
+START = {
+    "loss": math.nan,
+    "loss_previous": math.nan,
+    "horizon": 1.0,
+    "step_fraction": 1.0,
+    "loss_scale": 1.0,
+    "growth_tracker": -1.0,
+}
+"""Entries that do not begin at zero."""
+
+
 def new_ledger(device: torch.device) -> Tensor:
     """A fresh ledger: FP64, one entry for each of ``FIELDS``."""
-    start = {"loss": math.nan, "loss_previous": math.nan, "horizon": 1.0, "step_fraction": 1.0}
-    return write_ledger(start, device)
+    return write_ledger(START, device)
 
 
 def read_ledger(ledger: Tensor) -> dict[str, float]:

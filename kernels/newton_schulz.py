@@ -166,11 +166,11 @@ def _gather_kernel(
     beta1 = 0.0
     look_ahead = 0.0
     if MOMENTUM:
-        norm, nonfinite = gradient_verdict(partials, COLUMNS)
+        norm, nonfinite, unscale = gradient_verdict(partials, ledger, COLUMNS)
         wanted = (nonfinite == 0) & (tl.load(ledger + HOLD) <= 0)
         wanted = wanted & (tl.load(present + tensor) != 0)
         settings = hyper + tl.load(group + tensor) * HYPER_COLUMNS
-        clip = clip_coefficient(norm, max_norm, CLIP) * tl.load(settings + SIGN)
+        clip = clip_coefficient(norm, max_norm, CLIP) * unscale * tl.load(settings + SIGN)
         clip = clip.to(STATE)
         beta1 = tl.load(settings + BETA1).to(STATE)
         look_ahead = tl.load(settings + LOOK_AHEAD).to(STATE)

@@ -609,7 +609,11 @@ def test_both_backends_keep_the_same_ledger(device: torch.device) -> None:
 
 def test_a_fresh_ledger_knows_nothing(device: torch.device) -> None:
     entries = read_ledger(new_ledger(device))
-    assert {name for name, value in entries.items() if value == 1} == {"horizon", "step_fraction"}
+    assert {name for name, value in entries.items() if value == 1} == {
+        "horizon",
+        "step_fraction",
+        "loss_scale",
+    }
     assert {name for name, value in entries.items() if value != value} == {"loss", "loss_previous"}
 
 

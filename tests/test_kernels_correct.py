@@ -39,7 +39,7 @@ def measure(problem: Problem) -> torch.Tensor:
     problem.sums.fill_(math.nan)
     before = problem.snapshot()
     partials = problem.partials(every=False)
-    slopes(problem.set, problem.group, problem.hyper, partials, problem.sums)
+    slopes(problem.set, problem.group, problem.hyper, problem.ledger, partials, problem.sums)
     problem.check()
     problem.assert_unchanged(before)
     return problem.sums
@@ -48,7 +48,7 @@ def measure(problem: Problem) -> torch.Tensor:
 def measure_reference(problem: Problem) -> torch.Tensor:
     """Plain torch."""
     problem.sums.fill_(math.nan)
-    slopes_reference(problem.set, problem.group, problem.hyper, problem.sums)
+    slopes_reference(problem.set, problem.group, problem.hyper, problem.ledger, problem.sums)
     return problem.sums
 
 

@@ -60,6 +60,7 @@ LEDGERS = st.fixed_dictionaries(
         "accepted": any_of(0.0, 3.0),
         "verdict": any_of(0.0, 1.0, 2.0),
         "hold": any_of(0.0, 1.0),
+        "found_inf": any_of(0.0, 0.0, 1.0),
         "step_fraction": any_of(1.0, 0.5),
         "cooldown": any_of(0.0, 4.0),
         "cause_norm": any_of(0.0, 2.0),

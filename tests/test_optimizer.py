@@ -55,7 +55,6 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm=nan"),
     ({"master_weights": "maybe"}, ValueError, "master_weights='maybe'"),
     ({"master_weights": "split"}, NotImplementedError, "master_weights='split'"),
-    ({"loss_scale": "dynamic"}, NotImplementedError, "loss_scale='dynamic'"),
     ({"accumulation": 4}, NotImplementedError, "accumulation=4"),
     ({"maximize": 1}, ValueError, "maximize=1"),
     ({"capturable": None}, ValueError, "capturable=None"),
@@ -109,14 +108,10 @@ def test_sparse_gradient_is_refused_before_any_weight_is_touched() -> None:
 
 def test_unbuilt_functions_name_themselves() -> None:
     optimizer = HybridOptimizer([nn.Parameter(torch.zeros(2))])
-    with pytest.raises(NotImplementedError, match="loss_scale"):
-        optimizer.scale_loss(torch.ones(()))
     with pytest.raises(NotImplementedError, match="accumulation"):
         _ = optimizer.window_complete
     with pytest.raises(NotImplementedError, match="reshard"):
         triton_hybrid.reshard(None)
-    with pytest.raises(NotImplementedError, match="split_param_groups"):
-        triton_hybrid.split_param_groups(None)
 
 
 def test_observe_loss_refuses_several_elements() -> None:

@@ -67,13 +67,19 @@ class DivergenceMonitor:
         for bound, part in zip(memory.sets, memory.parts):
             if runtime.triton:
                 slopes(
-                    bound.tensors, bound.group, runtime.hyper, bound.room_for(3), memory.sums[part]
+                    bound.tensors,
+                    bound.group,
+                    runtime.hyper,
+                    runtime.ledger,
+                    bound.room_for(3),
+                    memory.sums[part],
                 )
             else:
                 slopes_reference(
                     bound.tensors,
                     bound.group,
                     runtime.hyper,
+                    runtime.ledger,
                     memory.sums[part],
                     runtime.wants_slopes,
                 )

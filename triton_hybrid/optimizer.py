@@ -19,14 +19,16 @@ from triton_hybrid.corrector import ResidualCorrector
 from triton_hybrid.divergence import DivergenceMonitor
 from triton_hybrid.dynamics import DynamicsModel, history_needed
 from triton_hybrid.kernels.chunks import require_launchable
+from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.memory import StateMemory, state_bytes
 from triton_hybrid.phases import PHASES, Phase, PhaseController, Report
-from triton_hybrid.precision import ChangeWatch
+from triton_hybrid.precision import ChangeWatch, scale_entries
 from triton_hybrid.runtime import Runtime
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.validation import (
     check_backend,
     check_group,
+    check_loss_scale,
     check_matrix,
     check_max_grad_norm,
     check_parameter,
@@ -34,6 +36,10 @@ from triton_hybrid.validation import (
 )
 
 YOUTH = 256
+BOTH_SCALERS = (
+    "loss_scale is set, and a GradScaler is used: both would scale; use scale_loss(loss) and "
+    "step() without the GradScaler, or make the optimizer with loss_scale=None"
+)
 PROGRESS = "hybrid_progress"
 """Key of every parameter group that carries phase, counters and ledger in checkpoints."""
 
@@ -58,7 +64,9 @@ class HybridOptimizer(Optimizer):
         hybrid: The phase machine's configuration; None takes the defaults.
         max_grad_norm: Global-norm clipping inside the fused step, or None.
         master_weights: ``"auto"``: FP32 masters behind 16-bit parameters.
-        loss_scale: Not built yet.
+        loss_scale: ``"dynamic"`` or a number: gradients are those of `scale_loss(loss)`, and the
+            step unscales them, skips what is not finite and moves the scale as
+            ``torch.amp.GradScaler`` does. None: no scaling, or that of a GradScaler.
         accumulation: Not built yet.
         maximize: Ascend instead of descend.
         capturable: True: `step` never waits for the device; predictions are gated by the
@@ -79,9 +87,6 @@ class HybridOptimizer(Optimizer):
         ValueError: A value out of range; the message names argument, value and range.
         NotImplementedError: An option that is not built yet; the message names it.
     """
-
-    # Loss scaling is not built in yet: GradScaler unscales and skips on its own.
-    _step_supports_amp_scaling = False
 
     _pending_loss: Tensor | None
     _runtime_or_none: Runtime | None
@@ -119,7 +124,6 @@ class HybridOptimizer(Optimizer):
             raise ValueError(f"capturable={capturable!r}: must be True or False")
         refuse_unbuilt(
             master_weights=master_weights,
-            loss_scale=loss_scale,
             accumulation=accumulation,
             process_group=process_group,
             offload=config.offload,
@@ -140,6 +144,7 @@ class HybridOptimizer(Optimizer):
             "max_grad_norm": check_max_grad_norm(max_grad_norm),
             "capturable": capturable,
             "backend": check_backend(backend),
+            "loss_scale": check_loss_scale(loss_scale),
         }
         self._start_fresh()
         super().__init__(params, defaults)
@@ -168,9 +173,12 @@ class HybridOptimizer(Optimizer):
         phase = self._controller.phase
         loss = self._evaluate(closure) if phase.needs_gradient else None
         started = time.perf_counter()
+        scaler = self._scaler()
         if not self._bind():
             return loss
 
+        if scaler:
+            self._runtime.borrow_scale(*scaler)
         if phase is Phase.PREDICT:
             self._predict()
         elif self._runtime.memory.take_gradients():
@@ -178,11 +186,13 @@ class HybridOptimizer(Optimizer):
                 self._monitor.judge()
                 self._corrector.correct(restart=self._model.follows_trajectory)
             self._base.step(self._controller.measures, self._young)
-            self._advance()
+            self._advance(scaled=scaler is not None)
             self._count(phase, started)
             while self._config.inline and self._controller.phase is Phase.PREDICT:
                 self._predict()
             self._runtime.memory.release_gradients()
+        if scaler:
+            self._runtime.return_scale()
         self._watch.remember(self._runtime.memory.params)
         return loss
 
@@ -195,14 +205,19 @@ class HybridOptimizer(Optimizer):
         controller.after_prediction()
         self._count(Phase.PREDICT, started)
 
-    def _advance(self) -> None:
-        """Ends a gradient step: observe, ask the device if it must be, choose what is next."""
+    def _advance(self, scaled: bool) -> None:
+        """Ends a gradient step: observe, ask the device if it must be, choose what is next.
+
+        Args:
+            scaled: Whether a GradScaler leaves the skipping to us.
+        """
         controller, model = self._controller, self._model
         if controller.ends_gradients:
             model.observe_cycle()
         report = Report()
         ask = model.predictor != "none" and controller.wants_report
-        if not self._settings["capturable"] and (ask or self._reads_are_free):
+        # A GradScaler waits for its flag at every step anyway.
+        if not self._settings["capturable"] and (ask or self._reads_are_free or scaled):
             report = self._ask()
         if controller.phase is Phase.CORRECT and model.follows_trajectory and not report.rejected:
             model.cycles = 0
@@ -264,8 +279,46 @@ class HybridOptimizer(Optimizer):
             self._runtime.observe_loss(loss)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Not built yet."""
-        raise NotImplementedError("loss_scale is not built yet: scale_loss() is not available")
+        """The loss times the present scale, to call ``backward()`` on.
+
+        Never waits for the device. A closure returns the loss itself, not the scaled one.
+
+        Raises:
+            RuntimeError: The optimizer was made without ``loss_scale``.
+        """
+        if self._settings["loss_scale"] is None:
+            raise RuntimeError(
+                "scale_loss() without loss scaling: make the optimizer with loss_scale='dynamic' "
+                "or a number"
+            )
+        if self._runtime_or_none is None:
+            scale: Any = scale_entries(self._settings["loss_scale"], self._ledger)["loss_scale"]
+        else:
+            # A copy: the step moves the scale in place, and autograd may still hold this one.
+            scale = self._runtime.ledger[INDEX["loss_scale"]].float()
+        scaled: Tensor = loss * scale
+        return scaled
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling and skipping to `step`.
+
+        True where it cannot do it itself: it refuses to unscale FP16 gradients. Elsewhere False,
+        because trainers refuse to clip otherwise.
+        """
+        if self._settings["loss_scale"] is not None:
+            raise RuntimeError(BOTH_SCALERS)
+        return any(p.dtype == torch.float16 for g in self.param_groups for p in g["params"])
+
+    def _scaler(self) -> tuple[Any, Any] | None:
+        """What a GradScaler has set for this step: scale and flag; None without one."""
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if grad_scale is None and found_inf is None:
+            return None
+        if self._settings["loss_scale"] is not None:
+            raise RuntimeError(BOTH_SCALERS)
+        return grad_scale, found_inf
 
     @property
     def window_complete(self) -> bool:
@@ -295,7 +348,7 @@ class HybridOptimizer(Optimizer):
             predictor=self._model.predictor if self._runtime_or_none else self._config.predictor,
             divergences={cause: int(entry.get(f"cause_{cause}", 0)) for cause in causes},
             skipped_nonfinite=int(entry.get("skipped", 0)),
-            loss_scale=1.0,
+            loss_scale=self._scale_now(entry),
             state_bytes_device=on_device,
             state_bytes_host=on_host,
         )
@@ -499,8 +552,8 @@ class HybridOptimizer(Optimizer):
             config.slow_beta if predicts else 0.0,
             len(self.param_groups),
         )
-        if self._ledger:
-            runtime.restore(self._ledger)
+        scale = scale_entries(self._settings["loss_scale"], self._ledger)
+        runtime.restore({**self._ledger, **scale})
         if self._pending_loss is not None:
             runtime.observe_loss(self._pending_loss)
             self._pending_loss = None
@@ -529,6 +582,12 @@ class HybridOptimizer(Optimizer):
                 if offset + index in changed:
                     bound.adopt(index)
             offset += len(bound.params)
+
+    def _scale_now(self, entry: dict[str, float]) -> float:
+        chosen = self._settings["loss_scale"]
+        if self._runtime_or_none is not None:
+            return entry["loss_scale"]
+        return scale_entries(chosen, self._ledger)["loss_scale"]
 
     def _count(self, phase: Phase, started: float) -> None:
         self._steps[phase] += 1

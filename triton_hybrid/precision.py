@@ -1,9 +1,13 @@
-"""FP32 masters behind 16-bit parameters."""
+"""FP32 masters behind 16-bit parameters, and the scale of the loss."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from triton_hybrid.kernels.loss_scale import FIRST_SCALE
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
@@ -31,6 +35,23 @@ def adopt_parameter(param: Tensor, master: Tensor) -> None:
     """
     kept = master.to(param.dtype) == param
     master.copy_(torch.where(kept, master, param.to(master.dtype)))
+
+
+def scale_entries(loss_scale: float | str | None, ledger: Mapping[str, float]) -> dict[str, float]:
+    """Ledger entries of the loss scale at the start, or after a checkpoint.
+
+    Args:
+        loss_scale: As HybridOptimizer takes it.
+        ledger: Entries of a checkpoint; a dynamic scale goes on where it was.
+    """
+    if loss_scale is None:
+        return {"loss_scale": 1.0, "growth_tracker": -1.0}
+    if loss_scale != "dynamic":
+        return {"loss_scale": float(loss_scale), "growth_tracker": -1.0}
+    tracker = ledger.get("growth_tracker", -1.0)
+    if tracker >= 0:
+        return {"loss_scale": ledger["loss_scale"], "growth_tracker": tracker}
+    return {"loss_scale": FIRST_SCALE, "growth_tracker": 0.0}
 
 
 class ChangeWatch:

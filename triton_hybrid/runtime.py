@@ -73,6 +73,18 @@ class Runtime:
         values: dict[str, float] = read_ledger(self.ledger)
         return values
 
+    def borrow_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Takes over what a GradScaler says of the coming gradient."""
+        if grad_scale is not None:
+            self.ledger[INDEX["loss_scale"]].copy_(torch.as_tensor(grad_scale).reshape(()))
+        if found_inf is not None:
+            self.ledger[INDEX["found_inf"]].copy_(torch.as_tensor(found_inf).reshape(()))
+
+    def return_scale(self) -> None:
+        """Ends what `borrow_scale` began."""
+        self.ledger[INDEX["loss_scale"]].fill_(1.0)
+        self.ledger[INDEX["found_inf"]].fill_(0.0)
+
     def restore(self, values: dict[str, float]) -> None:
         """Writes a ledger that was read before."""
         self.ledger.copy_(write_ledger(values, self.memory.device))

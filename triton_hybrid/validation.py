@@ -168,6 +168,22 @@ def check_max_grad_norm(value: Any) -> float | None:
     return float(value)
 
 
+def check_loss_scale(value: Any) -> float | str | None:
+    """Returns the loss scale: None, a float that FP32 can hold, or ``"dynamic"``.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    if value is None or value == "dynamic":
+        return None if value is None else "dynamic"
+    allowed = "None, 'dynamic', or a positive number that FP32 can hold"
+    _number("loss_scale", value, allowed, 0.0)
+    scale = float(torch.tensor(float(value), dtype=torch.float32))
+    if scale == 0 or not math.isfinite(scale):
+        raise ValueError(f"loss_scale={value!r}: must be {allowed}")
+    return scale
+
+
 def check_backend(value: Any) -> str:
     """Returns the backend's name.
 
@@ -182,7 +198,6 @@ def check_backend(value: Any) -> str:
 def refuse_unbuilt(
     *,
     master_weights: Any,
-    loss_scale: Any,
     accumulation: Any,
     process_group: Any,
     offload: str,
@@ -200,7 +215,6 @@ def refuse_unbuilt(
     if master_weights != "auto":
         raise NotImplementedError(f"master_weights={master_weights!r} is not built yet: use 'auto'")
     for name, value in (
-        ("loss_scale", loss_scale),
         ("accumulation", accumulation),
         ("process_group", process_group),
     ):

@@ -1,0 +1,328 @@
+"""Loss scaling inside the step, and torch's GradScaler outside of it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_helpers import Problem, fewer, plain, set_entries
+from test_kernels_adamw import BACKENDS as STEPS
+from test_kernels_adamw import Step
+from torch import Tensor, nn
+from training import (
+    assert_same_state,
+    assert_same_weights,
+    backward,
+    fast_config,
+    make_batches,
+    make_model,
+    state_copy,
+    weights,
+)
+from triton_hybrid.kernels.ledger import INDEX
+from triton_hybrid.kernels.loss_scale import move_loss_scale_reference
+
+from triton_hybrid import HybridConfig, HybridOptimizer, Phase, split_param_groups
+
+OFF = HybridConfig(predictor="none")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def scaled_backward(
+    model: nn.Module, optimizer: HybridOptimizer, batch: tuple[Tensor, Tensor]
+) -> Tensor:
+    x, y = batch
+    dtype = next(model.parameters()).dtype
+    loss = nn.functional.cross_entropy(model(x.to(dtype)).float(), y)
+    optimizer.scale_loss(loss).backward()
+    return loss.detach()
+
+
+def scale_of(optimizer: HybridOptimizer) -> float:
+    return float(optimizer.scale_loss(torch.ones(())))
+
+
+# ------------------------------------------------------------------ the scale's own rule
+
+SCALES = st.sampled_from((65536.0, 1.0, 3.0, 2.0**-148, 2.0**-149, 2.0**127, 1e38, 1.1))
+TRACKERS = st.sampled_from((0, 1, 1998, 1999, 2000))
+
+
+@given(scale=SCALES, tracker=TRACKERS, nonfinite=st.booleans())
+def test_scale_moves_as_torch_moves_it(scale: float, tracker: int, nonfinite: bool) -> None:
+    theirs = torch.tensor(scale)
+    count = torch.tensor(tracker, dtype=torch.int32)
+    torch._amp_update_scale_(theirs, count, torch.tensor(float(nonfinite)), 2.0, 0.5, 2000)
+    ours = torch.zeros(len(INDEX), dtype=torch.float64)
+    set_entries(ours, loss_scale=float(torch.tensor(scale)), growth_tracker=tracker)
+    move_loss_scale_reference(ours, torch.tensor(nonfinite))
+    assert float(ours[INDEX["loss_scale"]]) == float(theirs)
+    # Torch counts on where a tracker has passed its interval, which never happens.
+    if tracker < 2000:
+        assert int(ours[INDEX["growth_tracker"]]) == int(count)
+
+
+@pytest.mark.parametrize("step", STEPS.args[1], ids=["triton", "torch"])
+@given(scale=SCALES, tracker=TRACKERS, nonfinite=st.booleans())
+@fewer(6)
+def test_step_moves_the_scale(
+    device: torch.device, step: Step, scale: float, tracker: int, nonfinite: bool
+) -> None:
+    problem = Problem(plain((5,), (3, 4)), device)
+    value = float(torch.tensor(scale))
+    set_entries(problem.ledger, loss_scale=value, growth_tracker=tracker)
+    expected = problem.ledger.clone()
+    move_loss_scale_reference(expected, torch.tensor(nonfinite, device=device))
+    if nonfinite:
+        problem.rows["grad"][1][0, 0] = math.inf
+    step(problem)
+    for name in ("loss_scale", "growth_tracker"):
+        assert float(problem.ledger[INDEX[name]]) == float(expected[INDEX[name]]), name
+
+
+@pytest.mark.parametrize("step", STEPS.args[1], ids=["triton", "torch"])
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_unscaled_in_the_step_bit_for_bit(
+    device: torch.device, step: Step, max_norm: float | None
+) -> None:
+    specs = plain((5,), (13, 24))
+    usual, scaled = Problem(specs, device), Problem(specs, device)
+    set_entries(scaled.ledger, loss_scale=1024.0)
+    for grad in scaled.rows["grad"]:
+        grad.mul_(1024.0)
+    for problem in (usual, scaled):
+        step(problem, max_norm=max_norm)
+    rows = ("weight", "exp_avg", "exp_avg_sq", "slow_ema", "weight_ema")
+    scaled.assert_same(usual, range(2), rows)
+    norm = INDEX["norm"]
+    assert float(scaled.ledger[norm]) == pytest.approx(float(usual.ledger[norm]), rel=1e-12)
+
+
+@pytest.mark.parametrize("step", STEPS.args[1], ids=["triton", "torch"])
+def test_flag_of_a_grad_scaler_skips(device: torch.device, step: Step) -> None:
+    problem = Problem(plain((5,), (3, 4)), device)
+    set_entries(problem.ledger, found_inf=1.0)
+    before = problem.snapshot()
+    step(problem)
+    problem.assert_unchanged(before)
+    assert float(problem.ledger[INDEX["skipped"]]) == 1
+    assert float(problem.ledger[INDEX["found_inf"]]) == 0
+
+
+# --------------------------------------------------------------------- through the optimizer
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+@pytest.mark.parametrize("inline", [True, False])
+def test_scaling_changes_no_bit(inline: bool, base: str) -> None:
+    """A power of two passes through FP32 unchanged, in every phase."""
+    results = []
+    for loss_scale in (None, 4096.0):
+        torch.manual_seed(0)
+        layers = [nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 5)]
+        model = nn.Sequential(*layers)
+        groups: Any = model.parameters() if base == "adamw" else split_param_groups(model)
+        optimizer = HybridOptimizer(
+            groups, lr=1e-2, max_grad_norm=1.0, loss_scale=loss_scale,
+            hybrid=fast_config(inline=inline),
+        )  # fmt: skip
+        batches = make_batches()
+        phases = set()
+        for _ in range(40):
+            phases.add(optimizer.phase)
+            if optimizer.needs_backward:
+                run = backward(model, next(batches)) if loss_scale is None else None
+                loss = scaled_backward(model, optimizer, next(batches)) if run is None else run
+                optimizer.observe_loss(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert Phase.CORRECT in phases
+        results.append((weights(optimizer), state_copy(optimizer)))
+    assert_same_weights(results[0][0], results[1][0])
+    assert_same_state(results[0][1], results[1][1], but=("prediction",))
+
+
+@given(
+    overflows=st.lists(st.integers(0, 59), max_size=12),
+    dtype=st.sampled_from(DTYPES),
+    inline=st.booleans(),
+    value=st.sampled_from((math.inf, -math.inf, math.nan)),
+)
+@fewer(8)
+def test_survives_overflows_as_grad_scaler_does(
+    overflows: Sequence[int], dtype: torch.dtype, inline: bool, value: float
+) -> None:
+    model = make_model(dtype)
+    optimizer = HybridOptimizer(
+        model.parameters(), lr=1e-2, loss_scale="dynamic", hybrid=fast_config(inline=inline)
+    )
+    theirs = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    dummy = nn.Parameter(torch.zeros(1))
+    reference = torch.optim.SGD([dummy], lr=0.0)
+    batches = make_batches()
+    for step in range(60):
+        if not optimizer.needs_backward:
+            optimizer.step()
+            continue
+        scaled_backward(model, optimizer, next(batches))
+        overflow = step in overflows
+        grads = [param.grad for param in model.parameters() if param.grad is not None]
+        if overflow:
+            grads[random.Random(step).randrange(len(grads))].flatten()[-1] = value
+        # FP16 gradients of a scaled loss may overflow by themselves.
+        overflow = not all(bool(grad.isfinite().all()) for grad in grads)
+        before, state, phase = weights(optimizer), state_copy(optimizer), optimizer.phase
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.scale(torch.ones(()))
+        dummy.grad = torch.full((1,), math.inf if overflow else 1.0)
+        theirs.step(reference)
+        theirs.update()
+        assert scale_of(optimizer) == theirs.get_scale()
+        rolled_back = phase is Phase.CORRECT and optimizer.phase is Phase.FULL
+        if overflow and not rolled_back:
+            assert_same_weights(weights(optimizer), before)
+            if state[0]:  # the first step makes it
+                assert_same_state(state_copy(optimizer), state)
+            assert optimizer.phase is phase
+    stats = optimizer.stats()
+    assert stats.loss_scale == theirs.get_scale()
+    assert all(bool(weight.isfinite().all()) for weight in weights(optimizer))
+
+
+@pytest.mark.parametrize("loss_scale", ["dynamic", 1000.0])
+def test_scale_is_known_before_the_first_step_and_after_a_checkpoint(
+    loss_scale: float | str,
+) -> None:
+    model = make_model()
+    optimizer = HybridOptimizer(model.parameters(), loss_scale=loss_scale, hybrid=OFF)
+    first = 65536.0 if loss_scale == "dynamic" else 1000.0
+    assert scale_of(optimizer) == optimizer.stats().loss_scale == first
+    for step in range(4):
+        scaled_backward(model, optimizer, next(make_batches(step)))
+        if step == 2:
+            next(model.parameters()).grad[0, 0] = math.nan  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = first / 2 if loss_scale == "dynamic" else first
+    assert scale_of(optimizer) == expected
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twin = copy.deepcopy(model)
+    other = HybridOptimizer(twin.parameters(), loss_scale=loss_scale, hybrid=OFF)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert scale_of(other) == other.stats().loss_scale == expected
+    for net, chosen in ((model, optimizer), (twin, other)):
+        scaled_backward(net, chosen, next(make_batches(9)))
+        chosen.step()
+    assert_same_weights(weights(optimizer), weights(other))
+    fresh = HybridOptimizer(twin.parameters(), hybrid=OFF)
+    fresh.load_state_dict(optimizer.state_dict())
+    backward(twin, next(make_batches(9)))
+    fresh.step()
+    assert fresh.stats().loss_scale == 1.0, "a checkpoint's scale is not that of an unscaled run"
+
+
+def test_growth_after_two_thousand_finite_gradients() -> None:
+    param = nn.Parameter(torch.ones(2))
+    optimizer = HybridOptimizer([param], lr=0.0, loss_scale="dynamic", hybrid=OFF)
+    for step in range(2001):
+        param.grad = torch.full((2,), 1.0)
+        optimizer.step()
+        assert scale_of(optimizer) == (65536.0 if step < 1999 else 131072.0)
+
+
+# --------------------------------------------------------------------------------- GradScaler
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_scaler_drives_it(dtype: torch.dtype, inline: bool, clip: bool) -> None:
+    """The same weights as without scaling: unscaling by a power of two is exact.
+
+    FP16 gradients cannot be unscaled outside: clipping them is the optimizer's.
+    """
+    half = dtype is torch.float16
+    results = []
+    for scaled in (False, True):
+        model = make_model(dtype)
+        optimizer = HybridOptimizer(
+            model.parameters(),
+            lr=1e-2,
+            max_grad_norm=0.1 if clip and half else None,
+            hybrid=fast_config(inline=inline),
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=scaled)
+        batches = make_batches()
+        for step in range(40):
+            if not optimizer.needs_backward:
+                optimizer.step()
+                continue
+            x, y = next(batches)
+            loss = nn.functional.cross_entropy(model(x.to(dtype)).float(), y)
+            scaler.scale(loss).backward()
+            if clip and not half:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            if step in (9, 17):
+                next(model.parameters()).grad[0, 0] = math.inf  # type: ignore[index]
+            phase = optimizer.phase
+            scaler.step(optimizer)
+            scaler.update()
+            if step in (9, 17) and phase is not Phase.CORRECT:
+                assert optimizer.phase is phase
+            optimizer.zero_grad()
+        assert optimizer.stats().loss_scale == 1.0
+        results.append(weights(optimizer))
+    for plain_weight, scaled_weight in zip(*results):
+        # BF16 and FP16 gradients of a scaled loss may round otherwise below their normal range.
+        assert torch.allclose(plain_weight.float(), scaled_weight.float(), rtol=2e-2, atol=2e-2)
+    assert all(bool(weight.isfinite().all()) for weight in results[1])
+
+
+def test_grad_scaler_protocol_only_where_it_is_needed() -> None:
+    for dtype, expected in ((torch.float32, False), (torch.bfloat16, False), (torch.float16, True)):
+        optimizer = HybridOptimizer(make_model(dtype).parameters())
+        assert optimizer._step_supports_amp_scaling is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_both_at_once_is_an_error(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    optimizer = HybridOptimizer(model.parameters(), loss_scale="dynamic")
+    scaler = torch.amp.GradScaler("cpu")
+    x, y = next(make_batches())
+    loss = nn.functional.cross_entropy(model(x.to(dtype)).float(), y)
+    scaler.scale(loss).backward()
+    before = weights(optimizer)
+    with pytest.raises(RuntimeError, match="loss_scale is set, and a GradScaler is used"):
+        scaler.step(optimizer)
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="loss_scale is set, and a GradScaler is used"):
+        optimizer.step()
+    assert_same_weights(weights(optimizer), before)
+
+
+# --------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, "auto", True, 1e39, 1e-60])
+def test_bad_scale_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match="loss_scale="):
+        HybridOptimizer(make_model().parameters(), loss_scale=value)
+
+
+def test_scale_loss_without_scaling_is_an_error() -> None:
+    optimizer = HybridOptimizer(make_model().parameters())
+    with pytest.raises(RuntimeError, match="loss_scale='dynamic'"):
+        optimizer.scale_loss(torch.ones(()))
