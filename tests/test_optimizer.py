@@ -50,7 +50,6 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"base": "sgd"}, ValueError, "base='sgd'"),
     ({"base": "muon"}, ValueError, r"base='muon' has shape \(2,\)"),
     ({"hybrid": {"full_steps": 3}}, ValueError, "hybrid="),
-    ({"hybrid": HybridConfig(offload="cpu")}, NotImplementedError, "offload='cpu'"),
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm=0.0"),
     ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm=nan"),
     ({"master_weights": "maybe"}, ValueError, "master_weights='maybe'"),

@@ -40,8 +40,10 @@ class HybridConfig:
             quarter of the run so far until this is reached.
         inline: True: the Predict steps run inside the `step()` that ends a gradient part,
             so every call consumes one gradient. False: one phase step a call.
-        offload: Where state that is touched once a cycle lives: ``"none"`` (the device),
-            ``"cpu"`` or ``"pinned"``.
+        offload: Where state that is touched once a cycle (snapshot, cycle displacements)
+            lives between its uses: ``"none"`` (the device), ``"cpu"``, or ``"pinned"``,
+            page-locked host memory, from which copies do not hold the host up. The slow EMA
+            and the weight EMA are touched by every gradient, and stay on the device.
 
     Raises:
         ValueError: A value outside its range; the message names field, value and range.

@@ -34,6 +34,7 @@ from triton_hybrid.kernels.adamw import Workspace
 from triton_hybrid.kernels.chunks import TensorSet, Tiling
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, HORIZON_COLUMN, MEMORY_COLUMNS
 from triton_hybrid.kernels.matrices import MatrixSet
+from triton_hybrid.offload import Offload, host_like, is_cycle_state
 from triton_hybrid.precision import adopt_parameter, needs_master, new_master, state_dtype
 
 State = dict[Tensor, dict[str, Any]]
@@ -52,6 +53,7 @@ class ParameterSet:
         history: Cycle displacements to keep; 0 for none.
         memory: FP32 ``[len(params), 3]``: this set's part of the per-tensor memory.
         muon: For each, how it is orthogonalised; None for a set of AdamW.
+        offload: As in HybridConfig: where state that is touched once a cycle lives.
         tiling: Overrides the device's default tiling.
     """
 
@@ -67,12 +69,14 @@ class ParameterSet:
         history: int,
         memory: Tensor,
         muon: Sequence[MatrixSettings] | None = None,
+        offload: str = "none",
         tiling: Tiling | None = None,
     ) -> None:
         self.params = params
         self.history = history
         self.memory = memory
         self._state = state
+        self._offload = offload
         device, count = params[0].device, len(params)
         self.group = torch.tensor(groups, dtype=torch.int32).to(device)
         self.steps = torch.zeros(count, dtype=torch.float32, device=device)
@@ -109,6 +113,9 @@ class ParameterSet:
                     torch.zeros_like(p, dtype=muon[0].dtype, memory_format=torch.preserve_format)
                     for p in params
                 ]
+        self.hosted: dict[str, list[Tensor]] = {}
+        if offload != "none":
+            self.hosted = {name: rows.pop(name) for name in list(rows) if is_cycle_state(name)}
         self.tensors = TensorSet(rows, tiling)
         self.matrices: MatrixSet | None = None
         if muon is not None:
@@ -134,11 +141,14 @@ class ParameterSet:
             fresh = torch.zeros_like(
                 param, dtype=state_dtype(param), memory_format=torch.preserve_format
             )
+            if self._offload != "none" and is_cycle_state(key):
+                fresh = host_like(fresh, pinned=self._offload == "pinned")
             if start is not None:
                 fresh.copy_(start[index].detach())
             if isinstance(tensor, Tensor) and tensor.shape == param.shape:
                 suits = tensor.stride() == fresh.stride() and tensor.dtype == fresh.dtype
-                fresh = tensor if suits and tensor.device == param.device else fresh.copy_(tensor)
+                placed = tensor.device == fresh.device and tensor.is_pinned() == fresh.is_pinned()
+                fresh = tensor if suits and placed else fresh.copy_(tensor)
             entry[key] = fresh
             result.append(fresh)
         return result
@@ -201,6 +211,7 @@ class StateMemory:
         steered: Whether the slow EMA moves matrices of Muon too.
         history: Cycle displacements to keep; 0 for none.
         muon: How the parameters of Muon groups are orthogonalised.
+        offload: As in HybridConfig.
         tiling: Overrides the device's default tiling.
 
     Raises:
@@ -217,6 +228,7 @@ class StateMemory:
         steered: bool,
         history: int,
         muon: Mapping[Tensor, MatrixSettings] | None = None,
+        offload: str = "none",
         tiling: Tiling | None = None,
     ) -> None:
         muon = muon or {}
@@ -251,12 +263,15 @@ class StateMemory:
                 history=history,
                 memory=self.per_tensor[part],
                 muon=None if products is None else [muon[param] for param, _ in members],
+                offload=offload,
                 tiling=tiling,
             )
             if predicts:
                 bound.room_for(max(columns, history))
             self.sets.append(bound)
             self.parts.append(part)
+        hosted = [bound.hosted for bound in self.sets]
+        self.offload = Offload(hosted, [bound.tensors for bound in self.sets], self.device)
         self.workspace = Workspace([bound.tensors for bound in self.sets])
         self.params = [param for bound in self.sets for param in bound.params]
 
@@ -285,19 +300,19 @@ class StateMemory:
             bound.tensors.release("grad")
 
 
-def state_bytes(state: State, device: torch.device | None) -> tuple[int, int]:
-    """Bytes of all state tensors: on ``device``, and in host memory away from it."""
+def state_bytes(state: State, offloaded: bool) -> tuple[int, int]:
+    """Bytes of all state tensors: on the device, and offloaded to host memory."""
     seen: set[int] = set()
     on_device = on_host = 0
     for entry in state.values():
-        for value in entry.values():
+        for key, value in entry.items():
             if not isinstance(value, Tensor):
                 continue
             storage = value.untyped_storage()
             if storage.data_ptr() in seen:
                 continue
             seen.add(storage.data_ptr())
-            if device is not None and value.device != device and value.device.type == "cpu":
+            if offloaded and is_cycle_state(key):
                 on_host += storage.nbytes()
             else:
                 on_device += storage.nbytes()

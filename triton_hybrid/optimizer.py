@@ -126,7 +126,6 @@ class HybridOptimizer(Optimizer):
             master_weights=master_weights,
             accumulation=accumulation,
             process_group=process_group,
-            offload=config.offload,
         )
         defaults = {
             "lr": lr,
@@ -179,6 +178,8 @@ class HybridOptimizer(Optimizer):
 
         if scaler:
             self._runtime.borrow_scale(*scaler)
+        if not phase.needs_gradient or self._controller.may_predict:
+            self._runtime.memory.offload.fetch()
         if phase is Phase.PREDICT:
             self._predict()
         elif self._runtime.memory.take_gradients():
@@ -193,6 +194,8 @@ class HybridOptimizer(Optimizer):
             self._runtime.memory.release_gradients()
         if scaler:
             self._runtime.return_scale()
+        if self._controller.phase.needs_gradient:
+            self._runtime.memory.offload.stash()
         self._watch.remember(self._runtime.memory.params)
         return loss
 
@@ -332,7 +335,7 @@ class HybridOptimizer(Optimizer):
         predicted = self._steps[Phase.PREDICT]
         total = sum(self._steps.values())
         causes = ("nonfinite", "jump", "norm", "loss")
-        on_device, on_host = state_bytes(self.state, self._first_device())
+        on_device, on_host = state_bytes(self.state, self._config.offload != "none")
         return HybridStats(
             steps=total,
             gradient_evaluations=total - predicted,
@@ -536,6 +539,7 @@ class HybridOptimizer(Optimizer):
             level=config.predictor in ("slow_ema", "auto"),
             steered=config.predictor == "slow_ema",
             history=history_needed(config),
+            offload=config.offload,
             muon={
                 param: matrix_settings(group, index, param)
                 for group in self.param_groups
@@ -571,6 +575,7 @@ class HybridOptimizer(Optimizer):
         if self._runtime_or_none is not None and save:
             self._ledger = self._runtime.read()
             self._model_state = self._model.state()
+            self._runtime.memory.offload.finish()
         self._runtime_or_none = None
 
     def _adopt_outside_changes(self) -> None:
@@ -598,6 +603,7 @@ class HybridOptimizer(Optimizer):
         if self._runtime_or_none is not None:
             self._ledger = self._runtime.read()
             self._model_state = self._model.state()
+            self._runtime.memory.offload.finish()
         progress: dict[str, Any] = {
             "controller": self._controller.state(),
             "steps": {phase.value: self._steps[phase] for phase in PHASES},

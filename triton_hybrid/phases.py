@@ -80,6 +80,11 @@ class PhaseController:
         return self.phase is Phase.FULL and self.remaining == 1
 
     @property
+    def may_predict(self) -> bool:
+        """Whether the step under way touches what is touched once a cycle."""
+        return self.phase is Phase.CORRECT or self.ends_gradients
+
+    @property
     def measures(self) -> bool:
         """Whether the step under way measures how well the model follows the updates.
 

@@ -200,7 +200,6 @@ def refuse_unbuilt(
     master_weights: Any,
     accumulation: Any,
     process_group: Any,
-    offload: str,
 ) -> None:
     """Refuses options that are part of the design but not built yet.
 
@@ -220,5 +219,3 @@ def refuse_unbuilt(
     ):
         if value is not None:
             raise NotImplementedError(f"{name}={value!r} is not built yet: must be None")
-    if offload != "none":
-        raise NotImplementedError(f"offload={offload!r} is not built yet: use 'none'")
