@@ -464,3 +464,20 @@ def test_stats_read_well() -> None:
     assert stats.to_dict()["acceptance_rate"] == 1.0
     parameters = sum(p.numel() for p in model.parameters())
     assert stats.state_bytes_device >= 16 * parameters
+
+
+@pytest.mark.parametrize("predictor", ["slow_ema", "subspace", "linear", "auto"])
+def test_every_prediction_moves_the_weights(predictor: str) -> None:
+    model = make_model()
+    config = fast_config(predictor=predictor, inline=False)
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config)
+    batches = make_batches()
+    moved = 0
+    for _ in range(60):
+        before, phase, rollbacks = weights(optimizer), optimizer.phase, optimizer.stats().rollbacks
+        train(model, optimizer, 1, batches)
+        if phase is Phase.PREDICT and optimizer.stats().rollbacks == rollbacks:
+            moved += 1
+            for old, new in zip(before, weights(optimizer)):
+                assert not torch.equal(old, new)
+    assert moved >= 4

@@ -25,8 +25,10 @@ class Offload:
 
     The tensors in host memory are the optimizer's state; those on the device exist only from
     `fetch` to `stash`, so that forward and backward passes have their memory. Between the two,
-    in the middle of a stepped stretch, the state is out of date until ``state_dict()``. Copies run on a
-    stream of their own: `stash` returns at once, and a `fetch` waits for the stash before it.
+    in the middle of a stepped stretch, the state is out of date until ``state_dict()``.
+
+    Copies run on a stream of their own: `stash` returns at once, and a `fetch` waits for the
+    stash before it.
 
     Args:
         rows: For each tensor set, its host tensors by the name of their row.

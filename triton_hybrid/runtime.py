@@ -86,8 +86,9 @@ class Runtime:
         self.ledger[INDEX["found_inf"]].fill_(0.0)
 
     def restore(self, values: dict[str, float]) -> None:
-        """Writes a ledger that was read before."""
-        self.ledger.copy_(write_ledger(values, self.memory.device))
+        """Writes entries that were read before; the others stay as they are."""
+        known = {**self.read(), **values}
+        self.ledger.copy_(write_ledger(known, self.memory.device))
 
     @property
     def wants_slopes(self) -> bool:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from frontier_lines import read_lines
 from frontier_plots import draw_task, label
 from frontier_statistics import (
     AT_LEAST,
@@ -84,27 +84,17 @@ class Group:
 
 
 def load_lines(paths: Iterable[str | Path]) -> list[Line]:
-    """Reads runs from JSON-lines files.
-
-    A line that was not written to its end, as by a crash, is left out with a warning: it may stand
-    within a file that was continued later. Of runs with equal keys the first counts.
+    """Reads runs from files; of runs with equal keys the first counts.
 
     Raises:
+        FileNotFoundError: If a file is not there.
         ValueError: If a line is JSON but not an object with a key.
     """
     by_key: dict[str, Line] = {}
     for path in map(Path, paths):
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        for number, text in enumerate(texts, 1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                warnings.warn(f"{path}:{number}: is not JSON and is left out", stacklevel=2)
-                continue
-            if not isinstance(line, dict) or "key" not in line:
-                raise ValueError(f"{path}:{number}: {text[:40]!r} is not a JSON object with a key")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file of runs")
+        for line in read_lines(path):
             by_key.setdefault(str(line["key"]), line)
     return list(by_key.values())
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
+from frontier_lines import Outcome, append_line, read_lines
 from frontier_tasks import build_task
 from frontier_training import Run, RunSpec
 from rich.console import Console
@@ -26,8 +24,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 __all__ = ["RunSpec", "read_lines", "run", "run_all"]
-
-Outcome = dict[str, Any]
 
 
 def run(spec: RunSpec) -> Outcome:
@@ -43,38 +39,6 @@ def run(spec: RunSpec) -> Outcome:
     current = Run(spec)
     current.train()
     return current.line()
-
-
-def read_lines(path: Path) -> list[Outcome]:
-    """Returns the runs in a file; none where there is no file.
-
-    A last line that was cut off, as by a crash, is left out.
-    """
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            warnings.warn(f"{path}: a line is not JSON and is left out", stacklevel=2)
-            continue
-        lines.append(line)
-    return lines
-
-
-def append_line(path: Path, line: Outcome) -> None:
-    """Adds a run to a file, in one write, so that a reader sees all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(line, allow_nan=False) + "\n"
-    if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        text = "\n" + text
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, text.encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def run_all(
