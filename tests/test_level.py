@@ -11,6 +11,7 @@ from test_kernels_predict import BACKENDS as MOVES
 from test_kernels_predict import Book, Move, sure
 from training import fast_config, make_model, train
 from triton_hybrid.kernels.divergence import LEVEL_AGE, LEVEL_BETA, OUTLIER
+from triton_hybrid.kernels.hyper import HYPER
 from triton_hybrid.kernels.ledger import INDEX, read_ledger
 
 from triton_hybrid import HybridOptimizer
@@ -113,7 +114,7 @@ def test_a_prediction_goes_part_of_the_way_to_the_average(
 def level_of(optimizer: HybridOptimizer) -> float:
     """The share of the way that the next predicted step would go, as the device has it."""
     runtime: Runtime = optimizer._runtime
-    return float(runtime.hyper[0, -1])
+    return float(runtime.hyper[0, HYPER["level"]])
 
 
 @pytest.mark.parametrize("tensor", [False, True])

@@ -23,7 +23,7 @@ from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.memory import StateMemory, state_bytes
 from triton_hybrid.phases import PHASES, Phase, PhaseController, Report
 from triton_hybrid.precision import ChangeWatch, scale_entries
-from triton_hybrid.runtime import Runtime
+from triton_hybrid.runtime import FRESH_RATES, Runtime
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.validation import (
     check_backend,
@@ -363,7 +363,8 @@ class HybridOptimizer(Optimizer):
         if isinstance(param_group, dict) and "params" in param_group:
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
-            param_group = {**param_group, "params": params}
+            # Flattened checkpoints keep only what a fresh optimizer's groups have.
+            param_group = {PROGRESS: {}, **FRESH_RATES, **param_group, "params": params}
             group = {**self.defaults, **param_group}
             check_group(group)
             for index, entry in enumerate(params):

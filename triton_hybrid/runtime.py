@@ -27,6 +27,8 @@ loss at half of AdamW's best rate."""
 
 LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
 """What is remembered of a group's learning rate, in the group, for checkpoints."""
+FRESH_RATES: dict[str, Any] = {LARGEST_LR: 0.0, LAST_LR: -1.0}
+"""Before the first step; -1 stands for the rate of that step."""
 
 
 def steps_ahead(decayed: float | Tensor) -> Any:
@@ -123,7 +125,8 @@ class Runtime:
             else:
                 lr = float(lr)
                 largest = max(float(group.get(LARGEST_LR, 0.0)), lr)
-                last = float(group.get(LAST_LR, lr))
+                last = float(group.get(LAST_LR, -1.0))
+                last = lr if last < 0 else last
                 group[LARGEST_LR], group[LAST_LR] = largest, lr
             beta1, beta2 = group["betas"]
             look_ahead = 1.0
@@ -148,9 +151,9 @@ class Runtime:
         now = lr.detach().double().reshape(())
         for name in (LARGEST_LR, LAST_LR):
             if not (isinstance(group.get(name), Tensor) and group[name].device == now.device):
-                group[name] = torch.as_tensor(group.get(name, now), dtype=now.dtype).to(
-                    now.device, copy=True
-                )
+                known = group.get(name, -1.0)
+                known = now if not isinstance(known, Tensor) and known < 0 else known
+                group[name] = torch.as_tensor(known, dtype=now.dtype).to(now.device, copy=True)
         largest, last = group[LARGEST_LR], group[LAST_LR]
         torch.maximum(largest, now, out=largest)
         row[HYPER["lr"]].copy_(now)
