@@ -49,6 +49,10 @@ class RunRecord:
         memory_before: Memory in use before the model was built, in bytes.
         memory_peak: Most memory in use in the timed steps, in bytes.
         stats: What HybridOptimizer reports.
+        processor_seconds: Processor time of each step, of all threads.
+        parameter_bytes: Bytes of the model's parameters.
+        state_bytes_device: Bytes of the optimizer's state on the model's device.
+        state_bytes_host: Bytes of it in host memory, away from the device.
     """
 
     name: str
@@ -64,6 +68,10 @@ class RunRecord:
     memory_before: int = 0
     memory_peak: int = 0
     stats: dict[str, Any] | None = None
+    processor_seconds: list[float] = field(default_factory=list)
+    parameter_bytes: int = 0
+    state_bytes_device: int = 0
+    state_bytes_host: int = 0
 
     @property
     def title(self) -> str:

@@ -88,7 +88,10 @@ def parameter_groups(name: str, model: torch.nn.Module, options: Options) -> lis
 
 
 def build_optimizer(
-    name: str, groups: list[dict[str, Any]], options: Options
+    name: str,
+    groups: list[dict[str, Any]],
+    options: Options,
+    loss_scale: float | str | None = None,
 ) -> tuple[torch.optim.Optimizer, str]:
     """Builds the optimizer of a run.
 
@@ -96,6 +99,7 @@ def build_optimizer(
         name: "hybrid", "base_alone" (which never predicts), or anything else for AdamW.
         groups: What it trains.
         options: Its settings.
+        loss_scale: Loss scaling of HybridOptimizer; AdamW has none.
 
     Returns:
         The optimizer, and which one it is.
@@ -108,7 +112,7 @@ def build_optimizer(
         config, drive = options.hybrid, options.drive
         if name == ALONE:
             config, drive = dataclasses.replace(config, predictor="none"), "no prediction"
-        optimizer = HybridOptimizer(groups, hybrid=config, **settings)
+        optimizer = HybridOptimizer(groups, hybrid=config, loss_scale=loss_scale, **settings)
         rule = f", {BASES[MUON]} for hidden matrices" if options.base == MUON else ""
         return optimizer, f"HybridOptimizer, {drive}{rule}"
     implementation = options.baseline_implementation
@@ -126,6 +130,8 @@ def train(
     *,
     evaluate_after: Collection[int] = (),
     report: Callable[[RunRecord], None] = lambda record: None,
+    micro_batches: int = 1,
+    loss_scale: float | str | None = None,
 ) -> None:
     """Trains once and fills in the record as it goes, so that an interruption loses nothing.
 
@@ -138,6 +144,8 @@ def train(
         text: What to train on.
         evaluate_after: Numbers of gradient evaluations after which to measure held-out loss.
         report: Called after every step.
+        micro_batches: Parts that each batch is divided into; their gradients are accumulated.
+        loss_scale: Loss scaling of HybridOptimizer; AdamW has none.
     """
     device = options.device
     memory = PeakMemory(device)
@@ -161,16 +169,28 @@ def train(
 
     forward = torch.compile(model) if options.compile else model
     groups = parameter_groups(record.name, model, options)
-    optimizer, record.optimizer = build_optimizer(record.name, groups, options)
+    optimizer, record.optimizer = build_optimizer(record.name, groups, options, loss_scale)
     scheduler = LambdaLR(optimizer, _schedule(options.schedule, record.planned_steps))
     hybrid = optimizer if isinstance(optimizer, HybridOptimizer) else None
 
     warm_up = WindowSampler(
         text.training, options.batch, options.length, record.seed ^ WARM_UP_SEED_OFFSET, device
     )
-    with _autocast(device, autocast_dtype):
-        loss = _loss(forward, warm_up.draw())
-    loss.backward()  # type: ignore[no-untyped-call]
+    scale = hybrid.scale_loss if hybrid is not None and loss_scale is not None else None
+
+    def compute_gradient(inputs: torch.Tensor) -> torch.Tensor:
+        total = None
+        for part in inputs.chunk(micro_batches):
+            with _autocast(device, autocast_dtype):
+                loss = _loss(forward, part)
+            if micro_batches > 1:
+                loss = loss / micro_batches
+            (loss if scale is None else scale(loss)).backward()  # type: ignore[no-untyped-call]
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    compute_gradient(warm_up.draw())
     optimizer.zero_grad()
     if device.type == "cuda":
         rehearse(record.name, model, options)
@@ -185,13 +205,11 @@ def train(
                 step_loss = None
                 with memory.watch():
                     _synchronize(device)
-                    started = time.perf_counter()
+                    started, processor_started = time.perf_counter(), time.process_time()
+                    # Looked at once for the whole window of micro-batches: a Predict step has
+                    # no forward and no backward in any of them.
                     if hybrid is None or hybrid.needs_backward:
-                        inputs = batches.draw()
-                        with _autocast(device, autocast_dtype):
-                            loss = _loss(forward, inputs)
-                        loss.backward()  # type: ignore[no-untyped-call]
-                        step_loss = loss.detach()
+                        step_loss = compute_gradient(batches.draw())
                         if hybrid is not None:
                             hybrid.observe_loss(step_loss)
                         gradients += 1
@@ -200,6 +218,7 @@ def train(
                     optimizer.zero_grad()
                     _synchronize(device)
                     seconds = time.perf_counter() - started
+                    record.processor_seconds.append(time.process_time() - processor_started)
                 record.steps.append(
                     StepRecord(
                         step=index + 1,
@@ -214,8 +233,13 @@ def train(
                     record.held_out_after[gradients] = held_out_loss()
         finally:
             record.memory_peak = memory.peak
+            record.parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
             if hybrid is not None:
                 record.stats = hybrid.stats().to_dict()
+                record.state_bytes_device = record.stats["state_bytes_device"]
+                record.state_bytes_host = record.stats["state_bytes_host"]
+            else:
+                record.state_bytes_device = _state_bytes(optimizer)
     record.held_out_end = record.held_out_after.get(gradients)
     if record.held_out_end is None:
         record.held_out_end = held_out_loss()
@@ -269,6 +293,16 @@ def release_memory() -> None:
     # The C library keeps freed memory, which would count as the next run's; only glibc has this.
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    tensors = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _loss(forward: Callable[..., Any], inputs: torch.Tensor) -> torch.Tensor:
