@@ -481,3 +481,18 @@ def test_every_prediction_moves_the_weights(predictor: str) -> None:
             for old, new in zip(before, weights(optimizer)):
                 assert not torch.equal(old, new)
     assert moved >= 4
+
+
+@pytest.mark.parametrize("stop", range(5, 12))
+def test_stepped_checkpoint_goes_on_inline(stop: int) -> None:
+    """Inline, every step needs a gradient, also the first after a stretch that was cut off."""
+    model = make_model()
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=fast_config(inline=False))
+    train(model, optimizer, stop)
+    other = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=fast_config(inline=True))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    batches = make_batches(3)
+    for _ in range(12):
+        assert other.needs_backward
+        train(model, other, 1, batches)
+    assert other.stats().predicted_steps > optimizer.stats().predicted_steps

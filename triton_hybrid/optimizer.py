@@ -620,6 +620,8 @@ class HybridOptimizer(Optimizer):
         if not progress:
             return
         self._controller.restore(progress["controller"])
+        if self._config.inline:
+            self._controller.need_gradient()
         self._steps = {phase: int(progress["steps"][phase.value]) for phase in PHASES}
         self._seconds = {phase: float(progress["seconds"][phase.value]) for phase in PHASES}
         self._ledger = {name: float(value) for name, value in progress["ledger"].items()}

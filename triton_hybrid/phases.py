@@ -166,3 +166,14 @@ class PhaseController:
         self.predicted = int(state["predicted"])
         self.in_row = int(state["in_row"])
         self.reported = bool(state["reported"])
+
+    def need_gradient(self) -> None:
+        """Leaves a Predict phase that a stepped run was saved in, for an inline one.
+
+        Inline, every step has a gradient: it judges what was predicted so far.
+        """
+        if self.phase is Phase.PREDICT:
+            if self.in_row:
+                self.phase = Phase.CORRECT
+            else:
+                self._enter_full(1)

@@ -1,0 +1,349 @@
+"""The soak run itself: a small model, and everything that happens to its optimizer."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from soak_measure import Kind, Sample, measure
+from torch import Tensor, nn
+
+from triton_hybrid import HybridConfig, HybridOptimizer, split_param_groups
+
+HYBRID, ADAMW = "hybrid", "adamw"
+DRIVES = ("stepped", "inline")
+ROUND = 25
+"""Steps from one sample to the next."""
+QUIET_FROM = 11
+"""Step of a round after which the optimizer stays the same: a sample must find it with
+everything bound that it binds, or it would not be equal to the next."""
+EMPTY_STEP = 3
+"""Step of a round at which no parameter has a gradient."""
+NONFINITE_EVERY = 23
+DIVERGENCES = {3: "infinite loss", 9: "huge gradient"}
+DIVERGENCE_CYCLE = 12
+"""Which Correct steps of how many are made to fail, and how."""
+HUGE = 1e6
+VOCABULARY, WIDTH, HIDDEN, BATCH = 64, 48, 96, 16
+LEARNING_RATE = 2e-3
+
+
+class SoakModel(nn.Module):
+    """A next-token model with FP32 and BF16 parameters in both groups of Muon and AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.widen = nn.Linear(WIDTH, HIDDEN)
+        self.narrow = nn.Linear(HIDDEN, WIDTH, dtype=torch.bfloat16)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, dtype=torch.bfloat16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns the logits of the tokens that follow."""
+        hidden = torch.nn.functional.gelu(self.widen(self.embedding(tokens)))
+        hidden = self.norm(self.narrow(hidden.bfloat16()).float())
+        logits: Tensor = self.head(hidden.bfloat16()).float()
+        return logits
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A part of the run, with a model of its own.
+
+    Attributes:
+        subject: "hybrid", or "adamw" for the control.
+        predictor: The dynamics model.
+        drives: The drives, taken in turn at every round trip.
+        steps: How many calls of ``step()``.
+        first_step: How many were made before.
+        seed: Of weights and batches.
+        device: Where.
+        backend: The optimizer's backend.
+    """
+
+    subject: str
+    predictor: str
+    drives: tuple[str, ...]
+    steps: int
+    first_step: int
+    seed: int
+    device: torch.device
+    backend: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is shown."""
+        return "AdamW" if self.subject == ADAMW else self.predictor
+
+
+@dataclass
+class LegReport:
+    """What happened in a leg.
+
+    Attributes:
+        leg: Its name.
+        counts: How often each thing was done to the optimizer.
+        round_trips_by_phase: Through a state dict, by phase.
+        stats: What the optimizer reports at the end.
+        wrong: What was not as it should be.
+    """
+
+    leg: str
+    counts: Counter[str] = field(default_factory=Counter)
+    round_trips_by_phase: Counter[str] = field(default_factory=Counter)
+    stats: dict[str, Any] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+
+def run_leg(
+    leg: Leg,
+    take: Callable[[Sample, Counter[Kind]], None],
+    after_step: Callable[[SoakRunner], None],
+) -> LegReport:
+    """Runs a leg.
+
+    Args:
+        leg: Which.
+        take: Called with every sample.
+        after_step: Called after every step.
+    """
+    runner = SoakRunner(leg)
+    for index in range(leg.steps):
+        in_round, number = index % ROUND, index // ROUND
+        # It moves through the round, to meet every phase and the middle of a stretch.
+        if in_round == number % QUIET_FROM:
+            runner.round_trip()
+        runner.step(empty=in_round == EMPTY_STEP)
+        after_step(runner)
+        if in_round == ROUND - 1:
+            take(*runner.sample(leg.first_step + index + 1, index + 1))
+    runner.finish()
+    return runner.report
+
+
+class SoakRunner:
+    """A model and its optimizer on their way through a leg.
+
+    Args:
+        leg: Which.
+    """
+
+    def __init__(self, leg: Leg) -> None:
+        self.leg = leg
+        self.report = LegReport(leg.name)
+        torch.manual_seed(leg.seed)
+        self.model = SoakModel().to(leg.device)
+        self._generator = torch.Generator().manual_seed(leg.seed)
+        # A permutation as the language: what can be learned is learned, and noise remains.
+        self._next = torch.randperm(VOCABULARY, generator=self._generator)
+        self.drive = leg.drives[0]
+        self.optimizer = self._build()
+        self.gradients = 0
+
+    @property
+    def phase(self) -> str:
+        """Phase of the coming step."""
+        optimizer = self.optimizer
+        return optimizer.phase.value if isinstance(optimizer, HybridOptimizer) else "step"
+
+    def _build(self) -> torch.optim.Optimizer:
+        leg = self.leg
+        if leg.subject == ADAMW:
+            adamw: torch.optim.Optimizer = torch.optim.AdamW(
+                self.model.parameters(), lr=LEARNING_RATE
+            )
+            return adamw
+        config = HybridConfig(
+            warmup_steps=4,
+            full_steps=3,
+            max_predict_steps=4,
+            correction_interval=2,
+            confidence_threshold=0.0,
+            predictor=leg.predictor,
+            history=3,
+            inline=self.drive == "inline",
+        )
+        groups = split_param_groups(self.model, lr=LEARNING_RATE)
+        return HybridOptimizer(groups, hybrid=config, backend=leg.backend)
+
+    def round_trip(self) -> None:
+        """Saves the optimizer, reads it back, and goes on with a new one in the next drive."""
+        buffer = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        weights = [param.detach().clone() for param in self.model.parameters()]
+        state = self._state()
+        phase = self.phase
+        turn = self.leg.drives.index(self.drive) + 1
+        self.drive = self.leg.drives[turn % len(self.leg.drives)]
+        self.optimizer = self._build()
+        self.optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+        self.report.counts["round trips"] += 1
+        self.report.round_trips_by_phase[phase] += 1
+        after = [param.detach() for param in self.model.parameters()]
+        loaded = self._state()
+        same = state.keys() == loaded.keys() and all(
+            torch.equal(state[key], loaded[key]) for key in state
+        )
+        if self.phase != phase or not same or not _equal(weights, after):
+            self._complain(f"a round trip in phase {phase} changed phase, state or weights")
+
+    def _state(self) -> dict[tuple[int, str], Tensor]:
+        # NaN would equal nothing: the bits are compared.
+        found = {}
+        for index, param in enumerate(self.model.parameters()):
+            for key, value in self.optimizer.state.get(param, {}).items():
+                if isinstance(value, Tensor):
+                    found[index, key] = value.detach().clone().reshape(-1).view(torch.uint8)
+        return found
+
+    def step(self, empty: bool = False) -> None:
+        """One step, with whatever comes in its way.
+
+        Args:
+            empty: Whether no parameter has a gradient, where one is needed.
+        """
+        optimizer, counts = self.optimizer, self.report.counts
+        hybrid = optimizer if isinstance(optimizer, HybridOptimizer) else None
+        counts["steps"] += 1
+        counts[f"phase {self.phase}"] += 1
+        if hybrid is not None and not hybrid.needs_backward:
+            before = [param.detach().clone() for param in self.model.parameters()]
+            hybrid.step()
+            after = [param.detach() for param in self.model.parameters()]
+            counts["predictions that moved the weights"] += not _equal(before, after)
+            return
+        if empty:
+            optimizer.zero_grad()
+            counts["no gradient at all"] += 1
+            optimizer.step()
+            return
+        tokens = torch.randint(VOCABULARY, (BATCH,), generator=self._generator)
+        logits = self.model(tokens.to(self.leg.device))
+        loss = nn.functional.cross_entropy(logits, self._next[tokens].to(self.leg.device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.gradients += 1
+        poisoned = self.gradients % NONFINITE_EVERY == 0
+        # Such a gradient is skipped, and judges nothing.
+        observed = loss.detach() if poisoned else self._diverge(loss.detach())
+        kind = self._change_gradients()
+        skip = False
+        if poisoned:
+            counts["non-finite gradient"] += 1
+            grad = self.model.widen.weight.grad
+            assert grad is not None
+            grad[0, 0] = math.nan if self.gradients % 2 else math.inf
+            # AdamW would take it; a training loop that looks would skip the step.
+            skip = hybrid is None
+        if hybrid is not None:
+            hybrid.observe_loss(observed)
+        if not skip:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=kind != "zeroed in place")
+
+    def _diverge(self, loss: Tensor) -> Tensor:
+        """Now and then makes a Correct step one that must take its prediction back."""
+        if self.phase != "correct":
+            return loss
+        turn = self.report.counts["judged"] % DIVERGENCE_CYCLE
+        self.report.counts["judged"] += 1
+        cause = DIVERGENCES.get(turn)
+        if cause is None:
+            return loss
+        self.report.counts[cause] += 1
+        if cause == "infinite loss":
+            return torch.full_like(loss, math.inf)
+        for param in self.model.parameters():
+            if param.grad is not None:
+                param.grad.mul_(HUGE)
+        return loss
+
+    def _change_gradients(self) -> str:
+        model = self.model
+        kinds = ("set to None", "norm and embedding None", "other memory order", "matrix None",
+                 "zeroed in place")  # fmt: skip
+        kind = kinds[self.gradients % len(kinds)]
+        self.report.counts[kind] += 1
+        if kind == "norm and embedding None":
+            model.embedding.weight.grad = None
+            model.norm.weight.grad = model.norm.bias.grad = None
+        elif kind == "matrix None":
+            model.narrow.weight.grad = None
+        elif kind == "other memory order":
+            for param in model.parameters():
+                if param.grad is not None and param.ndim == 2:
+                    param.grad = param.grad.t().contiguous().t()
+        return kind
+
+    def sample(self, step: int, leg_step: int) -> tuple[Sample, Counter[Kind]]:
+        """Measures memory, with no gradient alive.
+
+        Args:
+            step: Steps of the whole run so far.
+            leg_step: Steps of this leg so far.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self._look()
+        return measure(
+            step, self.leg.name, leg_step, self.drive, self.phase, self.state_bytes(),
+            self.leg.device,
+        )  # fmt: skip
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state."""
+        if isinstance(self.optimizer, HybridOptimizer):
+            stats = self.optimizer.stats()
+            return stats.state_bytes_device + stats.state_bytes_host
+        entries = self.optimizer.state.values()
+        tensors = [t for entry in entries for t in entry.values() if isinstance(t, Tensor)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    def _look(self) -> None:
+        """Whether the weights are what they should be."""
+        for name, param in self.model.named_parameters():
+            if not bool(param.detach().isfinite().all()):
+                self._complain(f"{name} is not finite in phase {self.phase}")
+            master = self.optimizer.state[param].get("master")
+            if master is not None and not torch.equal(param.detach(), master.to(param.dtype)):
+                self._complain(f"{name} is not its master, rounded, in phase {self.phase}")
+
+    def finish(self) -> None:
+        """Compares what the optimizer counted with what was done to it."""
+        if not isinstance(self.optimizer, HybridOptimizer):
+            return
+        report = self.report
+        stats = self.optimizer.stats()
+        report.stats = stats.to_dict()
+        expected = {
+            "gradient_evaluations": self.gradients,
+            "skipped_nonfinite": report.counts["non-finite gradient"],
+        }
+        for name, value in expected.items():
+            if getattr(stats, name) != value:
+                self._complain(f"stats().{name} is {getattr(stats, name)}, should be {value}")
+        forced = report.counts["infinite loss"] + report.counts["huge gradient"]
+        if stats.rollbacks < forced:
+            self._complain(f"{forced} predictions had to be taken back, {stats.rollbacks} were")
+        # The inline drive predicts out of sight.
+        if "stepped" in self.leg.drives and not report.counts["predictions that moved the weights"]:
+            self._complain(f"no prediction moved the weights; horizon {stats.horizon}")
+        if not stats.horizon > 0:
+            self._complain(f"stats().horizon is {stats.horizon}, should be above 0")
+        for phase, count in stats.steps_per_phase.items():
+            if not count:
+                self._complain(f"no step in phase {phase}: more steps are needed")
+
+    def _complain(self, text: str) -> None:
+        text = f"{self.leg.name}, {self.drive}: {text}"
+        if text not in self.report.wrong:
+            self.report.wrong.append(text)
+
+
+def _equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
