@@ -496,3 +496,23 @@ def test_stepped_checkpoint_goes_on_inline(stop: int) -> None:
         assert other.needs_backward
         train(model, other, 1, batches)
     assert other.stats().predicted_steps > optimizer.stats().predicted_steps
+
+
+@pytest.mark.parametrize("bad", [(), (3,), (2, 4)])
+def test_skips_that_nobody_saw_lengthen_the_full_phase(
+    bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host looks once a cycle; until then a skipped step counts as one."""
+    monkeypatch.setattr(HybridOptimizer, "_reads_are_free", False)
+    model = make_model()
+    config = fast_config(warmup_steps=1, full_steps=5, inline=False)
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config)
+    steps = 0
+    while optimizer.phase is not Phase.PREDICT:
+        backward(model, next(make_batches(steps)))
+        if steps in bad:
+            next(model.parameters()).grad[0, 0] = float("nan")  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    assert steps == 6 + len(bad)

@@ -130,3 +130,16 @@ def test_state_round_trip(steps: int) -> None:
 @pytest.mark.parametrize("phase", list(Phase))
 def test_only_predict_needs_no_gradient(phase: Phase) -> None:
     assert phase.needs_gradient is (phase is not Phase.PREDICT)
+
+
+def test_steps_without_effect_are_made_up_for() -> None:
+    controller = PhaseController(config(full_steps=3))
+    while controller.phase is not Phase.FULL:
+        controller.after_gradient(Report(), True, 1)
+    for _ in range(2):
+        controller.after_gradient(Report(), True, 1)
+    controller.after_gradient(Report(missed=2), True, 1)
+    assert (controller.phase, controller.remaining) == (Phase.FULL, 2)
+    controller.after_gradient(Report(), True, 1)
+    controller.after_gradient(Report(), True, 1)
+    assert controller.phase is Phase.PREDICT

@@ -220,8 +220,12 @@ class HybridOptimizer(TorchProtocol):
         entry = self._runtime.read()
         if self._controller.phase is Phase.FULL:
             self._model.choose(entry["signal"])
+        skipped = entry["nonfinite"] > 0 and entry["verdict"] != 2
+        missed = int(entry["skipped"]) - self._known_skips - int(entry["nonfinite"] > 0)
+        self._known_skips = int(entry["skipped"])
         return Report(
-            skipped=entry["nonfinite"] > 0 and entry["verdict"] != 2,
+            skipped=skipped,
+            missed=missed,
             # No verdict means that there was nothing to judge: the move was taken back at
             # once, or the device's gate let none happen.
             rejected=self._controller.phase is Phase.CORRECT and entry["verdict"] != 1,

@@ -34,12 +34,15 @@ class Report:
         rejected: The prediction was taken back.
         confident: The model's confidence reaches the threshold.
         cooldown: Gradient steps that must pass before the next prediction.
+        missed: Gradients since the last look that were not finite, and were counted as steps
+            because nobody looked.
     """
 
     skipped: bool = False
     rejected: bool = False
     confident: bool = True
     cooldown: int = 0
+    missed: int = 0
 
 
 class PhaseController:
@@ -114,7 +117,9 @@ class PhaseController:
                 self._enter_full(self._config.full_steps)
         elif self.phase is Phase.FULL:
             self.remaining -= 1
-            if self.remaining == 0:
+            if self.remaining == 0 and report.missed:
+                self._enter_full(report.missed)
+            elif self.remaining == 0:
                 if ready and report.confident and report.cooldown == 0:
                     self._enter_predict(new_stretch=True)
                 else:

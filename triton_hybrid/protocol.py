@@ -173,6 +173,7 @@ class TorchProtocol(Optimizer):
         self._watch = ChangeWatch()
         self._ledger: dict[str, float] = {}
         self._model_state: dict[str, int] | None = None
+        self._known_skips = 0
         self._pending_loss = None
         self._bound_ids: list[Any] = []
         self._steps = dict.fromkeys(PHASES, 0)
@@ -218,4 +219,5 @@ class TorchProtocol(Optimizer):
         self._steps = {phase: int(progress["steps"][phase.value]) for phase in PHASES}
         self._seconds = {phase: float(progress["seconds"][phase.value]) for phase in PHASES}
         self._ledger = {name: float(value) for name, value in progress["ledger"].items()}
+        self._known_skips = int(self._ledger.get("skipped", 0))
         self._model_state = dict(progress["model"]) or None
