@@ -313,6 +313,19 @@ def test_both_at_once_is_an_error(dtype: torch.dtype) -> None:
     assert_same_weights(weights(optimizer), before)
 
 
+def test_a_refused_gradient_leaves_no_scale_behind() -> None:
+    embedding = nn.Embedding(4, 3, sparse=True, dtype=torch.float16)
+    optimizer = HybridOptimizer(embedding.parameters(), hybrid=OFF)
+    embedding.weight.grad = torch.ones_like(embedding.weight)
+    optimizer.step()
+    embedding.weight.grad = torch.eye(4, 3, dtype=torch.float16).to_sparse()
+    optimizer.grad_scale = torch.tensor(8.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert optimizer.stats().loss_scale == 1.0
+
+
 # --------------------------------------------------------------------------------- arguments
 
 

@@ -165,13 +165,13 @@ class HybridOptimizer(TorchProtocol):
         if not self._bind():
             return loss
 
-        if scaler:
-            self._runtime.borrow_scale(*scaler)
         if not phase.needs_gradient or self._controller.may_predict:
             self._runtime.memory.offload.fetch()
         if phase is Phase.PREDICT:
             self._predict()
         elif self._runtime.memory.take_gradients():
+            if scaler:
+                self._runtime.borrow_scale(*scaler)
             if phase is Phase.CORRECT:
                 self._monitor.judge()
                 self._corrector.correct(restart=self._model.follows_trajectory)
@@ -181,8 +181,8 @@ class HybridOptimizer(TorchProtocol):
             while self._config.inline and self._controller.phase is Phase.PREDICT:
                 self._predict()
             self._runtime.memory.release_gradients()
-        if scaler:
-            self._runtime.return_scale()
+            if scaler:
+                self._runtime.return_scale()
         if self._controller.phase.needs_gradient:
             self._runtime.memory.offload.stash()
         self._watch.remember(self._runtime.memory.params)
