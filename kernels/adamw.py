@@ -30,17 +30,17 @@ from triton_hybrid.kernels.chunks import (
     GRAD,
     INTERPRETED,
     ORTHOGONAL,
-    PARAM,
     RESIDENT_LAUNCH,
     SLOW_EMA,
     TAIL_SHARE,
-    WEIGHT,
     WEIGHT_EMA,
     TensorSet,
     load_row,
+    load_weight,
     on_device,
     remaining,
     store_row,
+    store_weight,
 )
 from triton_hybrid.kernels.divergence import level_decay, observe, slow_clip, slow_decay
 from triton_hybrid.kernels.hyper import (
@@ -125,10 +125,11 @@ def _update_block(
     uu, us, ss, ee, pull,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MUON: tl.constexpr,
-    MASTER: tl.constexpr, SLOW: tl.constexpr, LEVEL: tl.constexpr, COMPARE: tl.constexpr,
+    MASTER: tl.constexpr, KEPT: tl.constexpr,
+    SLOW: tl.constexpr, LEVEL: tl.constexpr, COMPARE: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = load_row(addresses, WEIGHT, tensor, begin, length, COMPUTE, COMPUTE, BLOCK, FULL)
+    w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, COMPUTE, KEPT, BLOCK, FULL)
     if SLOW or not MUON:
         g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, COMPUTE, BLOCK, FULL)
         g = g * clip
@@ -161,9 +162,9 @@ def _update_block(
         store_row(addresses, EXP_AVG, tensor, begin, length, m, COMPUTE, COMPUTE, BLOCK, FULL)
         store_row(addresses, EXP_AVG_SQ, tensor, begin, length, v, COMPUTE, COMPUTE, BLOCK, FULL)
     w = w * decay - update
-    store_row(addresses, WEIGHT, tensor, begin, length, w, COMPUTE, COMPUTE, BLOCK, FULL)
-    if MASTER:
-        store_row(addresses, PARAM, tensor, begin, length, w, PARAM_TYPE, COMPUTE, BLOCK, FULL)
+    store_weight(
+        addresses, tensor, begin, length, w, PARAM_TYPE, COMPUTE, MASTER, KEPT, BLOCK, FULL
+    )
     if SLOW:
         if COMPARE:
             if MUON:
@@ -199,7 +200,8 @@ def _adamw_kernel(
     max_norm, slow_beta,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, COMPUTE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MUON: tl.constexpr,
-    MASTER: tl.constexpr, SLOW: tl.constexpr, LEVEL: tl.constexpr, COMPARE: tl.constexpr,
+    MASTER: tl.constexpr, KEPT: tl.constexpr,
+    SLOW: tl.constexpr, LEVEL: tl.constexpr, COMPARE: tl.constexpr,
     MEASURE: tl.constexpr, CLIP: tl.constexpr,
     STATISTICS_PART: tl.constexpr, UPDATE_PART: tl.constexpr, LAST: tl.constexpr,
     OBSERVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
@@ -289,7 +291,7 @@ def _adamw_kernel(
                         clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
                         steady, level_rate, uu, us, ss, ee, pull,
                         PARAM_TYPE, GRAD_TYPE, COMPUTE, UPDATE_TYPE, MUON,
-                        MASTER, SLOW, LEVEL, COMPARE, BLOCK, True,
+                        MASTER, KEPT, SLOW, LEVEL, COMPARE, BLOCK, True,
                     )  # fmt: skip
             else:
                 for inner in range(0, remaining(start, length, CHUNK), TAIL):
@@ -298,7 +300,7 @@ def _adamw_kernel(
                         clip, decay, beta1, beta2, root_correction2, eps, step_size, slow_rate,
                         steady, level_rate, uu, us, ss, ee, pull,
                         PARAM_TYPE, GRAD_TYPE, COMPUTE, UPDATE_TYPE, MUON,
-                        MASTER, SLOW, LEVEL, COMPARE, TAIL, False,
+                        MASTER, KEPT, SLOW, LEVEL, COMPARE, TAIL, False,
                     )  # fmt: skip
         if SLOW:
             tl.store(partials + 2 * COLUMNS + column, uu)
@@ -464,7 +466,7 @@ def adamw_step(
                     PARAM_TYPE=tensors.dtype_of("param"), GRAD_TYPE=tensors.dtype_of("grad"),
                     COMPUTE=tensors.dtype_of("weight"), UPDATE_TYPE=tensors.dtype_of("update"),
                     MUON=here is not None,
-                    MASTER=tensors.has_master, SLOW=slow_beta > 0,
+                    MASTER=tensors.has_master, KEPT=tensors.kept, SLOW=slow_beta > 0,
                     LEVEL=level and slow_beta > 0 and tensors.has("weight_ema"),
                     COMPARE=compares[index], MEASURE=measured and slow_beta > 0,
                     CLIP=max_norm is not None,

@@ -179,7 +179,7 @@ def _update_unless(
     sums = torch.zeros(SUMS, dtype=torch.float64, device=skip.device)
     for index, here in enumerate(tensors.present):
         for part in tensors.reference_blocks(index) if here else ():
-            w = flat["weight"][index][part]
+            w = tensors.weight(index, part)
             g = flat["grad"][index][part].to(tensors.compute_dtype)
             row = rows[index]
             new_state = {}
@@ -215,8 +215,7 @@ def _update_unless(
             for name, value in new_state.items():
                 old = flat[name][index][part]
                 old.copy_(torch.where(skip, old, value))
-            if tensors.has_master:
-                flat["param"][index][part].copy_(w)
+            tensors.put_weight(index, part, w)
     return sums
 
 
@@ -245,7 +244,7 @@ def _update_on_cpu(
     for index, (here, row) in enumerate(zip(tensors.present, table.tolist())):
         clip, decay, beta1, beta2, root, eps, size, lr, weight_decay = row
         for part in tensors.reference_blocks(index) if here else ():
-            w = flat["weight"][index][part]
+            w = tensors.weight(index, part)
             g = flat["grad"][index][part].to(compute)
             if clip != 1.0:
                 g = g * clip
@@ -262,8 +261,7 @@ def _update_on_cpu(
                     lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
                     amsgrad=False, maximize=False,
                 )  # fmt: skip
-            if tensors.has_master:
-                flat["param"][index][part].copy_(w)
+            tensors.put_weight(index, part, w)
             if rates is None:
                 continue
             slow_rate, steady, level_rate = rates

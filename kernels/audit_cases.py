@@ -14,6 +14,7 @@ from triton_hybrid.kernels.audit_launches import (
     HALVES,
     MANY,
     SINGLE,
+    WITHOUT_MASTERS,
     Precision,
     adamw_launch,
     correct_launch,
@@ -86,9 +87,9 @@ def _adamw_case(
     words += ["one chunk"] * (lengths is SINGLE)
     # weight, exp_avg, exp_avg_sq; the gradient; slow EMA and weight EMA
     extra = (wide, wide) * slow
-    reads = (wide,) * 3 + (narrow,) + extra + (wide,) * slow
-    writes = (wide,) * 3 + precision.master + extra
-    floor = 6 * wide + narrow + sum(precision.master)
+    reads = precision.weights + (wide,) * 2 + (narrow,) + extra + (wide,) * slow
+    writes = precision.stored + (wide,) * 2 + extra
+    floor = 4 * wide + narrow + sum(precision.weights) + sum(precision.stored)
     launch = functools.partial(
         adamw_launch,
         precision=precision,
@@ -117,10 +118,10 @@ def _adamw_case(
 
 def _move_cases(precision: Precision, lengths: Sequence[int] = MANY) -> list[Case]:
     """Predict, settle, slopes, correct."""
-    wide, narrow, master = precision.weight.itemsize, precision.param.itemsize, precision.master
+    wide, narrow = precision.weight.itemsize, precision.param.itemsize
     common: dict[str, Any] = {"precision": precision, "lengths": lengths}
     name = precision.name + (", one chunk" if lengths is SINGLE else "")
-    move = (wide, *master)
+    weight, move = precision.weights, precision.stored
     basis = (wide,) * MAX_HISTORY
     return [
         # Reads weight, exp_avg, exp_avg_sq, slow_ema and weight_ema; the bare move needs no
@@ -129,17 +130,17 @@ def _move_cases(precision: Precision, lengths: Sequence[int] = MANY) -> list[Cas
             f"predict {name}, slow EMA",
             "predict",
             functools.partial(predict_launch, trajectory=False, **common),
-            (wide,) * 5,
+            weight + (wide,) * 4,
             (wide, *move),
-            floor=4 * wide + sum(move),
+            floor=3 * wide + sum(weight) + sum(move),
         ),
         Case(
             f"predict {name}, trajectory of {MAX_HISTORY}",
             "predict",
             functools.partial(predict_launch, trajectory=True, **common),
-            (wide, wide, *basis),
+            (*weight, wide, *basis),
             (wide, *move),
-            floor=wide + sum(basis) + sum(move),
+            floor=sum(weight) + sum(basis) + sum(move),
         ),
         Case(
             f"settle {name} (when it takes back)",
@@ -153,32 +154,33 @@ def _move_cases(precision: Precision, lengths: Sequence[int] = MANY) -> list[Cas
             f"slopes {name}",
             "slopes",
             functools.partial(slopes_launch, **common),
-            (narrow, wide, wide),
-            floor=narrow + 2 * wide,
+            (narrow, *weight, wide),
+            floor=narrow + sum(weight) + wide,
         ),
         Case(
             f"correct {name}, restart",
             "correct",
             functools.partial(correct_launch, restart=True, **common),
-            (wide, wide),
+            (*weight, wide),
             (wide, *move),
-            floor=2 * wide + sum(move),
+            floor=sum(weight) + wide + sum(move),
         ),
     ]
 
 
-def _gram_case(slot: int, lengths: Sequence[int] = MANY) -> Case:
+def _gram_case(slot: int, lengths: Sequence[int] = MANY, precision: Precision = FP32) -> Case:
     # The load of each row lies in a branch, but for the row known to be written; of a row
     # that is only known at run time, one branch is not taken.
     wide = FP32.weight.itemsize
     known = slot == 1
-    rows = 2 + MAX_HISTORY - known
-    moved = (2 + MAX_HISTORY - 1 + 2) * wide
+    rows = 1 + MAX_HISTORY - known
+    moved = (1 + MAX_HISTORY - 1 + 2) * wide + sum(precision.weights)
     return Case(
-        f"gram fp32, history of {MAX_HISTORY}" + (", one chunk" if lengths is SINGLE else ""),
+        f"gram {precision.name}, history of {MAX_HISTORY}"
+        + (", one chunk" if lengths is SINGLE else ""),
         "gram",
-        functools.partial(gram_launch, precision=FP32, lengths=lengths, slot=slot),
-        (wide,) * rows,
+        functools.partial(gram_launch, precision=precision, lengths=lengths, slot=slot),
+        precision.weights + (wide,) * rows,
         (wide, wide),
         untaken=0 if known else wide,
         floor=moved,
@@ -261,7 +263,12 @@ def cases() -> list[Case]:
     for precision in (FP32, *HALVES):
         found.extend(_move_cases(precision))
     found.extend(_move_cases(FP32, SINGLE))
+    for precision in WITHOUT_MASTERS:
+        found.append(_adamw_case(precision, clip=True, slow=True))
+        found.append(_adamw_case(precision, "update", clip=True))
+        found.extend(_move_cases(precision))
     found.append(_gram_case(slot=2))
+    found.append(_gram_case(slot=2, precision=WITHOUT_MASTERS[0]))
     found.append(_gram_case(slot=1, lengths=SINGLE))
     found.extend(_muon_cases())
     found.append(Case("reduce", "reduce", reduce_launch))

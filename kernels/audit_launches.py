@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton_hybrid.kernels.adamw import HYPER_FIELDS, Workspace, adamw_step
 from triton_hybrid.kernels.audit_targets import TYPE_NAMES, Launch, Target, recorded
-from triton_hybrid.kernels.chunks import MAX_HISTORY, TensorSet, gpu_tiling
+from triton_hybrid.kernels.chunks import MAX_HISTORY, NONE, OWN, SPLIT, TensorSet, gpu_tiling
 from triton_hybrid.kernels.correct import SLOPE_SUMS, correct, slopes
 from triton_hybrid.kernels.divergence import MEMORY_COLUMNS, judge
 from triton_hybrid.kernels.gram import gram, reduce_partials
@@ -26,15 +26,29 @@ class Precision:
     Attributes:
         param: What the model computes with; gradients have it too.
         weight: What the optimizer computes with, the dtype of all state.
+        kept: How weights are kept, see ``rows.py``.
     """
 
     param: torch.dtype
     weight: torch.dtype
+    kept: int = OWN
 
     @property
     def name(self) -> str:
         """Short name, as in the table."""
-        return TYPE_NAMES[self.param]
+        return TYPE_NAMES[self.param] + {OWN: "", SPLIT: " split", NONE: " alone"}[self.kept]
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Item sizes of what a weight is read from."""
+        wide, narrow = self.weight.itemsize, self.param.itemsize
+        remainder = torch.int16.itemsize
+        return {OWN: (wide,), SPLIT: (narrow, remainder), NONE: (narrow,)}[self.kept]
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Item sizes of what a weight and its parameter are written to."""
+        return self.weights + (self.master if self.kept == OWN else ())
 
     @property
     def master(self) -> tuple[int, ...]:
@@ -45,6 +59,11 @@ class Precision:
 FP32 = Precision(torch.float32, torch.float32)
 FP64 = Precision(torch.float64, torch.float64)
 HALVES = (Precision(torch.float16, torch.float32), Precision(torch.bfloat16, torch.float32))
+WITHOUT_MASTERS = (
+    Precision(torch.bfloat16, torch.float32, SPLIT),
+    Precision(torch.bfloat16, torch.float32, NONE),
+    Precision(torch.float16, torch.float32, NONE),
+)
 
 # Three tensors of several chunks: no argument is 1 or a multiple of 16 by accident, and so
 # none is specialised. One tensor of one chunk is the opposite: everything is.
@@ -61,13 +80,15 @@ class _Problem:
         state = precision.weight
         rows: dict[str, list[Tensor]] = {"param": self._row(lengths, precision.param)}
         rows["grad"] = self._row(lengths, precision.param)
-        if precision.master:
+        if precision.kept == SPLIT:
+            rows["remainder"] = self._row(lengths, torch.int16)
+        elif precision.kept == OWN and precision.master:
             rows["weight"] = self._row(lengths, state)
         history = [f"history_{index}" for index in range(MAX_HISTORY)]
         for name in ("exp_avg", "exp_avg_sq", "slow_ema", "weight_ema", "snapshot", *history):
             rows[name] = self._row(lengths, state)
         self.tiling = gpu_tiling(target.processors, target.warp_size, state.itemsize)
-        self.tensors = TensorSet(rows, self.tiling)
+        self.tensors = TensorSet(rows, self.tiling, precision.kept)
         count = len(lengths)
         self.group = torch.zeros(count, dtype=torch.int32)
         self.steps = torch.zeros(count)

@@ -48,22 +48,27 @@ from triton_hybrid.kernels.rows import (
     HISTORY,
     MAX_HISTORY,
     N_ROWS,
+    NONE,
     ORTHOGONAL,
+    OWN,
     PARAM,
     ROW,
     ROWS,
     SCRATCH_ROWS,
     SLOW_EMA,
     SNAPSHOT,
+    SPLIT,
     TAIL_SHARE,
     TRITON_DTYPES,
     WEIGHT,
     WEIGHT_EMA,
     load_row,
+    load_weight,
     narrow,
     remaining,
     row_pointer,
     store_row,
+    store_weight,
 )
 
 __all__ = [
@@ -76,9 +81,11 @@ __all__ = [
     "LAUNCH",
     "MAX_HISTORY",
     "MAX_PROGRAMS",
+    "NONE",
     "NUM_WARPS",
     "N_ROWS",
     "ORTHOGONAL",
+    "OWN",
     "PARAM",
     "REFERENCE_BLOCK",
     "REGISTERS",
@@ -88,6 +95,7 @@ __all__ = [
     "SCRATCH_ROWS",
     "SLOW_EMA",
     "SNAPSHOT",
+    "SPLIT",
     "TAIL_SHARE",
     "TRITON_DTYPES",
     "WEIGHT",
@@ -100,6 +108,7 @@ __all__ = [
     "gpu_tiling",
     "launch_options",
     "load_row",
+    "load_weight",
     "narrow",
     "on_device",
     "remaining",
@@ -107,6 +116,7 @@ __all__ = [
     "row_pointer",
     "same_layout",
     "store_row",
+    "store_weight",
     "upload",
 ]
 
@@ -174,19 +184,28 @@ class TensorSet:
         rows: Role name (one of ``ROWS``) to the tensors of that role, in one order.
             ``param`` is required; ``weight`` defaults to it.
         tiling: How to cut; the device's default when None.
+        kept: How FP32 weights of 16-bit parameters are kept: ``SPLIT`` (with a row ``remainder``,
+            BF16 only) or ``NONE``; None where they have a row of their own, or are the parameters.
 
     Raises:
         ValueError: Unknown role, wrong count, shape, layout, dtype or device.
     """
 
-    def __init__(self, rows: Mapping[str, Sequence[Tensor]], tiling: Tiling | None = None) -> None:
+    def __init__(
+        self,
+        rows: Mapping[str, Sequence[Tensor]],
+        tiling: Tiling | None = None,
+        kept: int | None = None,
+    ) -> None:
         params = list(rows["param"])
         if not params:
             raise ValueError("rows['param'] is empty: at least one tensor is needed")
         self.shapes = params
         self.device = params[0].device
         weights = rows.get("weight") or params
-        self.tiling = tiling or default_tiling(self.device, weights[0].element_size())
+        self.kept = OWN if kept is None else kept
+        wide = 4 if self.kept != OWN else weights[0].element_size()
+        self.tiling = tiling or default_tiling(self.device, wide)
         self.lengths = [p.numel() for p in params]
         self.flat: dict[str, list[Tensor]] = {}
         self.dtype: dict[str, torch.dtype] = {}
@@ -198,9 +217,11 @@ class TensorSet:
         self._lengths: Tensor | None = None
         self._addresses: Tensor | None = None
         self._aligned: Tensor | None = None
+        if self.kept != OWN:
+            self.dtype["weight"] = torch.float32
         for name, tensors in rows.items():
             self.set_row(name, list(tensors))
-        if "weight" not in rows:
+        if "weight" not in rows and self.kept == OWN:
             self.set_row("weight", params)
 
     def __len__(self) -> int:
@@ -235,7 +256,8 @@ class TensorSet:
                 )
             if dtype is None:
                 dtype = tensor.dtype
-            if tensor.dtype != dtype or dtype not in TRITON_DTYPES:
+            known = dtype in TRITON_DTYPES or (name == "remainder" and dtype == torch.int16)
+            if tensor.dtype != dtype or not known:
                 raise ValueError(
                     f"row {name!r}, tensor {index}: dtype {tensor.dtype}, must be {dtype} as the "
                     f"first of the row and one of {list(TRITON_DTYPES)}"
@@ -270,7 +292,7 @@ class TensorSet:
         known = {**self.dtype, name: dtype}
         weight = known.get("weight")
         for row, state in known.items():
-            if weight is None or row in ("param", "grad", "weight", *SCRATCH_ROWS):
+            if weight is None or row in ("param", "grad", "weight", "remainder", *SCRATCH_ROWS):
                 continue
             if weight not in (torch.float32, torch.float64):
                 raise ValueError(
@@ -321,6 +343,28 @@ class TensorSet:
         for begin in range(0, self.lengths[index], REFERENCE_BLOCK):
             yield slice(begin, min(begin + REFERENCE_BLOCK, self.lengths[index]))
 
+    def weight(self, index: int, part: slice) -> Tensor:
+        """Weights of one tensor for plain torch, in the dtype of the mathematics.
+
+        To be changed in place and handed to `put_weight`: where they are kept otherwise, this is
+        a copy.
+        """
+        if self.kept == OWN:
+            return self.flat["weight"][index][part]
+        param = self.flat["param"][index][part]
+        if self.kept == NONE:
+            return param.float()
+        return assembled(param, self.flat["remainder"][index][part])
+
+    def put_weight(self, index: int, part: slice, weight: Tensor) -> None:
+        """Keeps the weights that `weight` returned, and rounds the parameters."""
+        if not self.has_master:
+            return
+        param = self.flat["param"][index][part]
+        param.copy_(weight)
+        if self.kept == SPLIT:
+            self.flat["remainder"][index][part].copy_(remainder_of(weight, param))
+
     def dtype_of(self, name: str) -> tl.dtype:
         """The Triton dtype of a role; FP32 where the role is absent and so never read."""
         return TRITON_DTYPES[self.dtype.get(name, torch.float32)]
@@ -338,6 +382,18 @@ class TensorSet:
     def has_master(self) -> bool:
         """Whether a weight of its own stands behind every parameter."""
         return self.dtype["weight"] != self.dtype["param"]
+
+
+def assembled(param: Tensor, remainder: Tensor) -> Tensor:
+    """The FP32 masters of BF16 parameters from what is missing in them (see `store_weight`)."""
+    high = param.view(torch.int16).to(torch.int32) << 16
+    return (high + remainder.to(torch.int32)).view(torch.float32)
+
+
+def remainder_of(weight: Tensor, param: Tensor) -> Tensor:
+    """What BF16 parameters lack of their FP32 masters; int16."""
+    high = param.view(torch.int16).to(torch.int32) << 16
+    return (weight.view(torch.int32) - high).clamp(max=32767).to(torch.int16)
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

@@ -9,15 +9,15 @@ from torch import Tensor
 from triton_hybrid.kernels.chunks import (
     GRAD,
     LAUNCH,
-    PARAM,
     SNAPSHOT,
     TAIL_SHARE,
-    WEIGHT,
     TensorSet,
     load_row,
+    load_weight,
     on_device,
     remaining,
     store_row,
+    store_weight,
 )
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, MEMORY_COLUMNS
 from triton_hybrid.kernels.gram import reduce_partials
@@ -31,7 +31,8 @@ SLOPE_SUMS = 3
 @triton.jit
 def _chunk_slopes(
     addresses, tensor, start, count, length,
-    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     slope = tl.zeros([BLOCK], tl.float32)
     square = tl.zeros([BLOCK], tl.float32)
@@ -39,7 +40,7 @@ def _chunk_slopes(
     for inner in range(0, count, BLOCK):
         begin = start + inner
         g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL)
-        w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         slope += (g * (w - origin)).to(tl.float32)
         square += (g * g).to(tl.float32)
@@ -51,7 +52,8 @@ def _chunk_slopes(
 def _slopes_kernel(
     addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks, group, hyper, ledger, partials,
-    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     unscale = (1.0 / tl.load(ledger + LOSS_SCALE)).to(tl.float32)
@@ -63,12 +65,22 @@ def _slopes_kernel(
         sign = tl.load(hyper + tl.load(group + tensor) * HYPER_COLUMNS + SIGN).to(tl.float32)
         if full:
             slope, square, bad = _chunk_slopes(
-                addresses, tensor, start, CHUNK, length, GRAD_TYPE, STATE, BLOCK, True
+                addresses,
+                tensor,
+                start,
+                CHUNK,
+                length,
+                PARAM_TYPE,
+                GRAD_TYPE,
+                STATE,
+                KEPT,
+                BLOCK,
+                True,
             )
         else:
             slope, square, bad = _chunk_slopes(
                 addresses, tensor, start, remaining(start, length, CHUNK), length,
-                GRAD_TYPE, STATE, TAIL, False,
+                PARAM_TYPE, GRAD_TYPE, STATE, KEPT, TAIL, False,
             )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
         tl.store(cell, sign * unscale * slope)
@@ -101,7 +113,8 @@ def slopes(
         _slopes_kernel[(tensors.tiling.programs,)](
             addresses, lengths, aligned,
             chunks.tensor, chunks.start, chunks.count, group, hyper, ledger, partials,
-            GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
+            PARAM_TYPE=tensors.dtype_of("param"), GRAD_TYPE=tensors.dtype_of("grad"),
+            STATE=tensors.dtype_of("weight"), KEPT=tensors.kept,
             BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
         )  # fmt: skip
     reduce_partials(partials, chunks, sums)
@@ -129,7 +142,7 @@ def slopes_reference(
             square = g.dot(g)
             if with_slopes:
                 start = flat["snapshot"][index][part]
-                total[0] += g.dot(flat["weight"][index][part] - start)
+                total[0] += g.dot(tensors.weight(index, part) - start)
             total[1] += square
             # A finite sum of squares has finite terms; the second look costs only when not.
             if square.device.type != "cpu" or not bool(square.isfinite()):
@@ -144,17 +157,17 @@ def slopes_reference(
 @triton.jit
 def _correct_block(
     addresses, tensor, begin, length, fraction,
-    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     RESTART: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
     start = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     placed = start + fraction * (w - start)
     # Exactly 0 and 1 must keep the bits, also where w - start is not finite.
     placed = tl.where(fraction == 0.0, start, tl.where(fraction == 1.0, w, placed))
-    store_row(addresses, WEIGHT, tensor, begin, length, placed, STATE, STATE, BLOCK, FULL)
-    if MASTER:
-        store_row(addresses, PARAM, tensor, begin, length, placed, PARAM_TYPE, STATE, BLOCK, FULL)
+    store_weight(
+        addresses, tensor, begin, length, placed, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL
+    )
     if RESTART:
         store_row(addresses, SNAPSHOT, tensor, begin, length, placed, STATE, STATE, BLOCK, FULL)
 
@@ -163,7 +176,7 @@ def _correct_block(
 def _correct_kernel(
     addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks, memory, ledger,
-    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     RESTART: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
@@ -182,13 +195,13 @@ def _correct_kernel(
                 for inner in range(0, CHUNK, BLOCK):
                     _correct_block(
                         addresses, tensor, start + inner, length, fraction,
-                        PARAM_TYPE, STATE, MASTER, RESTART, BLOCK, True,
+                        PARAM_TYPE, STATE, MASTER, KEPT, RESTART, BLOCK, True,
                     )  # fmt: skip
             else:
                 for inner in range(0, remaining(start, length, CHUNK), TAIL):
                     _correct_block(
                         addresses, tensor, start + inner, length, fraction,
-                        PARAM_TYPE, STATE, MASTER, RESTART, TAIL, False,
+                        PARAM_TYPE, STATE, MASTER, KEPT, RESTART, TAIL, False,
                     )  # fmt: skip
 
 
@@ -209,7 +222,7 @@ def correct(tensors: TensorSet, memory: Tensor, ledger: Tensor, *, restart: bool
             addresses, lengths, aligned,
             chunks.tensor, chunks.start, chunks.count, memory, ledger,
             PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
-            MASTER=tensors.has_master, RESTART=restart,
+            MASTER=tensors.has_master, KEPT=tensors.kept, RESTART=restart,
             BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
         )  # fmt: skip
 
@@ -226,13 +239,12 @@ def correct_reference(tensors: TensorSet, memory: Tensor, ledger: Tensor, *, res
         if known[index] == 1.0 and not restart:
             continue
         for part in tensors.reference_blocks(index):
-            w = tensors.flat["weight"][index][part]
+            w = tensors.weight(index, part)
             start = tensors.flat["snapshot"][index][part]
             placed = start + fraction * (w - start)
             placed = torch.where(fraction == 1.0, w, placed)
             placed = torch.where(fraction == 0.0, start, placed)
             w.copy_(torch.where(judged, placed, w))
-            if tensors.has_master:
-                tensors.flat["param"][index][part].copy_(w)
+            tensors.put_weight(index, part, w)
             if restart:
                 start.copy_(torch.where(judged, w, start))

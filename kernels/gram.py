@@ -17,10 +17,10 @@ from triton_hybrid.kernels.chunks import (
     LAUNCH,
     SNAPSHOT,
     TAIL_SHARE,
-    WEIGHT,
     ChunkTable,
     TensorSet,
     load_row,
+    load_weight,
     on_device,
     remaining,
     store_row,
@@ -58,10 +58,11 @@ def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor) -> None:
 @triton.jit
 def _gram_block(
     addresses, tensor, begin, length, slot, partial,
-    STATE: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
+    N: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
     start = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     newest = w - start
     store_row(addresses, HISTORY + slot, tensor, begin, length, newest, STATE, STATE, BLOCK, FULL)
@@ -82,7 +83,8 @@ def _gram_block(
 def _gram_kernel(
     addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks, slot, partials,
-    STATE: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
+    N: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
@@ -97,13 +99,13 @@ def _gram_kernel(
             for inner in range(0, CHUNK, BLOCK):
                 partial = _gram_block(
                     addresses, tensor, start + inner, length, slot, partial,
-                    STATE, N, COLUMNS, BLOCK, True,
+                    PARAM_TYPE, STATE, KEPT, N, COLUMNS, BLOCK, True,
                 )  # fmt: skip
         else:
             for inner in range(0, remaining(start, length, CHUNK), TAIL):
                 partial = _gram_block(
                     addresses, tensor, start + inner, length, slot, partial,
-                    STATE, N, COLUMNS, TAIL, False,
+                    PARAM_TYPE, STATE, KEPT, N, COLUMNS, TAIL, False,
                 )  # fmt: skip
         tl.store(partials + tl.cast(chunk, tl.int64) * N + column, partial, mask=column < N)
 
@@ -127,7 +129,8 @@ def gram(tensors: TensorSet, history: int, slot: int, partials: Tensor, sums: Te
         _gram_kernel[(tensors.tiling.programs,)](
             addresses, lengths, aligned,
             chunks.tensor, chunks.start, chunks.count, slot, partials,
-            STATE=tensors.dtype_of("weight"), N=history,
+            PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
+            KEPT=tensors.kept, N=history,
             COLUMNS=triton.next_power_of_2(history),
             BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
         )  # fmt: skip
@@ -143,7 +146,7 @@ def gram_reference(tensors: TensorSet, history: int, slot: int, sums: Tensor) ->
         for part in tensors.reference_blocks(index):
             rows = [flat[f"history_{j}"][index][part] for j in range(history)]
             start = flat["snapshot"][index][part]
-            weight = flat["weight"][index][part]
+            weight = tensors.weight(index, part)
             torch.sub(weight, start, out=rows[slot])
             start.copy_(weight)
             total += torch.stack([rows[slot].dot(row) for row in rows])

@@ -25,19 +25,19 @@ from triton_hybrid.kernels.chunks import (
     EXP_AVG_SQ,
     HISTORY,
     LAUNCH,
-    PARAM,
     REFERENCE_BLOCK,
     SLOW_EMA,
     SNAPSHOT,
     TAIL_SHARE,
-    WEIGHT,
     WEIGHT_EMA,
     TensorSet,
     load_row,
+    load_weight,
     narrow,
     on_device,
     remaining,
     store_row,
+    store_weight,
 )
 from triton_hybrid.kernels.divergence import (
     HORIZON_COLUMN,
@@ -100,11 +100,11 @@ def _predict_block(
     addresses, tensor, begin, length, coefficients, factor, pull,
     inverse_correction1, root_correction2, eps, slope, square, bad,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
-    MUON: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
+    MUON: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr, SLOW: tl.constexpr,
     LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
     if SLOW and MUON:
         orthogonal = load_row(
             addresses, DIRECTION, tensor, begin, length, UPDATE_TYPE, STATE, BLOCK, FULL
@@ -132,9 +132,7 @@ def _predict_block(
     if SAVE:
         store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
     w = w + displacement
-    store_row(addresses, WEIGHT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
-    if MASTER:
-        store_row(addresses, PARAM, tensor, begin, length, w, PARAM_TYPE, STATE, BLOCK, FULL)
+    store_weight(addresses, tensor, begin, length, w, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL)
     slope += tl.sum((inverse_correction1 * m * displacement).to(tl.float32), axis=0)
     square += tl.sum((displacement * displacement).to(tl.float32), axis=0)
     # What the model will see is the rounded weight: FP16 overflows at 65504.
@@ -151,7 +149,7 @@ def _predict_kernel(
     group, hyper, steps, scales, coefficients, memory, ledger, partials,
     threshold, share,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
-    MUON: tl.constexpr, MASTER: tl.constexpr, SLOW: tl.constexpr,
+    MUON: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr, SLOW: tl.constexpr,
     LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +192,7 @@ def _predict_kernel(
                         addresses, tensor, start + inner, length, coefficients, factor, pull,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
                         PARAM_TYPE, STATE, UPDATE_TYPE, MUON,
-                        MASTER, SLOW, LEVEL, N, SAVE, BLOCK, True,
+                        MASTER, KEPT, SLOW, LEVEL, N, SAVE, BLOCK, True,
                     )  # fmt: skip
             else:
                 for inner in range(0, remaining(start, length, CHUNK), TAIL):
@@ -202,7 +200,7 @@ def _predict_kernel(
                         addresses, tensor, start + inner, length, coefficients, factor, pull,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
                         PARAM_TYPE, STATE, UPDATE_TYPE, MUON,
-                        MASTER, SLOW, LEVEL, N, SAVE, TAIL, False,
+                        MASTER, KEPT, SLOW, LEVEL, N, SAVE, TAIL, False,
                     )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
         tl.store(cell, slope)
@@ -263,7 +261,7 @@ def predict(
             partials, float(threshold), float(share),
             PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
             UPDATE_TYPE=tensors.dtype_of("direction"), MUON=matrices is not None,
-            MASTER=tensors.has_master, SLOW=coefficients is None,
+            MASTER=tensors.has_master, KEPT=tensors.kept, SLOW=coefficients is None,
             LEVEL=level and coefficients is None and tensors.has("weight_ema"),
             N=0 if coefficients is None else coefficients.shape[1], SAVE=save,
             BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
@@ -338,7 +336,7 @@ def predict_reference(
         factor_, inverse1, scaled_eps, pull_ = scalars[index]
         total = torch.zeros(MOVE_COLUMNS, dtype=torch.float64, device=tensors.device)
         for part in tensors.reference_blocks(index):
-            w = flat["weight"][index][part]
+            w = tensors.weight(index, part)
             displacement = scratch[0, : w.numel()]
             if weights is None and matrices is not None:
                 torch.mul(flat["direction"][index][part].to(compute), factor_, out=displacement)
@@ -364,10 +362,8 @@ def predict_reference(
                     snapshot.copy_(torch.where(moving, w, snapshot))
                 displacement.copy_(torch.where(moving, displacement, 0.0 * factor_))
                 w.copy_(torch.where(moving, w + displacement, w))
-            seen = w
-            if tensors.has_master:
-                seen = flat["param"][index][part]
-                seen.copy_(w)
+            tensors.put_weight(index, part, w)
+            seen = flat["param"][index][part] if tensors.has_master else w
             if with_slopes:
                 total[0] += flat["exp_avg"][index][part].dot(displacement) * inverse1
             total[1] += displacement.dot(displacement)
@@ -381,13 +377,11 @@ def predict_reference(
 @triton.jit
 def _restore_block(
     addresses, tensor, begin, length,
-    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     w = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    store_row(addresses, WEIGHT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
-    if MASTER:
-        store_row(addresses, PARAM, tensor, begin, length, w, PARAM_TYPE, STATE, BLOCK, FULL)
+    store_weight(addresses, tensor, begin, length, w, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL)
 
 
 @triton.jit
@@ -395,7 +389,8 @@ def _settle_kernel(
     addresses, lengths, aligned,
     chunk_tensor, chunk_start, n_chunks,
     sums, n_sums, memory, n_memory, ledger, arrivals, threshold, limit, cooldown,
-    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, LAST: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
+    MASTER: tl.constexpr, KEPT: tl.constexpr, LAST: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
@@ -423,13 +418,13 @@ def _settle_kernel(
                     for inner in range(0, CHUNK, BLOCK):
                         _restore_block(
                             addresses, tensor, start + inner, length,
-                            PARAM_TYPE, STATE, MASTER, BLOCK, True,
+                            PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, True,
                         )  # fmt: skip
                 else:
                     for inner in range(0, remaining(start, length, CHUNK), TAIL):
                         _restore_block(
                             addresses, tensor, start + inner, length,
-                            PARAM_TYPE, STATE, MASTER, TAIL, False,
+                            PARAM_TYPE, STATE, MASTER, KEPT, TAIL, False,
                         )  # fmt: skip
         if LAST:
             # The last program keeps the books: the others decide by the same entries.
@@ -490,7 +485,7 @@ def settle(
             sums, len(sums), memory, len(memory), ledger, arrivals,
             float(threshold), float(limit), float(cooldown),
             PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
-            MASTER=tensors.has_master, LAST=last,
+            MASTER=tensors.has_master, KEPT=tensors.kept, LAST=last,
             BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, TENSORS=128, **LAUNCH,
         )  # fmt: skip
 
@@ -517,10 +512,10 @@ def settle_reference(
     if not on_cpu or bool(rejected):
         flat = tensors.flat
         for index in range(len(tensors)):
-            w, snapshot = flat["weight"][index], flat["snapshot"][index]
+            whole = slice(0, tensors.lengths[index])
+            w, snapshot = tensors.weight(index, whole), flat["snapshot"][index]
             w.copy_(torch.where(rejected, snapshot, w))
-            if tensors.has_master:
-                flat["param"][index].copy_(w)
+            tensors.put_weight(index, whole, w)
     if not last:
         return
     slope = memory[:, SLOPE_COLUMN.value]

@@ -14,6 +14,7 @@ ROWS: tuple[str, ...] = (
     "param",
     "grad",
     "weight",
+    "remainder",
     "exp_avg",
     "exp_avg_sq",
     "slow_ema",
@@ -27,6 +28,10 @@ ROWS: tuple[str, ...] = (
 FP32 master of a 16-bit parameter, otherwise the parameter itself. ``update`` and ``direction``
 are scratch of Muon: the orthogonalised momentum and slow EMA."""
 
+OWN, SPLIT, NONE = 0, 1, 2
+"""How a weight is kept: in a row of its own (or as the FP32 parameter), as a BF16 parameter and the
+remainder of its FP32 master, or as the 16-bit parameter alone."""
+
 SCRATCH_ROWS = ("update", "direction")
 
 ROW = {name: index for index, name in enumerate(ROWS)}
@@ -35,6 +40,7 @@ N_ROWS = tl.constexpr(len(ROWS))
 PARAM = tl.constexpr(ROW["param"])
 GRAD = tl.constexpr(ROW["grad"])
 WEIGHT = tl.constexpr(ROW["weight"])
+REMAINDER = tl.constexpr(ROW["remainder"])
 EXP_AVG = tl.constexpr(ROW["exp_avg"])
 EXP_AVG_SQ = tl.constexpr(ROW["exp_avg_sq"])
 SLOW_EMA = tl.constexpr(ROW["slow_ema"])
@@ -57,6 +63,8 @@ TRITON_DTYPES = {
 """Floating-point dtypes that the kernels read and write."""
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_SPLIT = tl.constexpr(SPLIT)
+_OWN = tl.constexpr(OWN)
 
 
 @triton.jit
@@ -150,3 +158,58 @@ def store_row(
     else:
         offsets = begin + tl.arange(0, BLOCK)
         tl.store(pointer + offsets, values, mask=offsets < length)
+
+
+@triton.jit
+def load_weight(
+    addresses,
+    tensor,
+    begin,
+    length,
+    PARAM_TYPE: tl.constexpr,
+    STATE: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """A block of weights in ``STATE``, however they are kept."""
+    if KEPT == _OWN:
+        weight = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    elif KEPT == _SPLIT:
+        high = load_row(addresses, PARAM, tensor, begin, length, tl.int16, tl.int32, BLOCK, FULL, 0)
+        low = load_row(
+            addresses, REMAINDER, tensor, begin, length, tl.int16, tl.int32, BLOCK, FULL, 0
+        )
+        weight = ((high << 16) + low).to(tl.float32, bitcast=True)
+    else:
+        weight = load_row(addresses, PARAM, tensor, begin, length, PARAM_TYPE, STATE, BLOCK, FULL)
+    return weight
+
+
+@triton.jit
+def store_weight(
+    addresses,
+    tensor,
+    begin,
+    length,
+    weight,
+    PARAM_TYPE: tl.constexpr,
+    STATE: tl.constexpr,
+    MASTER: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Writes a block of weights, and the parameters that are their rounded values.
+
+    The remainder is the distance of the bits of weight and parameter, -2^15 to 2^15. That one
+    value too many, a tie rounded down, becomes 2^15 - 1: such a weight is one bit smaller.
+    """
+    if KEPT == _OWN:
+        store_row(addresses, WEIGHT, tensor, begin, length, weight, STATE, STATE, BLOCK, FULL)
+    if MASTER:
+        store_row(addresses, PARAM, tensor, begin, length, weight, PARAM_TYPE, STATE, BLOCK, FULL)
+    if KEPT == _SPLIT:
+        high = narrow(weight, PARAM_TYPE).to(tl.int16, bitcast=True).to(tl.int32)
+        low = tl.minimum(weight.to(tl.int32, bitcast=True) - (high << 16), 32767)
+        store_row(addresses, REMAINDER, tensor, begin, length, low, tl.int16, tl.int32, BLOCK, FULL)

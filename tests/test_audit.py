@@ -150,9 +150,16 @@ def test_bytes_of_adamw_are_the_floor_the_first_pass_and_the_averages() -> None:
     known = {case.name: case for case in cases()}
     assert known["adamw fp32, update, clip"].bytes_per_element == 28
     assert known["adamw bf16, update, clip"].bytes_per_element == 28
+    assert known["adamw bf16 split, update, clip"].bytes_per_element == 26
+    assert known["adamw bf16 alone, update, clip"].bytes_per_element == 22
     assert known["adamw fp32, one launch, clip"].bytes_per_element == 32
     assert known["adamw fp16, one launch, clip, slow EMA"].bytes_per_element == 46
-    assert {case.floor for name, case in known.items() if "launch, clip" in name} == {28, 56}
+    assert {case.floor for name, case in known.items() if "launch, clip" in name} == {
+        22,
+        26,
+        28,
+        56,
+    }
     assert len(known) == len(cases())
 
 

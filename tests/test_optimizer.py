@@ -53,7 +53,6 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm=0.0"),
     ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm=nan"),
     ({"master_weights": "maybe"}, ValueError, "master_weights='maybe'"),
-    ({"master_weights": "split"}, NotImplementedError, "master_weights='split'"),
     ({"accumulation": 4}, NotImplementedError, "accumulation=4"),
     ({"maximize": 1}, ValueError, "maximize=1"),
     ({"capturable": None}, ValueError, "capturable=None"),

@@ -5,7 +5,8 @@ r"""Where state lives: one place for each parameter's tensors, made at the first
     step           FP32, 0-dim      applied base updates
     exp_avg        like p           first moment (FP32; FP64 for FP64 parameters)
     exp_avg_sq     like p           second moment             not in a Muon group
-    master         like p, FP32     only behind 16-bit parameters
+    master         like p, FP32     only behind 16-bit parameters (master_weights="auto")
+    remainder      like p, int16    what BF16 parameters lack of it (master_weights="split")
     slow_ema       like p           slow gradient EMA         \
     weight_ema     like p           average of the last weights (slow_ema, auto; not Muon)
     snapshot       like p           weights before the move    } unless predictor="none"
@@ -31,11 +32,19 @@ from torch import Tensor
 
 from triton_hybrid.base.muon import MatrixSettings
 from triton_hybrid.kernels.adamw import Workspace
-from triton_hybrid.kernels.chunks import TensorSet, Tiling
+from triton_hybrid.kernels.chunks import OWN, SPLIT, TensorSet, Tiling, assembled
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, HORIZON_COLUMN, MEMORY_COLUMNS
 from triton_hybrid.kernels.matrices import MatrixSet
 from triton_hybrid.offload import Offload, host_like, is_cycle_state
-from triton_hybrid.precision import adopt_parameter, needs_master, new_master, state_dtype
+from triton_hybrid.precision import (
+    adopt_parameter,
+    kept_as,
+    loaded_master,
+    loaded_remainder,
+    needs_master,
+    new_master,
+    state_dtype,
+)
 
 State = dict[Tensor, dict[str, Any]]
 
@@ -54,6 +63,7 @@ class ParameterSet:
         memory: FP32 ``[len(params), 3]``: this set's part of the per-tensor memory.
         muon: For each, how it is orthogonalised; None for a set of AdamW.
         offload: As in HybridConfig: where state that is touched once a cycle lives.
+        masters: As in HybridOptimizer: how FP32 masters are kept.
         tiling: Overrides the device's default tiling.
     """
 
@@ -70,6 +80,7 @@ class ParameterSet:
         memory: Tensor,
         muon: Sequence[MatrixSettings] | None = None,
         offload: str = "none",
+        masters: str = "auto",
         tiling: Tiling | None = None,
     ) -> None:
         self.params = params
@@ -86,16 +97,26 @@ class ParameterSet:
         if muon is None:
             rows["exp_avg_sq"] = self._like("exp_avg_sq")
         self.masters: list[Tensor] = []
-        if needs_master(params[0]):
+        kept = kept_as(masters, params[0].dtype)
+        if kept == SPLIT:
+            rows["remainder"] = [self._remainder(param) for param in params]
+        elif kept == OWN and needs_master(params[0]):
             self.masters = [self._master(param) for param in params]
             rows["weight"] = self.masters
+        for param in params:
+            for key in {OWN: ("remainder",), SPLIT: ("master",)}.get(kept, ("master", "remainder")):
+                state[param].pop(key, None)
         self.gram: Tensor | None = None
         self.coefficients: Tensor | None = None
         self.regression: Tensor | None = None
         if predicts:
             rows["slow_ema"] = self._like("slow_ema")
             if level and muon is None:
-                rows["weight_ema"] = self._like("weight_ema", self.masters or params)
+                starts = self.masters or params
+                if kept == SPLIT:
+                    pairs = zip(params, rows["remainder"])
+                    starts = [assembled(p.detach(), remainder) for p, remainder in pairs]
+                rows["weight_ema"] = self._like("weight_ema", starts)
             rows["snapshot"] = self._like("snapshot")
             self._adopt("prediction", memory)
         if history:
@@ -116,7 +137,7 @@ class ParameterSet:
         self.hosted: dict[str, list[Tensor]] = {}
         if offload != "none":
             self.hosted = {name: rows.pop(name) for name in list(rows) if is_cycle_state(name)}
-        self.tensors = TensorSet(rows, tiling)
+        self.tensors = TensorSet(rows, tiling, kept)
         self.matrices: MatrixSet | None = None
         if muon is not None:
             self.matrices = MatrixSet(
@@ -155,13 +176,18 @@ class ParameterSet:
 
     def _master(self, param: Tensor) -> Tensor:
         entry = self._state[param]
-        loaded = entry.get("master")
+        loaded = loaded_master(param, entry)
         master = new_master(param)
-        if isinstance(loaded, Tensor) and loaded.shape == param.shape:
+        if loaded is not None:
             master.copy_(loaded)
             adopt_parameter(param, master)
         entry["master"] = master
         return master
+
+    def _remainder(self, param: Tensor) -> Tensor:
+        remainder = loaded_remainder(param, self._state[param])
+        self._state[param]["remainder"] = remainder
+        return remainder
 
     def _adopt(self, key: str, whole: Tensor) -> None:
         """Makes ``state[p][key]`` a view into ``whole``, keeping a loaded value."""
@@ -178,6 +204,10 @@ class ParameterSet:
         param = self.params[index]
         if self.masters:
             adopt_parameter(param, self.masters[index])
+        remainder = self._state[param].get("remainder")
+        if remainder is not None:
+            # Which elements were written is not known: all are what the parameter says.
+            remainder.zero_()
         level = self._state[param].get("weight_ema")
         if level is not None:
             # The average of weights that are gone would pull the new ones back to them.
@@ -190,7 +220,9 @@ class ParameterSet:
 
     def keep_snapshot(self) -> None:
         """Keeps the weights as they are, for a set that the coming prediction leaves still."""
-        torch._foreach_copy_(self.tensors.flat["snapshot"], self.tensors.flat["weight"])
+        for index, snapshot in enumerate(self.tensors.flat["snapshot"]):
+            for part in self.tensors.reference_blocks(index):
+                snapshot[part].copy_(self.tensors.weight(index, part))
 
     def room_for(self, columns: int) -> Tensor:
         """Scratch for the chunk sums of a kernel: FP32 ``[chunks, columns]``."""
@@ -212,6 +244,7 @@ class StateMemory:
         history: Cycle displacements to keep; 0 for none.
         muon: How the parameters of Muon groups are orthogonalised.
         offload: As in HybridConfig.
+        masters: As in HybridOptimizer.
         tiling: Overrides the device's default tiling.
 
     Raises:
@@ -229,6 +262,7 @@ class StateMemory:
         history: int,
         muon: Mapping[Tensor, MatrixSettings] | None = None,
         offload: str = "none",
+        masters: str = "auto",
         tiling: Tiling | None = None,
     ) -> None:
         muon = muon or {}
@@ -264,6 +298,7 @@ class StateMemory:
                 memory=self.per_tensor[part],
                 muon=None if products is None else [muon[param] for param, _ in members],
                 offload=offload,
+                masters=masters,
                 tiling=tiling,
             )
             if predicts:

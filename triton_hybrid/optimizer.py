@@ -29,6 +29,7 @@ from triton_hybrid.validation import (
     check_backend,
     check_group,
     check_loss_scale,
+    check_master_weights,
     check_max_grad_norm,
     refuse_unbuilt,
 )
@@ -55,7 +56,11 @@ class HybridOptimizer(TorchProtocol):
             (`split_param_groups`). Muon groups ignore ``betas``.
         hybrid: The phase machine's configuration; None takes the defaults.
         max_grad_norm: Global-norm clipping inside the fused step, or None.
-        master_weights: ``"auto"``: FP32 masters behind 16-bit parameters.
+        master_weights: ``"auto"``: FP32 masters behind 16-bit parameters. ``"split"``: beside a
+            BF16 parameter the 16 bits that it lacks of its master, 2 bytes a parameter less; the
+            same results, but for ties in rounding (one weight in 2^17, one bit in 2^24). FP16 is
+            refused. ``"none"``: no masters; each step is rounded to nearest, and steps below half
+            a bit of the parameter are lost. There is no stochastic rounding.
         loss_scale: ``"dynamic"`` or a number: gradients are those of `scale_loss(loss)`, and the
             step unscales them, skips what is not finite and moves the scale as
             ``torch.amp.GradScaler`` does. None: no scaling, or that of a GradScaler.
@@ -112,7 +117,6 @@ class HybridOptimizer(TorchProtocol):
         if not isinstance(capturable, bool):
             raise ValueError(f"capturable={capturable!r}: must be True or False")
         refuse_unbuilt(
-            master_weights=master_weights,
             accumulation=accumulation,
             process_group=process_group,
         )
@@ -133,6 +137,7 @@ class HybridOptimizer(TorchProtocol):
             "capturable": capturable,
             "backend": check_backend(backend),
             "loss_scale": check_loss_scale(loss_scale),
+            "master_weights": check_master_weights(master_weights),
         }
         self._start_fresh()
         super().__init__(params, defaults)
@@ -396,6 +401,7 @@ class HybridOptimizer(TorchProtocol):
             steered=config.predictor == "slow_ema",
             history=history_needed(config),
             offload=config.offload,
+            masters=self._settings["master_weights"],
             muon={
                 param: matrix_settings(group, index, param)
                 for group in self.param_groups

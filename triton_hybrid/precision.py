@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from triton_hybrid.kernels.chunks import NONE, OWN, SPLIT, assembled, remainder_of
 from triton_hybrid.kernels.loss_scale import FIRST_SCALE
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -22,9 +24,59 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def check_master_weights(value: str, dtype: torch.dtype) -> None:
+    """Checks that the masters of a parameter can be kept in this way.
+
+    Raises:
+        ValueError: ``"split"`` for FP16: its exponent has 5 bits, that of FP32 8, so what is
+            missing is not 16 bits, and small weights would lose all of it.
+    """
+    if value == "split" and dtype == torch.float16:
+        raise ValueError(
+            "master_weights='split' with an FP16 parameter: allowed for BF16 only, whose bits are "
+            "the upper half of FP32's; use 'auto' (FP32 masters) or BF16"
+        )
+
+
+def kept_as(value: str, dtype: torch.dtype) -> int:
+    """How the kernels find the weights of parameters of a dtype."""
+    if dtype not in SIXTEEN_BIT or value == "auto":
+        return OWN
+    return SPLIT if value == "split" else NONE
+
+
 def new_master(param: Tensor) -> Tensor:
     """The FP32 master of a parameter; rounding it gives the parameter back."""
     return param.detach().to(dtype=torch.float32, copy=True, memory_format=torch.preserve_format)
+
+
+@torch.no_grad()
+def loaded_remainder(param: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """The remainder of a parameter: from a checkpoint with remainders or masters, or zero.
+
+    A master whose rounded value is not the parameter belongs to other weights.
+    """
+    fresh = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+    master, remainder = entry.get("master"), entry.get("remainder")
+    if isinstance(remainder, Tensor) and remainder.shape == param.shape:
+        fresh.copy_(remainder)
+    elif isinstance(master, Tensor) and master.shape == param.shape:
+        placed = torch.empty_like(param, dtype=torch.float32).copy_(master)
+        belongs = placed.to(param.dtype) == param
+        fresh.copy_(torch.where(belongs, remainder_of(placed, param.detach()), fresh))
+    return fresh
+
+
+@torch.no_grad()
+def loaded_master(param: Tensor, entry: Mapping[str, Any]) -> Tensor | None:
+    """The master of a parameter from a checkpoint with masters or remainders, or None."""
+    master, remainder = entry.get("master"), entry.get("remainder")
+    if isinstance(master, Tensor) and master.shape == param.shape:
+        return master
+    if isinstance(remainder, Tensor) and remainder.shape == param.shape:
+        placed = torch.empty_like(param, dtype=torch.int16).copy_(remainder)
+        return assembled(param.detach(), placed)
+    return None
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from triton_hybrid.dynamics import DynamicsModel
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.phases import PHASES, PhaseController
 from triton_hybrid.precision import ChangeWatch, scale_entries
+from triton_hybrid.precision import check_master_weights as check_masters
 from triton_hybrid.runtime import FRESH_RATES, Runtime
 from triton_hybrid.validation import check_group, check_matrix, check_parameter
 
@@ -100,6 +101,8 @@ class TorchProtocol(Optimizer):
             for index, entry in enumerate(params):
                 param = entry[1] if isinstance(entry, tuple) else entry
                 check_parameter(param)
+                if isinstance(param, Tensor):
+                    check_masters(self._settings["master_weights"], param.dtype)
                 if group["base"] == "muon":
                     check_matrix(group, index, param)
         super().add_param_group(param_group)

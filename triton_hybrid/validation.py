@@ -14,6 +14,7 @@ from triton_hybrid.kernels.chunks import TRITON_DTYPES, dense_view
 from triton_hybrid.kernels.matrices import SCRATCH_DTYPES
 
 BACKENDS = ("auto", "triton", "torch")
+MASTER_WEIGHTS = ("auto", "split", "none")
 
 
 def _number(name: str, value: Any, allowed: str, low: float, high: float = math.inf) -> None:
@@ -168,6 +169,17 @@ def check_max_grad_norm(value: Any) -> float | None:
     return float(value)
 
 
+def check_master_weights(value: Any) -> str:
+    """Returns how FP32 masters are kept.
+
+    Raises:
+        ValueError: Not one of ``MASTER_WEIGHTS``.
+    """
+    if not isinstance(value, str) or value not in MASTER_WEIGHTS:
+        raise ValueError(f"master_weights={value!r}: must be one of {MASTER_WEIGHTS}")
+    return value
+
+
 def check_loss_scale(value: Any) -> float | str | None:
     """Returns the loss scale: None, a float that FP32 can hold, or ``"dynamic"``.
 
@@ -197,22 +209,14 @@ def check_backend(value: Any) -> str:
 
 def refuse_unbuilt(
     *,
-    master_weights: Any,
     accumulation: Any,
     process_group: Any,
 ) -> None:
     """Refuses options that are part of the design but not built yet.
 
     Raises:
-        ValueError: A value that the design does not have either.
         NotImplementedError: A value that is not built yet.
     """
-    if master_weights not in ("auto", "split", "none"):
-        raise ValueError(
-            f"master_weights={master_weights!r}: must be 'auto' ('split', 'none': not built yet)"
-        )
-    if master_weights != "auto":
-        raise NotImplementedError(f"master_weights={master_weights!r} is not built yet: use 'auto'")
     for name, value in (
         ("accumulation", accumulation),
         ("process_group", process_group),
