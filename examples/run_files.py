@@ -58,7 +58,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "hardware": hardware,
         "versions": versions,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 

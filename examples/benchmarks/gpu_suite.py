@@ -351,7 +351,7 @@ def environment(context: Context, result: SectionResult) -> None:
         commit=command_output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         changes=command_output("git", "-C", str(ROOT), "status", "--porcelain"),
         python=platform.python_version(),
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        system=f"{platform.system()} {platform.machine()}",
         processors=os.cpu_count(),
         cuda=torch.version.cuda,
         hip=torch.version.hip,
