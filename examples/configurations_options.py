@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flag_types import real_number, whole_number
+from flag_types import real_number, refuse_flags, whole_number
 from gpt2_options import LARGEST_SEED, MODEL_SHAPES, Options
 from gpt2_options import parse_options as parse_gpt2_options
 from run_records import BASELINE, CONTROL, HYBRID
@@ -206,10 +206,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Plan:
     """
     parser = build_parser()
     values, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    flags = {part.partition("=")[0] for part in rest}
-    for flag, instead in FORBIDDEN.items():
-        if flag in flags:
-            parser.error(f"argument {flag}: not possible here; allowed: {instead}")
+    refuse_flags(parser, rest, FORBIDDEN)
     preset = PRESETS.get(values.model, SOURCE_PRESET)
     steps = preset.steps if values.steps is None else values.steps
     rate = preset.learning_rate if values.lr is None else values.lr

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from configurations_options import CONFIGURATIONS, MEMORY_OPTIMISED, Plan
+from line_files import append_line, parsed_lines
 from peak_memory import PeakMemory
 from run_records import CONTROL, HYBRID, RunRecord
 from text_data import TokenizedText
@@ -237,8 +237,9 @@ class RunStore:
         self._path = path
         self._surroundings = surroundings
         self._found: dict[str, ConfigurationRun] = {}
-        for line in _lines(path):
-            self._found[_text(line["key"])] = ConfigurationRun(**line["run"])
+        for _, _, line in parsed_lines(path):
+            if isinstance(line, dict) and {"key", "run"} <= line.keys():
+                self._found[_text(line["key"])] = ConfigurationRun(**line["run"])
 
     def key(self, plan: Plan, configuration: str, seed: int, steps: int) -> dict[str, Any]:
         """Returns everything that a run depends on.
@@ -264,29 +265,8 @@ class RunStore:
     def add(self, key: dict[str, Any], run: ConfigurationRun) -> None:
         """Keeps a finished run."""
         self._found[_text(key)] = run
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a+b") as file:
-            # A line that an interruption cut short must not swallow the next.
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write(_text({"key": key, "run": run.to_dict()}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, _text({"key": key, "run": run.to_dict()}))
 
 
 def _text(value: dict[str, Any]) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # cut short by an interruption
-        if isinstance(line, dict) and {"key", "run"} <= line.keys():
-            yield line

@@ -6,7 +6,7 @@ import argparse
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,3 +103,23 @@ def config_value(annotation: Any) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not possible; allowed: {allowed}")
 
     return parse
+
+
+def refuse_flags(
+    parser: argparse.ArgumentParser, rest: Sequence[str], forbidden: Mapping[str, str]
+) -> set[str]:
+    """Ends the program where flags that another parser would take are not possible here.
+
+    Args:
+        parser: Says so.
+        rest: Arguments that it did not know.
+        forbidden: Such flags, and what to do instead.
+
+    Returns:
+        The names of the other flags.
+    """
+    flags = {part.partition("=")[0] for part in rest}
+    for flag, instead in forbidden.items():
+        if flag in flags:
+            parser.error(f"argument {flag}: not possible here; allowed: {instead}")
+    return flags

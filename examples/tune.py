@@ -23,18 +23,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from gpt2_small import INTERRUPTED, REFUSED, prepare_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from run_files import environment, write_json
 from run_records import BASELINE, HYBRID, RunRecord
-from text_data import Corpus, TokenizedText, check_length, load_corpus, tokenize
+from text_data import Corpus, TokenizedText
 from training_run import parameter_count
 from tune_options import Sweep, parse_options
 from tune_report import best_table, python_line, reporting_command, write_heat_map
 from tune_trials import Score, Trial, TrialStore, run_trial, scores, trials
 
-INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
-REFUSED = 2
 SECONDS_BETWEEN_LINES = 30.0
 
 Report = Callable[[RunRecord], None]
@@ -57,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device.type == "cuda":
         torch.cuda.set_device(options.device)
     try:
-        corpus = load_corpus(options.data)
-        text = tokenize(corpus, options.vocabulary, options.tokenizer)
-        check_length(text, options.length)
+        corpus, text = prepare_text(options)
         options.output.mkdir(parents=True, exist_ok=True)
         content = describe(sweep, corpus, text)
         store = TrialStore(options.output / "trials.jsonl", surroundings(sweep, content))

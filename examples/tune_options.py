@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flag_types import real_number, whole_number
+from flag_types import real_number, refuse_flags, whole_number
 from gpt2_options import LARGEST_SEED, MODEL_SHAPES, Options
 from gpt2_options import parse_options as parse_gpt2_options
 from run_records import MUON
@@ -236,10 +236,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Sweep:
     parser = build_parser()
     given = sys.argv[1:] if arguments is None else arguments
     values, rest = parser.parse_known_args(given)
-    flags = {part.partition("=")[0] for part in rest}
-    for flag, instead in FORBIDDEN.items():
-        if flag in flags:
-            parser.error(f"argument {flag}: not possible here; allowed: {instead}")
+    flags = refuse_flags(parser, rest, FORBIDDEN)
     for flag in ("learning_rates", "confidence_thresholds", "horizons", "correction_intervals",
                  "seeds", "heat_map"):  # fmt: skip
         listed = getattr(values, flag)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from line_files import append_line, parsed_lines
 from run_records import BASELINE, HYBRID, RunRecord
 from text_data import TokenizedText
 from training_run import release_memory, train
@@ -129,8 +129,9 @@ class TrialStore:
         # As it comes back from the file: tuples are lists there.
         self._surroundings = json.loads(json.dumps(surroundings))
         self._found: dict[str, Outcome] = {}
-        for line in _lines(path):
-            if line["surroundings"] == self._surroundings:
+        for _, _, line in parsed_lines(path):
+            known = isinstance(line, dict) and {"trial", "outcome", "surroundings"} <= line.keys()
+            if known and line["surroundings"] == self._surroundings:
                 self._found[json.dumps(line["trial"])] = Outcome(**line["outcome"])
 
     def get(self, trial: Trial) -> Outcome | None:
@@ -145,32 +146,7 @@ class TrialStore:
             "outcome": outcome.to_dict(),
             "surroundings": self._surroundings,
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            # A line that an interruption cut short must not swallow the next.
-            if file.tell() and not _ends_with_newline(self._path):
-                file.write("\n")
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # cut short by an interruption
-        if isinstance(line, dict) and {"trial", "outcome", "surroundings"} <= line.keys():
-            yield line
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+        append_line(self._path, json.dumps(line))
 
 
 @dataclass(frozen=True)

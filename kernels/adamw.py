@@ -423,10 +423,7 @@ def adamw_step(
             Empty for AdamW everywhere. Without a row ``direction`` its updates are not compared.
     """
     muon = list(matrices) or [None] * len(sets)
-    compares = [
-        measured and slow_beta > 0 and (here is None or tensors.has("direction"))
-        for tensors, here in zip(sets, muon)
-    ]
+    compares = [measured and slow_beta > 0 and (here is None or here.steered) for here in muon]
     alone = not INTERPRETED or sets[0].tiling.programs == 1
     if cooperative is None:
         cooperative = alone and cooperative_launches(sets[0].device)

@@ -77,7 +77,7 @@ def adamw_step_reference(
     if skip is not None or bool(applied):
         every = list(matrices) or [None] * len(sets)
         for tensors, group, step, muon in zip(sets, groups, steps, every):
-            compared = measured and (muon is None or tensors.has("direction"))
+            compared = measured and (muon is None or muon.steered)
             table = _scalars(group, step, hyper, coefficient * unscale)
             if muon is not None:
                 table[:, STEP_SIZE] = table[:, RATE] * muon.scales

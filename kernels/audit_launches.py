@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,17 +110,9 @@ class _Problem:
         return torch.zeros(chunks.count, columns), sums
 
 
-def adamw_launch(
-    target: Target,
-    precision: Precision,
-    lengths: Sequence[int],
-    part: str,
-    clip: bool,
-    slow: bool,
-    measured: bool,
-) -> Launch:
-    """`adamw_step`; ``part`` is one launch, statistics or update."""
-    problem = _Problem(target, precision, lengths)
+def _step_launches(
+    problem: _Problem, target: Target, clip: bool, slow: bool, measured: bool, **options: Any
+) -> list[Launch]:
     with recorded(target) as launches:
         adamw_step(
             [problem.tensors],
@@ -132,8 +125,47 @@ def adamw_launch(
             slow_beta=0.9 if slow else 0.0,
             observed=True,
             measured=measured,
-            cooperative=part == "one launch",
+            **options,
         )
+    return launches
+
+
+def _move_launches(
+    problem: _Problem, target: Target, coefficients: Tensor | None, **options: Any
+) -> list[Launch]:
+    partials, sums = problem.scratch(MOVE_COLUMNS)
+    with recorded(target) as launches:
+        predict(
+            problem.tensors,
+            problem.group,
+            problem.steps,
+            problem.hyper,
+            coefficients,
+            problem.memory,
+            problem.ledger,
+            partials,
+            sums,
+            threshold=0.5,
+            share=0.5,
+            save=True,
+            **options,
+        )
+    return launches
+
+
+def adamw_launch(
+    target: Target,
+    precision: Precision,
+    lengths: Sequence[int],
+    part: str,
+    clip: bool,
+    slow: bool,
+    measured: bool,
+) -> Launch:
+    """`adamw_step`; ``part`` is one launch, statistics or update."""
+    problem = _Problem(target, precision, lengths)
+    alone = part == "one launch"
+    launches = _step_launches(problem, target, clip, slow, measured, cooperative=alone)
     return launches[-1 if part == "update" else 0]
 
 
@@ -142,23 +174,7 @@ def predict_launch(
 ) -> Launch:
     """The pass of `predict` over all elements, from the trajectory or from the slow EMA."""
     problem = _Problem(target, precision, lengths)
-    partials, sums = problem.scratch(MOVE_COLUMNS)
-    with recorded(target) as launches:
-        predict(
-            problem.tensors,
-            problem.group,
-            problem.steps,
-            problem.hyper,
-            problem.coefficients if trajectory else None,
-            problem.memory,
-            problem.ledger,
-            partials,
-            sums,
-            threshold=0.5,
-            share=0.5,
-            save=True,
-        )
-    return launches[0]
+    return _move_launches(problem, target, problem.coefficients if trajectory else None)[0]
 
 
 def settle_launch(target: Target, precision: Precision, lengths: Sequence[int]) -> Launch:
@@ -272,41 +288,11 @@ def muon_launch(
 def muon_update_launch(target: Target, precision: Precision, slow: bool, measured: bool) -> Launch:
     """The update of `adamw_step` for a Muon set."""
     problem = _Matrices(target, precision, torch.bfloat16)
-    with recorded(target) as launches:
-        adamw_step(
-            [problem.tensors],
-            [problem.group],
-            [problem.steps],
-            problem.hyper,
-            problem.ledger,
-            Workspace([problem.tensors]),
-            max_norm=1.0,
-            slow_beta=0.9 if slow else 0.0,
-            observed=True,
-            measured=measured,
-            matrices=[problem.matrices],
-        )
-    return launches[-1]
+    matrices = [problem.matrices]
+    return _step_launches(problem, target, True, slow, measured, matrices=matrices)[-1]
 
 
 def muon_predict_launch(target: Target, precision: Precision) -> Launch:
     """The pass of `predict` over all elements of a Muon set."""
     problem = _Matrices(target, precision, torch.bfloat16)
-    partials, sums = problem.scratch(MOVE_COLUMNS)
-    with recorded(target) as launches:
-        predict(
-            problem.tensors,
-            problem.group,
-            problem.steps,
-            problem.hyper,
-            None,
-            problem.memory,
-            problem.ledger,
-            partials,
-            sums,
-            threshold=0.5,
-            share=0.5,
-            save=True,
-            matrices=problem.matrices,
-        )
-    return launches[-2]
+    return _move_launches(problem, target, None, matrices=problem.matrices)[-2]

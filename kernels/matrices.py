@@ -261,6 +261,11 @@ class MatrixSet:
         ]
         self._scratch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
+    @property
+    def steered(self) -> bool:
+        """Whether the slow EMA moves these matrices too."""
+        return self.tensors.has("direction")
+
     def _parted(self, blocks: Sequence[Block], limit: int) -> list[list[Block]]:
         parts: list[list[Block]] = []
         room = 0

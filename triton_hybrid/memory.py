@@ -216,7 +216,7 @@ class ParameterSet:
     @property
     def still(self) -> bool:
         """Whether predictions along the slow EMA leave these weights where they are."""
-        return self.matrices is not None and not self.tensors.has("direction")
+        return self.matrices is not None and not self.matrices.steered
 
     def keep_snapshot(self) -> None:
         """Keeps the weights as they are, for a set that the coming prediction leaves still."""

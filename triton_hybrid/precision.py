@@ -24,20 +24,6 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def check_master_weights(value: str, dtype: torch.dtype) -> None:
-    """Checks that the masters of a parameter can be kept in this way.
-
-    Raises:
-        ValueError: ``"split"`` for FP16: its exponent has 5 bits, that of FP32 8, so what is
-            missing is not 16 bits, and small weights would lose all of it.
-    """
-    if value == "split" and dtype == torch.float16:
-        raise ValueError(
-            "master_weights='split' with an FP16 parameter: allowed for BF16 only, whose bits are "
-            "the upper half of FP32's; use 'auto' (FP32 masters) or BF16"
-        )
-
-
 def kept_as(value: str, dtype: torch.dtype) -> int:
     """How the kernels find the weights of parameters of a dtype."""
     if dtype not in SIXTEEN_BIT or value == "auto":

@@ -13,9 +13,8 @@ from triton_hybrid.dynamics import DynamicsModel
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.phases import PHASES, PhaseController
 from triton_hybrid.precision import ChangeWatch, scale_entries
-from triton_hybrid.precision import check_master_weights as check_masters
 from triton_hybrid.runtime import FRESH_RATES, Runtime
-from triton_hybrid.validation import check_group, check_matrix, check_parameter
+from triton_hybrid.validation import check_group, check_matrix, check_parameter, check_splittable
 
 BOTH_SCALERS = (
     "loss_scale is set, and a GradScaler is used: both would scale; use scale_loss(loss) and "
@@ -102,7 +101,7 @@ class TorchProtocol(Optimizer):
                 param = entry[1] if isinstance(entry, tuple) else entry
                 check_parameter(param)
                 if isinstance(param, Tensor):
-                    check_masters(self._settings["master_weights"], param.dtype)
+                    check_splittable(self._settings["master_weights"], param.dtype)
                 if group["base"] == "muon":
                     check_matrix(group, index, param)
         super().add_param_group(param_group)

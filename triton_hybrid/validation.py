@@ -180,6 +180,20 @@ def check_master_weights(value: Any) -> str:
     return value
 
 
+def check_splittable(value: str, dtype: torch.dtype) -> None:
+    """Checks that the masters of a parameter can be kept in this way.
+
+    Raises:
+        ValueError: ``"split"`` for FP16: its exponent has 5 bits, that of FP32 8, so what is
+            missing is not 16 bits, and small weights would lose all of it.
+    """
+    if value == "split" and dtype == torch.float16:
+        raise ValueError(
+            "master_weights='split' with an FP16 parameter: allowed for BF16 only, whose bits are "
+            "the upper half of FP32's; use 'auto' (FP32 masters) or BF16"
+        )
+
+
 def check_loss_scale(value: Any) -> float | str | None:
     """Returns the loss scale: None, a float that FP32 can hold, or ``"dynamic"``.
 

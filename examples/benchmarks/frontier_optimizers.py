@@ -207,11 +207,7 @@ def _muon(plan: Plan) -> Driver:
     """
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(f"optimizer 'muon': torch {torch.__version__} has none, needs 2.9")
-    hidden = hidden_matrices(plan.model)
-    if not hidden:
-        raise ValueError("optimizer 'muon': the model has no hidden matrix, needs at least one")
-    chosen = {id(param) for param in hidden}
-    rest = [param for param in plan.model.parameters() if id(param) not in chosen]
+    hidden, rest = (group["params"] for group in split_param_groups(plan.model))
     shared = plan.shared()
     muon = torch.optim.Muon(
         hidden,
@@ -221,20 +217,6 @@ def _muon(plan: Plan) -> Driver:
         adjust_lr_fn="match_rms_adamw",
     )
     return Driver(muon, torch.optim.AdamW(rest, **shared, fused=True))
-
-
-def hidden_matrices(model: nn.Module) -> list[torch.Tensor]:
-    """Returns the weights of linear layers that neither read the input nor make the output.
-
-    In a language model the embedding does both. Elsewhere the first layer reads, which may be
-    a convolution, and the last linear layer makes the output.
-    """
-    modules = list(model.modules())
-    layers = [module for module in modules if isinstance(module, nn.Linear)]
-    if not any(isinstance(module, nn.Embedding) for module in modules):
-        read_by_convolution = any(isinstance(module, nn.Conv2d) for module in modules)
-        layers = layers[0 if read_by_convolution else 1 : -1]
-    return [layer.weight for layer in layers]
 
 
 def _lbfgs(plan: Plan) -> Driver:
