@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from line_files import TORN, parsed_lines
 from line_files import append_line as append_text
