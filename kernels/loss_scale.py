@@ -22,7 +22,7 @@ def move_loss_scale(ledger, nonfinite):
     tracker = tl.load(ledger + GROWTH_TRACKER)
     if tracker >= 0:
         scale = tl.load(ledger + LOSS_SCALE)
-        passed = tracker + 1.0 >= GROWTH_INTERVAL
+        passed = tracker + 1.0 == GROWTH_INTERVAL
         grown = (scale * GROWTH).to(tl.float32)
         grown = tl.where(passed & (grown < float("inf")), grown.to(tl.float64), scale)
         shrunk = (scale * BACKOFF).to(tl.float32).to(tl.float64)
@@ -39,7 +39,7 @@ def move_loss_scale_reference(ledger: Tensor, nonfinite: Tensor) -> None:
     """
     tracker, scale = ledger[INDEX["growth_tracker"]], ledger[INDEX["loss_scale"]]
     dynamic = tracker >= 0
-    passed = tracker + 1.0 >= GROWTH_INTERVAL.value
+    passed = tracker + 1.0 == GROWTH_INTERVAL.value
     grown = (scale * GROWTH.value).float()
     grown = torch.where(passed & grown.isfinite(), grown.double(), scale)
     shrunk = (scale * BACKOFF.value).float().double()
