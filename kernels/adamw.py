@@ -42,7 +42,6 @@ from triton_hybrid.kernels.chunks import (
     store_row,
     store_weight,
 )
-from triton_hybrid.kernels.divergence import level_decay, observe, slow_clip, slow_decay
 from triton_hybrid.kernels.hyper import (
     BETA1,
     BETA2,
@@ -64,6 +63,7 @@ from triton_hybrid.kernels.ledger import APPLIED, FOUND_INF, HOLD, LOSS, NONFINI
 from triton_hybrid.kernels.loss_scale import move_loss_scale
 from triton_hybrid.kernels.matrices import MatrixSet
 from triton_hybrid.kernels.newton_schulz import orthogonalise
+from triton_hybrid.kernels.observe import level_decay, observe, slow_clip, slow_decay
 
 __all__ = [
     "HYPER",

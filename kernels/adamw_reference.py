@@ -8,12 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton_hybrid.kernels.chunks import REFERENCE_BLOCK, TensorSet
-from triton_hybrid.kernels.divergence import (
-    level_decay_reference,
-    observe_reference,
-    slow_clip_reference,
-    slow_decay_reference,
-)
 from triton_hybrid.kernels.hyper import HYPER
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.loss_scale import move_loss_scale_reference
@@ -21,6 +15,12 @@ from triton_hybrid.kernels.matrices import MatrixSet
 from triton_hybrid.kernels.newton_schulz_reference import (
     momentum_reference,
     orthogonalise_reference,
+)
+from triton_hybrid.kernels.observe import (
+    level_decay_reference,
+    observe_reference,
+    slow_clip_reference,
+    slow_decay_reference,
 )
 
 SUMS = 5

@@ -143,6 +143,14 @@ def _move_cases(precision: Precision, lengths: Sequence[int] = MANY) -> list[Cas
             floor=sum(weight) + sum(basis) + sum(move),
         ),
         Case(
+            f"predict {name}, trajectory of {MAX_HISTORY} again",
+            "predict",
+            functools.partial(predict_launch, trajectory=True, again=True, **common),
+            (*weight, *basis),
+            move,
+            floor=sum(weight) + sum(basis) + sum(move),
+        ),
+        Case(
             f"settle {name} (when it takes back)",
             "settle",
             functools.partial(settle_launch, **common),

@@ -17,7 +17,8 @@ from triton_hybrid.kernels.gram import gram, reduce_partials
 from triton_hybrid.kernels.ledger import new_ledger
 from triton_hybrid.kernels.matrices import MatrixSet, matrix_tiling
 from triton_hybrid.kernels.newton_schulz import QUINTIC, orthogonalise
-from triton_hybrid.kernels.predict import MOVE_COLUMNS, predict, settle
+from triton_hybrid.kernels.predict import MOVE_COLUMNS, predict
+from triton_hybrid.kernels.settle import settle
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,11 @@ def _step_launches(
 
 
 def _move_launches(
-    problem: _Problem, target: Target, coefficients: Tensor | None, **options: Any
+    problem: _Problem,
+    target: Target,
+    coefficients: Tensor | None,
+    again: bool = False,
+    **options: Any,
 ) -> list[Launch]:
     partials, sums = problem.scratch(MOVE_COLUMNS)
     with recorded(target) as launches:
@@ -147,7 +152,8 @@ def _move_launches(
             sums,
             threshold=0.5,
             share=0.5,
-            save=True,
+            save=not again,
+            with_slopes=not again,
             **options,
         )
     return launches
@@ -170,11 +176,24 @@ def adamw_launch(
 
 
 def predict_launch(
-    target: Target, precision: Precision, lengths: Sequence[int], trajectory: bool
+    target: Target,
+    precision: Precision,
+    lengths: Sequence[int],
+    trajectory: bool,
+    again: bool = False,
 ) -> Launch:
-    """The pass of `predict` over all elements, from the trajectory or from the slow EMA."""
+    """The pass of `predict` over all elements, from the trajectory or from the slow EMA.
+
+    Args:
+        target: The device.
+        precision: The dtypes.
+        lengths: Of the tensors.
+        trajectory: Whether from the trajectory.
+        again: Whether it is a later step in a row, without slopes and snapshot.
+    """
     problem = _Problem(target, precision, lengths)
-    return _move_launches(problem, target, problem.coefficients if trajectory else None)[0]
+    basis = problem.coefficients if trajectory else None
+    return _move_launches(problem, target, basis, again)[0]
 
 
 def settle_launch(target: Target, precision: Precision, lengths: Sequence[int]) -> Launch:

@@ -302,6 +302,12 @@ class TensorSet:
             if state != weight:
                 raise ValueError(f"row {row!r}: dtype {state}, must be {weight} as 'weight'")
 
+    def announce(self, name: str, dtype: torch.dtype) -> None:
+        """Says that the tensors have a role whose memory comes by a later `set_row`."""
+        self._require_one_width(name, dtype)
+        self.dtype[name] = dtype
+        self.release(name)
+
     def release(self, name: str) -> None:
         """Lets go of a role's memory until the next `set_row`; its addresses stay known."""
         empty = self.shapes[0].new_empty(0)

@@ -28,11 +28,13 @@ from triton_hybrid.kernels.chunks import (
 
 
 @triton.jit
-def _reduce_kernel(partials, first, sums, N: tl.constexpr, BLOCK: tl.constexpr):
+def _reduce_kernel(
+    partials, first, sums, BEGIN: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+):
     tensor = tl.program_id(0)
     begin = tl.load(first + tensor)
     end = tl.load(first + tensor + 1)
-    for column in tl.static_range(N):
+    for column in tl.static_range(BEGIN, N):
         total = tl.zeros([BLOCK], tl.float64)
         for chunk in range(begin, end, BLOCK):
             c = chunk + tl.arange(0, BLOCK)
@@ -41,17 +43,18 @@ def _reduce_kernel(partials, first, sums, N: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(sums + tensor * N + column, tl.sum(total, axis=0))
 
 
-def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor) -> None:
+def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: int = 0) -> None:
     """Adds the chunk sums of each tensor up. One launch.
 
     Args:
         partials: FP32 ``[chunks, columns]``.
         chunks: The chunk table that the partials were made with.
-        sums: FP64 ``[tensors, columns]``, written.
+        sums: FP64 ``[tensors, columns]``, written from column ``begin`` on.
+        begin: Columns before it are left as they are.
     """
     with on_device(sums.device):
         _reduce_kernel[(len(sums),)](
-            partials, chunks.first, sums, N=sums.shape[1], BLOCK=256, **LAUNCH
+            partials, chunks.first, sums, BEGIN=begin, N=sums.shape[1], BLOCK=256, **LAUNCH
         )
 
 

@@ -8,9 +8,8 @@ The slow EMA is the trend of the weights, the weight EMA their level: noise of t
 dies out, and the trend goes on (Holt's linear smoothing, 1957). ``pull`` is zero unless the
 gradients of late say that the way back to the level lowers the loss, and fades with age.
 
-`predict` moves; `settle` looks at what the move amounts to and takes it back where it is
-not finite or out of proportion. Neither reads a gradient, and the ledger, not the host,
-decides whether anything moves at all.
+What the move amounts to is looked at afterwards (``settle.py``). Neither reads a gradient, and
+the ledger, not the host, decides whether anything moves at all.
 """
 
 from __future__ import annotations
@@ -39,14 +38,7 @@ from triton_hybrid.kernels.chunks import (
     store_row,
     store_weight,
 )
-from triton_hybrid.kernels.divergence import (
-    HORIZON_COLUMN,
-    LEVEL_AGE,
-    MEMORY_COLUMNS,
-    SLOPE_COLUMN,
-    take_back,
-    take_back_reference,
-)
+from triton_hybrid.kernels.divergence import HORIZON_COLUMN, MEMORY_COLUMNS
 from triton_hybrid.kernels.gram import reduce_partials
 from triton_hybrid.kernels.hyper import (
     EPS,
@@ -61,29 +53,27 @@ from triton_hybrid.kernels.hyper import (
 )
 from triton_hybrid.kernels.hyper import HORIZON as HORIZON_HYPER
 from triton_hybrid.kernels.ledger import (
-    CAUSE_JUMP,
-    CAUSE_NONFINITE,
     CONFIDENCE,
     COOLDOWN,
     HORIZON,
     INDEX,
-    JUMP_SQUARE,
     MOVED,
     NONFINITE,
     PULL,
     SLOW_COUNT,
     STRETCH,
-    UPDATE_SQUARE,
 )
 from triton_hybrid.kernels.matrices import MatrixSet
 from triton_hybrid.kernels.newton_schulz import orthogonalise, orthogonalise_reference
 
+LEVEL_AGE = tl.constexpr(64.0)
+"""Gradients after which the pull to the weight EMA fades, by the square of their number."""
 MOVE_COLUMNS = 3
 """Sums of a move: slope, squared displacement, non-finite results."""
 
 
 @triton.jit
-def _gate(ledger, threshold):
+def gate(ledger, threshold):
     """Whether the weights may move.
 
     At the start of a stretch, if the model is confident and nothing forbids it; later in
@@ -101,7 +91,7 @@ def _predict_block(
     inverse_correction1, root_correction2, eps, slope, square, bad,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
     MUON: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr, SLOW: tl.constexpr,
-    LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr,
+    LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr, SLOPES: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
@@ -128,12 +118,14 @@ def _predict_block(
             )
             displacement += tl.load(coefficients + tensor * N + j).to(STATE) * basis
         displacement = factor * displacement
-    m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    if SLOPES:
+        m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     if SAVE:
         store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
     w = w + displacement
     store_weight(addresses, tensor, begin, length, w, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL)
-    slope += tl.sum((inverse_correction1 * m * displacement).to(tl.float32), axis=0)
+    if SLOPES:
+        slope += tl.sum((inverse_correction1 * m * displacement).to(tl.float32), axis=0)
     square += tl.sum((displacement * displacement).to(tl.float32), axis=0)
     # What the model will see is the rounded weight: FP16 overflows at 65504.
     seen = narrow(w, PARAM_TYPE).to(tl.float32)
@@ -150,11 +142,11 @@ def _predict_kernel(
     threshold, share,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
     MUON: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr, SLOW: tl.constexpr,
-    LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr,
+    LEVEL: tl.constexpr, N: tl.constexpr, SAVE: tl.constexpr, SLOPES: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
-    moving = _gate(ledger, threshold)
+    moving = gate(ledger, threshold)
     horizon = tl.load(ledger + HORIZON) * share
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slope = tl.full((), 0.0, tl.float32)
@@ -192,7 +184,7 @@ def _predict_kernel(
                         addresses, tensor, start + inner, length, coefficients, factor, pull,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
                         PARAM_TYPE, STATE, UPDATE_TYPE, MUON,
-                        MASTER, KEPT, SLOW, LEVEL, N, SAVE, BLOCK, True,
+                        MASTER, KEPT, SLOW, LEVEL, N, SAVE, SLOPES, BLOCK, True,
                     )  # fmt: skip
             else:
                 for inner in range(0, remaining(start, length, CHUNK), TAIL):
@@ -200,7 +192,7 @@ def _predict_kernel(
                         addresses, tensor, start + inner, length, coefficients, factor, pull,
                         inverse_correction1, root_correction2, eps, slope, square, bad,
                         PARAM_TYPE, STATE, UPDATE_TYPE, MUON,
-                        MASTER, KEPT, SLOW, LEVEL, N, SAVE, TAIL, False,
+                        MASTER, KEPT, SLOW, LEVEL, N, SAVE, SLOPES, TAIL, False,
                     )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
         tl.store(cell, slope)
@@ -223,6 +215,7 @@ def predict(
     share: float,
     save: bool,
     level: bool = True,
+    with_slopes: bool = True,
     matrices: MatrixSet | None = None,
 ) -> None:
     """Moves the weights of one tensor set by one predicted step. Two launches.
@@ -244,6 +237,7 @@ def predict(
         share: Part of the whole displacement that this step makes.
         save: Whether to keep the weights in ``snapshot`` first.
         level: Whether to use ``weight_ema``, where there is one.
+        with_slopes: False: exp_avg is not read, and the first sum is left as it is.
         matrices: Of a set that Muon moves: its slow EMA is orthogonalised first, into the row
             ``direction``, unless that was done. Takes the launches of `orthogonalise` more.
     """
@@ -264,9 +258,10 @@ def predict(
             MASTER=tensors.has_master, KEPT=tensors.kept, SLOW=coefficients is None,
             LEVEL=level and coefficients is None and tensors.has("weight_ema"),
             N=0 if coefficients is None else coefficients.shape[1], SAVE=save,
+            SLOPES=with_slopes,
             BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
         )  # fmt: skip
-    reduce_partials(partials, chunks, sums)
+    reduce_partials(partials, chunks, sums, begin=0 if with_slopes else 1)
 
 
 def gate_reference(ledger: Tensor, threshold: float) -> Tensor:
@@ -294,13 +289,11 @@ def predict_reference(
     with_slopes: bool = True,
     matrices: MatrixSet | None = None,
 ) -> None:
-    """`predict` in plain torch.
-
-    Without ``with_slopes`` the first sum stays zero, and exp_avg is not read.
-    """
+    """`predict` in plain torch."""
     moving = gate_reference(ledger, threshold)
     on_cpu = ledger.device.type == "cpu"
-    sums.zero_()
+    written = sums if with_slopes else sums[:, 1:]
+    written.zero_()
     if on_cpu and not bool(moving):
         return
     compute = tensors.compute_dtype
@@ -371,164 +364,4 @@ def predict_reference(
             if not on_cpu or not bool(seen.sum(dtype=compute).isfinite()):
                 total[2] += ~seen.isfinite().all()
         totals.append(total)
-    sums.copy_(torch.stack(totals))
-
-
-@triton.jit
-def _restore_block(
-    addresses, tensor, begin, length,
-    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    w = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    store_weight(addresses, tensor, begin, length, w, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL)
-
-
-@triton.jit
-def _settle_kernel(
-    addresses, lengths, aligned,
-    chunk_tensor, chunk_start, n_chunks,
-    sums, n_sums, memory, n_memory, ledger, arrivals, threshold, limit, cooldown,
-    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
-    MASTER: tl.constexpr, KEPT: tl.constexpr, LAST: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, TENSORS: tl.constexpr,
-):  # fmt: skip
-    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
-    program = tl.program_id(0)
-    moving = _gate(ledger, threshold)
-    if moving:
-        squares = tl.zeros([TENSORS], tl.float64)
-        flags = tl.zeros([TENSORS], tl.float64)
-        for begin in range(0, n_sums, TENSORS):
-            t = begin + tl.arange(0, TENSORS)
-            squares += tl.load(sums + 3 * t + 1, mask=t < n_sums, other=0.0)
-            flags += tl.load(sums + 3 * t + 2, mask=t < n_sums, other=0.0)
-        distance = tl.sqrt(tl.load(ledger + JUMP_SQUARE)) + tl.sqrt(tl.sum(squares, axis=0))
-        usual = tl.sqrt(tl.load(ledger + UPDATE_SQUARE))
-        nonfinite = (tl.sum(flags, axis=0) > 0) | (distance != distance)
-        too_far = (distance > limit * usual) & (nonfinite == 0)
-        rejected = nonfinite | too_far
-        if rejected:
-            for chunk in range(program, n_chunks, tl.num_programs(0)):
-                tensor = tl.load(chunk_tensor + chunk)
-                start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
-                length = tl.load(lengths + tensor)
-                full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
-                if full:
-                    for inner in range(0, CHUNK, BLOCK):
-                        _restore_block(
-                            addresses, tensor, start + inner, length,
-                            PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, True,
-                        )  # fmt: skip
-                else:
-                    for inner in range(0, remaining(start, length, CHUNK), TAIL):
-                        _restore_block(
-                            addresses, tensor, start + inner, length,
-                            PARAM_TYPE, STATE, MASTER, KEPT, TAIL, False,
-                        )  # fmt: skip
-        if LAST:
-            # The last program keeps the books: the others decide by the same entries.
-            tl.debug_barrier()
-            finished = tl.atomic_add(arrivals + 1, 1, sem="acq_rel") + 1
-            if finished == tl.num_programs(0):
-                tl.store(arrivals + 1, 0)
-                for begin in range(0, n_memory, TENSORS):
-                    t = begin + tl.arange(0, TENSORS)
-                    cell = memory + MEMORY_COLUMNS * t + SLOPE_COLUMN
-                    slope = tl.load(sums + 3 * t, mask=t < n_memory, other=0.0)
-                    slope += tl.load(cell, mask=t < n_memory, other=0.0).to(tl.float64)
-                    slope = tl.where(rejected, 0.0, slope)
-                    tl.store(cell, slope.to(tl.float32), mask=t < n_memory)
-                stretch = tl.load(ledger + STRETCH) + 1.0
-                tl.store(ledger + STRETCH, tl.where(rejected, 0.0, stretch))
-                tl.store(ledger + MOVED, tl.where(rejected, 0.0, 1.0))
-                tl.store(ledger + JUMP_SQUARE, tl.where(rejected, 0.0, distance * distance))
-                if rejected:
-                    take_back(ledger, cooldown)
-                    if nonfinite:
-                        tl.store(ledger + CAUSE_NONFINITE, tl.load(ledger + CAUSE_NONFINITE) + 1.0)
-                    else:
-                        tl.store(ledger + CAUSE_JUMP, tl.load(ledger + CAUSE_JUMP) + 1.0)
-
-
-def settle(
-    tensors: TensorSet,
-    sums: Tensor,
-    memory: Tensor,
-    ledger: Tensor,
-    arrivals: Tensor,
-    *,
-    threshold: float,
-    limit: float,
-    cooldown: float,
-    last: bool,
-) -> None:
-    """Books a predicted step, or takes the stretch back bit for bit. One launch.
-
-    Args:
-        tensors: With rows ``param``, ``weight`` and ``snapshot``.
-        sums: FP64 ``[all tensors, 3]`` of `predict`, over every tensor set.
-        memory: FP32 ``[all tensors, MEMORY_COLUMNS]``; its slope is advanced.
-        ledger: FP64 ledger, changed in place by the last set's launch.
-        arrivals: int32 ``[2]``, zero; left zero.
-        threshold: As given to `predict`.
-        limit: Largest distance from the snapshot, in usual base updates.
-        cooldown: Real steps that a first rejection forces before the next prediction.
-        last: Whether this is the last set of the device.
-    """
-    addresses, lengths, aligned = tensors.tables()
-    chunks = tensors.chunks(every=True)
-    with on_device(tensors.device):
-        _settle_kernel[(tensors.tiling.programs,)](
-            addresses, lengths, aligned,
-            chunks.tensor, chunks.start, chunks.count,
-            sums, len(sums), memory, len(memory), ledger, arrivals,
-            float(threshold), float(limit), float(cooldown),
-            PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
-            MASTER=tensors.has_master, KEPT=tensors.kept, LAST=last,
-            BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, TENSORS=128, **LAUNCH,
-        )  # fmt: skip
-
-
-def settle_reference(
-    tensors: TensorSet,
-    sums: Tensor,
-    memory: Tensor,
-    ledger: Tensor,
-    *,
-    threshold: float,
-    limit: float,
-    cooldown: float,
-    last: bool,
-) -> None:
-    """`settle` in plain torch."""
-    moving = gate_reference(ledger, threshold)
-    entries = dict(zip(INDEX, ledger.unbind()))
-    distance = entries["jump_square"].sqrt() + sums[:, 1].sum().sqrt()
-    nonfinite = (sums[:, 2].sum() > 0) | distance.isnan()
-    too_far = (distance > limit * entries["update_square"].sqrt()) & ~nonfinite
-    rejected = moving & (nonfinite | too_far)
-    on_cpu = ledger.device.type == "cpu"
-    if not on_cpu or bool(rejected):
-        flat = tensors.flat
-        for index in range(len(tensors)):
-            whole = slice(0, tensors.lengths[index])
-            w, snapshot = tensors.weight(index, whole), flat["snapshot"][index]
-            w.copy_(torch.where(rejected, snapshot, w))
-            tensors.put_weight(index, whole, w)
-    if not last:
-        return
-    slope = memory[:, SLOPE_COLUMN.value]
-    advanced = torch.where(moving, (slope.double() + sums[:, 0]).float(), slope)
-    memory[:, SLOPE_COLUMN.value] = torch.where(rejected, torch.zeros_like(slope), advanced)
-    zero = torch.zeros_like(distance)
-    kept = moving & ~rejected
-    entries["stretch"] = torch.where(kept, entries["stretch"] + 1.0, entries["stretch"])
-    entries["jump_square"] = torch.where(kept, distance * distance, entries["jump_square"])
-    entries["moved"] = torch.where(kept, zero + 1.0, entries["moved"])
-    for name in ("stretch", "jump_square", "moved"):
-        entries[name] = torch.where(rejected, zero, entries[name])
-    take_back_reference(entries, cooldown, rejected)
-    entries["cause_nonfinite"] = entries["cause_nonfinite"] + (rejected & nonfinite)
-    entries["cause_jump"] = entries["cause_jump"] + (rejected & too_far)
-    ledger.copy_(torch.stack(list(entries.values())))
+    written.copy_(torch.stack(totals)[:, -written.shape[1] :])

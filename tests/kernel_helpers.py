@@ -19,7 +19,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_hybrid.kernels import adamw, correct, divergence, gram, predict
+from triton_hybrid.kernels import adamw, correct, divergence, gram, predict, settle
 from triton_hybrid.kernels.adamw import HYPER_FIELDS, Workspace
 from triton_hybrid.kernels.chunks import ROWS, ChunkTable, TensorSet, Tiling
 from triton_hybrid.kernels.ledger import INDEX, new_ledger, read_ledger
@@ -464,7 +464,7 @@ def counted_launches(*further: Any) -> Iterator[list[str]]:
     """
     log: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (adamw, correct, divergence, gram, predict, *further):
+        for module in (adamw, correct, divergence, gram, predict, settle, *further):
             for name in dir(module):
                 if name.endswith("_kernel"):
                     patch.setattr(module, name, Counted(getattr(module, name), log, name))

@@ -31,7 +31,8 @@ from kernel_helpers import (
 from torch import Tensor
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, HORIZON_COLUMN, SLOPE_COLUMN
 from triton_hybrid.kernels.ledger import read_ledger, write_ledger
-from triton_hybrid.kernels.predict import predict, predict_reference, settle, settle_reference
+from triton_hybrid.kernels.predict import predict, predict_reference
+from triton_hybrid.kernels.settle import settle, settle_reference
 
 MOVED_ROWS = ("weight", "snapshot")
 SLOPE = int(SLOPE_COLUMN.value)
@@ -46,6 +47,7 @@ def move(
     share: float = 1.0,
     save: bool = True,
     level: bool = True,
+    with_slopes: bool = True,
 ) -> None:
     """One predicted step by the kernel, into poisoned scratch and sums."""
     problem.sums.fill_(math.nan)
@@ -54,7 +56,7 @@ def move(
     predict(
         problem.set, problem.group, problem.steps, problem.hyper, coefficients, problem.memory,
         ledger, problem.partials(), problem.sums, threshold=threshold, share=share, save=save,
-        level=level,
+        level=level, with_slopes=with_slopes,
     )  # fmt: skip
     assert_same_bits(ledger, before, "the ledger of a move")
     problem.check()
@@ -69,13 +71,14 @@ def move_reference(
     share: float = 1.0,
     save: bool = True,
     level: bool = True,
+    with_slopes: bool = True,
 ) -> None:
     """One predicted step by plain torch."""
     problem.sums.fill_(math.nan)
     predict_reference(
         problem.set, problem.group, problem.steps, problem.hyper, coefficients, problem.memory,
         problem.ledger if ledger is None else ledger, problem.sums,
-        threshold=threshold, share=share, save=save, level=level,
+        threshold=threshold, share=share, save=save, level=level, with_slopes=with_slopes,
     )  # fmt: skip
     problem.check()
 
@@ -232,6 +235,43 @@ def test_offsets_beyond_32_bits(device: torch.device, history: int) -> None:
         assert not torch.equal(moved["weight"][0], problem.rows["weight"][0]), "taken back"
     far.assert_same(near, (0, 1), ("param", *MOVED_ROWS))
     assert_same_bits(far.sums, near.sums, "sums")
+
+
+@BACKENDS
+@fewer(5)
+@given(drawn=spec_lists(), precision=precisions(), history=st.sampled_from((0, 2)))
+def test_without_slopes_the_move_is_the_same_and_exp_avg_is_not_read(
+    device: torch.device,
+    move: Move,
+    book: Book,
+    drawn: list[Spec],
+    precision: tuple[torch.dtype, torch.dtype],
+    history: int,
+) -> None:
+    whole, bare = (Problem(drawn, device, precision=precision, history=history) for _ in "ab")
+    move(sure(whole), drawn_coefficients(whole))
+    for tensor in bare.set.flat["exp_avg"]:
+        tensor.fill_(math.nan)
+    sure(bare)
+    move(bare, drawn_coefficients(bare), with_slopes=False)
+    bare.assert_same(whole, range(len(drawn)), ("param", *MOVED_ROWS))
+    assert_same_bits(bare.sums[:, 1:], whole.sums[:, 1:], "sums")
+    assert bool(bare.sums[:, 0].isnan().all()), "the poison of before stays"
+
+
+@BACKENDS
+def test_a_trajectory_steps_along_the_same_slopes_again(
+    device: torch.device, move: Move, book: Book
+) -> None:
+    """Why the second predicted step in a row need not measure them."""
+    problem = sure(Problem(plain((300,), (7, 9), ()), device, tiling=THREE, history=2))
+    slopes = []
+    for step in range(3):
+        move(problem, drawn_coefficients(problem), save=step == 0, share=0.3)
+        slopes.append(problem.sums[:, 0].clone())
+        book(problem)
+    for again in slopes[1:]:
+        assert_same_bits(again, slopes[0], "slopes")
 
 
 def test_launch_counts(device: torch.device) -> None:

@@ -10,9 +10,10 @@ from test_kernels_adamw import Step
 from test_kernels_predict import BACKENDS as MOVES
 from test_kernels_predict import Book, Move, sure
 from training import fast_config, make_model, train
-from triton_hybrid.kernels.divergence import LEVEL_AGE, LEVEL_BETA, OUTLIER
 from triton_hybrid.kernels.hyper import HYPER
 from triton_hybrid.kernels.ledger import INDEX, read_ledger
+from triton_hybrid.kernels.observe import LEVEL_BETA, OUTLIER
+from triton_hybrid.kernels.predict import LEVEL_AGE
 
 from triton_hybrid import HybridOptimizer
 from triton_hybrid.runtime import LEVEL_SHARE, Runtime

@@ -40,10 +40,14 @@ class HybridConfig:
             quarter of the run so far until this is reached.
         inline: True: the Predict steps run inside the `step()` that ends a gradient part,
             so every call consumes one gradient. False: one phase step a call.
-        offload: Where state that is touched once a cycle (snapshot, cycle displacements)
-            lives between its uses: ``"none"`` (the device), ``"cpu"``, or ``"pinned"``,
-            page-locked host memory, from which copies do not hold the host up. The slow EMA
-            and the weight EMA are touched by every gradient, and stay on the device.
+        offload: Where state lives that AdamW does not have (slow EMA, weight EMA, snapshot, cycle
+            displacements): ``"none"`` (the device), ``"cpu"``, or ``"pinned"``, page-locked host
+            memory, from which copies do not hold the host up. It visits the device for the steps
+            that touch it; what a gradient step touches comes back while the backward pass before
+            it runs. In a stretch of more than four predictions without a gradient that do not
+            read the moments (stepped drive, ``subspace`` or ``linear``), these leave too. The
+            results are the same bits. Parameters on the CPU have one memory only, and nothing is
+            copied. Not for steps captured in a CUDA graph.
 
     Raises:
         ValueError: A value outside its range; the message names field, value and range.

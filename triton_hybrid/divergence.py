@@ -7,7 +7,7 @@ from typing import Any
 
 from triton_hybrid.kernels.correct import slopes, slopes_reference
 from triton_hybrid.kernels.divergence import judge, judge_reference
-from triton_hybrid.kernels.predict import settle, settle_reference
+from triton_hybrid.kernels.settle import settle, settle_reference
 from triton_hybrid.runtime import Runtime
 
 # A displacement this many times the usual base update, for each predicted step of base-step

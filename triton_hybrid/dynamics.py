@@ -64,6 +64,7 @@ class DynamicsModel:
         self.predictor = "slow_ema" if chosen == "auto" else chosen
         self.slot = -1
         self.cycles = -1
+        self._slopes_known = False
 
     @property
     def follows_trajectory(self) -> bool:
@@ -168,6 +169,12 @@ class DynamicsModel:
             "linear": 1.0 / self._config.full_steps,
             "subspace": 1.0 / planned,
         }[self.predictor]
+        # A trajectory makes the same step again, along the same slopes, bit for bit.
+        known = self.follows_trajectory and not first and self._slopes_known
+        measured = not known and (runtime.triton or runtime.wants_slopes)
+        self._slopes_known = True
+        if not known and not measured:
+            memory.sums[:, 0].zero_()
         for bound, part in zip(memory.sets, memory.parts):
             if bound.still and not self.follows_trajectory:
                 memory.sums[part].zero_()
@@ -181,13 +188,13 @@ class DynamicsModel:
                 "share": share,
                 "save": first and not self.follows_trajectory,
                 "level": level,
+                "with_slopes": measured,
                 "matrices": bound.matrices,
             }
             sums = memory.sums[part]
             if runtime.triton:
                 predict(*shared, runtime.ledger, bound.room_for(3), sums, **options)
             else:
-                options["with_slopes"] = runtime.wants_slopes
                 predict_reference(*shared, runtime.ledger, sums, **options)
 
     def choose(self, signal: float) -> None:

@@ -24,7 +24,7 @@ time (``kernels/matrices.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,16 @@ from triton_hybrid.kernels.adamw import Workspace
 from triton_hybrid.kernels.chunks import OWN, SPLIT, TensorSet, Tiling, assembled
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, HORIZON_COLUMN, MEMORY_COLUMNS
 from triton_hybrid.kernels.matrices import MatrixSet
-from triton_hybrid.offload import Offload, host_like, is_cycle_state
+from triton_hybrid.offload import (
+    DEVICE,
+    Offload,
+    Row,
+    buffer_like,
+    home_of,
+    kind_of,
+    lives_on_host,
+    moves,
+)
 from triton_hybrid.precision import (
     adopt_parameter,
     kept_as,
@@ -62,7 +71,7 @@ class ParameterSet:
         history: Cycle displacements to keep; 0 for none.
         memory: FP32 ``[len(params), 3]``: this set's part of the per-tensor memory.
         muon: For each, how it is orthogonalised; None for a set of AdamW.
-        offload: As in HybridConfig: where state that is touched once a cycle lives.
+        offload: As in HybridConfig: where state lives that AdamW does not have.
         masters: As in HybridOptimizer: how FP32 masters are kept.
         tiling: Overrides the device's default tiling.
     """
@@ -87,7 +96,8 @@ class ParameterSet:
         self.history = history
         self.memory = memory
         self._state = state
-        self._offload = offload
+        self._moves = moves(offload, params[0].device)
+        self._pinned = offload == "pinned"
         device, count = params[0].device, len(params)
         self.group = torch.tensor(groups, dtype=torch.int32).to(device)
         self.steps = torch.zeros(count, dtype=torch.float32, device=device)
@@ -134,10 +144,12 @@ class ParameterSet:
                     torch.zeros_like(p, dtype=muon[0].dtype, memory_format=torch.preserve_format)
                     for p in params
                 ]
-        self.hosted: dict[str, list[Tensor]] = {}
-        if offload != "none":
-            self.hosted = {name: rows.pop(name) for name in list(rows) if is_cycle_state(name)}
+        moving = {name: rows[name] for name in rows if self._moves and kind_of(name)}
+        away = {name: rows.pop(name) for name in moving if home_of(name) != DEVICE}
         self.tensors = TensorSet(rows, tiling, kept)
+        for name, tensors in away.items():
+            self.tensors.announce(name, tensors[0].dtype)
+        self.moving = [Row(name, self.tensors, params, tensors) for name, tensors in moving.items()]
         self.matrices: MatrixSet | None = None
         if muon is not None:
             self.matrices = MatrixSet(
@@ -155,24 +167,33 @@ class ParameterSet:
             key: Its name.
             start: What a new one begins as; None for zeros.
         """
-        result = []
-        for index, param in enumerate(self.params):
+        if self._moves and lives_on_host(key):
+            dtype = state_dtype(self.params[0])
+            result = buffer_like(self.params, dtype, torch.device("cpu"), self._pinned)
+        else:
+            result = [self._present_or_new(key, param) for param in self.params]
+        for index, (param, tensor) in enumerate(zip(self.params, result)):
             entry = self._state[param]
-            tensor = entry.get(key)
-            fresh = torch.zeros_like(
-                param, dtype=state_dtype(param), memory_format=torch.preserve_format
-            )
-            if self._offload != "none" and is_cycle_state(key):
-                fresh = host_like(fresh, pinned=self._offload == "pinned")
-            if start is not None:
-                fresh.copy_(start[index].detach())
-            if isinstance(tensor, Tensor) and tensor.shape == param.shape:
-                suits = tensor.stride() == fresh.stride() and tensor.dtype == fresh.dtype
-                placed = tensor.device == fresh.device and tensor.is_pinned() == fresh.is_pinned()
-                fresh = tensor if suits and placed else fresh.copy_(tensor)
-            entry[key] = fresh
-            result.append(fresh)
+            loaded = entry.get(key)
+            if isinstance(loaded, Tensor) and loaded.shape == param.shape:
+                if loaded is not tensor:
+                    tensor.copy_(loaded)
+            elif start is not None:
+                tensor.copy_(start[index].detach())
+            else:
+                tensor.zero_()
+            entry[key] = tensor
         return result
+
+    def _present_or_new(self, key: str, param: Tensor) -> Tensor:
+        """The tensor of state that is there, if the kernels can use it; else a new one."""
+        dtype = state_dtype(param)
+        new = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        present = self._state[param].get(key)
+        if not isinstance(present, Tensor) or present.shape != param.shape:
+            return new
+        suits = present.stride() == new.stride() and present.dtype == dtype
+        return present if suits and present.device == param.device else new
 
     def _master(self, param: Tensor) -> Tensor:
         entry = self._state[param]
@@ -305,8 +326,8 @@ class StateMemory:
                 bound.room_for(max(columns, history))
             self.sets.append(bound)
             self.parts.append(part)
-        hosted = [bound.hosted for bound in self.sets]
-        self.offload = Offload(hosted, [bound.tensors for bound in self.sets], self.device)
+        moving = [row for bound in self.sets for row in bound.moving]
+        self.offload = Offload(moving, state, self.device, offload == "pinned")
         self.workspace = Workspace([bound.tensors for bound in self.sets])
         self.params = [param for bound in self.sets for param in bound.params]
 
@@ -335,8 +356,13 @@ class StateMemory:
             bound.tensors.release("grad")
 
 
-def state_bytes(state: State, offloaded: bool) -> tuple[int, int]:
-    """Bytes of all state tensors: on the device, and offloaded to host memory."""
+def state_bytes(state: State, hosted: Callable[[str], bool]) -> tuple[int, int]:
+    """Bytes of all state tensors: on the device, and offloaded to host memory.
+
+    Args:
+        state: The optimizer's state.
+        hosted: Whether the state of a name is in host memory.
+    """
     seen: set[int] = set()
     on_device = on_host = 0
     for entry in state.values():
@@ -347,7 +373,7 @@ def state_bytes(state: State, offloaded: bool) -> tuple[int, int]:
             if storage.data_ptr() in seen:
                 continue
             seen.add(storage.data_ptr())
-            if offloaded and is_cycle_state(key):
+            if hosted(key):
                 on_host += storage.nbytes()
             else:
                 on_device += storage.nbytes()

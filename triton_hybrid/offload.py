@@ -1,104 +1,334 @@
-"""State that is touched once a cycle, in host memory between its uses."""
+"""State in host memory, on the device only while a step needs it.
+
+Every row of state has a home. What AdamW does not have (slow EMA, weight EMA, snapshot, cycle
+displacements) is at home in host memory: a step fetches what it touches, and what the next
+forward and backward pass does not need goes back after it. The moments are at home on the
+device, and leave it for the length of a long stretch of predictions that do not read them.
+
+Copies run on a stream of their own. What a gradient step touches is fetched while the backward
+pass before it is still running, from its middle on, when most activations are gone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_hybrid.kernels.chunks import TensorSet
+from triton_hybrid.kernels.chunks import TensorSet, dense_view
 
-CYCLE_KEYS = ("snapshot", "history_")
-"""Beginnings of the state keys that are touched once a cycle only: at the end of a Full phase,
-in Predict and in Correct."""
+COPY_ON_CPU = False
+"""Whether state of CPU parameters is copied too, from host memory to host memory. There is nothing
+to gain by it; the tests do it, to run the code that serves a GPU."""
+
+LONG_STRETCH = 4
+"""Predicted steps without a gradient for which moving the moments out is worth the copies."""
+
+HOST, DEVICE, SCRATCH = "host", "device", "scratch"
+"""Homes of a row; scratch has none, and is lost when it leaves the device."""
+
+MOMENTS, SLOW_EMA, WEIGHT_EMA = "moments", "slow_ema", "weight_ema"
+SNAPSHOT, HISTORY, DIRECTION = "snapshot", "history", "direction"
+HOST_KINDS = (SLOW_EMA, WEIGHT_EMA, SNAPSHOT, HISTORY)
+
+Kinds = Collection[str]
 
 
-def is_cycle_state(key: str) -> bool:
-    """Whether state of this name can live in host memory."""
-    return key.startswith(CYCLE_KEYS)
+def kind_of(row: str) -> str | None:
+    """The kind of a row of state; None for a row that never moves."""
+    if row in ("exp_avg", "exp_avg_sq"):
+        return MOMENTS
+    kind = HISTORY if row.startswith("history_") else row
+    return kind if kind in (*HOST_KINDS, DIRECTION) else None
+
+
+def home_of(row: str) -> str:
+    """``HOST``, ``DEVICE`` or ``SCRATCH``, for a row that moves."""
+    kind = kind_of(row)
+    return SCRATCH if kind == DIRECTION else DEVICE if kind == MOMENTS else HOST
+
+
+def lives_on_host(row: str) -> bool:
+    """Whether state of this name is at home in host memory when state is offloaded."""
+    return kind_of(row) in HOST_KINDS
+
+
+def moves(offload: str, device: torch.device) -> bool:
+    """Whether rows move between host memory and the device.
+
+    Args:
+        offload: As in HybridConfig.
+        device: Where the kernels run.
+    """
+    return offload != "none" and (device.type != "cpu" or COPY_ON_CPU)
+
+
+def touched_by_gradient(
+    young: bool, measured: bool, edge: bool, trajectory: bool
+) -> frozenset[str]:
+    """Kinds that a Warmup, Full or Correct step reads or writes.
+
+    Args:
+        young: Whether the weight EMA is kept up to date.
+        measured: Whether update and slow direction are compared.
+        edge: Whether a stretch of predictions ends or may begin.
+        trajectory: Whether the model's basis is made of cycle displacements.
+    """
+    wanted = {
+        MOMENTS: True,
+        SLOW_EMA: True,
+        WEIGHT_EMA: young,
+        DIRECTION: measured or edge,
+        SNAPSHOT: edge,
+        HISTORY: edge and trajectory,
+    }
+    return frozenset(kind for kind, here in wanted.items() if here)
+
+
+def touched_by_prediction(young: bool, first: bool, trajectory: bool) -> frozenset[str]:
+    """Kinds that a Predict step of the stepped drive reads or writes.
+
+    Args:
+        young: Whether the prediction pulls to the weight EMA.
+        first: Whether it is the first in a row; a trajectory measures its slope there.
+        trajectory: Whether the model's basis is made of cycle displacements.
+    """
+    wanted = {
+        SNAPSHOT: True,
+        HISTORY: trajectory,
+        MOMENTS: first or not trajectory,
+        SLOW_EMA: not trajectory,
+        DIRECTION: not trajectory,
+        WEIGHT_EMA: young and not trajectory,
+    }
+    return frozenset(kind for kind, here in wanted.items() if here)
+
+
+class Row:
+    """One role of one tensor set, and where its memory is.
+
+    Args:
+        name: Its name in the tensor set, and its key in the optimizer's state.
+        tensors: The tensor set.
+        params: Its parameters.
+        memory: Its tensors, at home; of scratch only the dtype is used.
+
+    Attributes:
+        host: The tensors in host memory, views of one buffer; None before a first visit.
+        here: The tensors on the device; None while they are away.
+    """
+
+    def __init__(
+        self, name: str, tensors: TensorSet, params: Sequence[Tensor], memory: list[Tensor]
+    ) -> None:
+        kind = kind_of(name)
+        assert kind is not None
+        self.name, self.kind, self.home = name, kind, home_of(name)
+        self.tensors, self.params = tensors, params
+        self.dtype = memory[0].dtype
+        self.host = memory if self.home == HOST else None
+        self.here = memory if self.home == DEVICE else None
 
 
 class Offload:
-    """Copies cycle state to the device before it is needed, and back afterwards.
-
-    The tensors in host memory are the optimizer's state; those on the device exist only from
-    `fetch` to `stash`, so that forward and backward passes have their memory. Between the two,
-    in the middle of a stepped stretch, the state is out of date until ``state_dict()``.
-
-    Copies run on a stream of their own: `stash` returns at once, and a `fetch` waits for the
-    stash before it.
+    """Moves rows of state between host memory and the device.
 
     Args:
-        rows: For each tensor set, its host tensors by the name of their row.
-        sets: The tensor sets.
+        rows: The rows that move.
+        state: The optimizer's state; it always holds the tensors that are current, except for
+            rows at home in host memory while they visit the device: `synchronise` first.
         device: Where the kernels run.
+        pinned: Whether host memory is page-locked.
     """
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, list[Tensor]]],
-        sets: Sequence[TensorSet],
+        rows: Sequence[Row],
+        state: Mapping[Tensor, dict[str, Any]],
         device: torch.device,
+        pinned: bool,
     ) -> None:
         self._rows = rows
-        self._sets = sets
+        self._state = state
         self._device = device
-        self._fetched: list[dict[str, list[Tensor]]] = []
-        on_gpu = device.type == "cuda"
+        self._pinned = pinned
+        self._expected: Kinds = ()
+        self._calls = 0
+        self._calls_before = 0
+        on_gpu = device.type == "cuda" and bool(rows)
         self._stream: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._main: Any = None
+        params = {id(param): param for row in rows for param in row.params}
+        self._count = len(params)
+        self._hooks = _watch_gradients(params.values(), weakref.ref(self))
+        weakref.finalize(self, _remove, self._hooks)
 
-    @property
-    def resident(self) -> bool:
-        """Whether the state is on the device at the moment."""
-        return bool(self._fetched)
+    # ---------------------------------------------------------------- around a step
 
-    def fetch(self) -> None:
-        """Brings the state to the device; does nothing where it is there."""
-        if self.resident or not any(self._rows):
+    def fetch(self, kinds: Kinds) -> None:
+        """Brings rows to the device, or lets the step wait for those that are under way.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured; it would keep addresses that move.
+        """
+        if not self._rows:
             return
-        self._fetched = [
-            {
-                name: [torch.empty_like(host, device=self._device) for host in hosts]
-                for name, hosts in rows.items()
-            }
-            for rows in self._rows
-        ]
-        self._copy(to_device=True)
-        for tensors, rows in zip(self._sets, self._fetched):
-            for name, here in rows.items():
-                tensors.set_row(name, here)
+        if self._stream is not None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "offloaded state and graph capture: a graph keeps the addresses of state, which "
+                "moves; use HybridConfig(offload='none')"
+            )
+        self._remember_stream()
+        self._bring(kinds)
+        if self._stream is not None:
+            self._main.wait_stream(self._stream)
 
-    def stash(self) -> None:
-        """Takes the state back to host memory, without waiting for it."""
-        if not self.resident:
+    def place(self, kinds: Kinds, backward_first: bool, predictions: int) -> None:
+        """Puts every row where it should be until the next step, without waiting.
+
+        Args:
+            kinds: What the next step touches.
+            backward_first: Whether forward and backward pass come before it.
+            predictions: How many predicted steps come next.
+        """
+        if not self._rows:
             return
-        self._copy(to_device=False)
-        for tensors, rows in zip(self._sets, self._fetched):
-            for name in rows:
-                tensors.release(name)
-        self._fetched = []
+        self._remember_stream()
+        self._expected = kinds
+        if backward_first:
+            self._calls_before, self._calls = self._calls or self._calls_before, 0
+        stays = () if backward_first else kinds
+        long = predictions >= LONG_STRETCH
+        self._take_back(
+            row
+            for row in self._rows
+            if row.here is not None
+            and row.kind not in stays
+            and (row.home != DEVICE or (long and not backward_first))
+        )
 
-    def finish(self) -> None:
-        """Stashes, and waits until host memory holds the state: before somebody reads it."""
-        self.stash()
+    def gradient_arrived(self) -> None:
+        """Called for each gradient of a backward pass: begins to fetch in the last one's middle.
+
+        A window of several passes is as long as the one before it was. If it is longer, the
+        rows come early; if it is shorter, the step itself fetches them.
+        """
+        self._calls += 1
+        if self._calls != self._calls_before - self._count // 2:
+            return
+        if self._stream is not None and torch.cuda.is_current_stream_capturing():
+            return
+        try:
+            self._bring(self._expected)
+        except torch.OutOfMemoryError:
+            # There is no room yet; the step fetches what is missing.
+            return
+
+    # ---------------------------------------------------------------- for checkpoints
+
+    def synchronise(self) -> None:
+        """Brings host memory up to date, and waits for it; everything stays where it is."""
+        self._write_back([row for row in self._rows if row.home == HOST and row.here is not None])
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _copy(self, to_device: bool) -> None:
-        pairs = [
-            (host, here)
-            for rows, fetched in zip(self._rows, self._fetched)
-            for name, hosts in rows.items()
-            for host, here in zip(hosts, fetched[name])
-        ]
-        if self._stream is None:
+    def close(self, save: bool = True) -> None:
+        """Ends all visits.
+
+        Args:
+            save: Whether what visits the device is current; else it is dropped.
+        """
+        if save:
+            self.synchronise()
+        for row in self._rows:
+            if row.home != DEVICE and row.here is not None:
+                self._leave(row)
+        _remove(self._hooks)
+
+    def settle(self) -> None:
+        """Ends the visits of rows at home in host memory: before others write to these."""
+        self.synchronise()
+        for row in self._rows:
+            if row.home == HOST and row.here is not None:
+                self._leave(row)
+
+    # ---------------------------------------------------------------- what is where
+
+    def visiting_bytes(self) -> int:
+        """Device bytes of rows that are at home elsewhere."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for row in self._rows
+            if row.home != DEVICE
+            for tensor in row.here or ()
+        )
+
+    def is_away(self, name: str) -> bool:
+        """Whether a row of this name is not on the device."""
+        return any(
+            row.name == name and row.home == DEVICE and row.here is None for row in self._rows
+        )
+
+    # ---------------------------------------------------------------- inside
+
+    def _remember_stream(self) -> None:
+        if self._stream is not None:
+            self._main = torch.cuda.current_stream(self._device)
+
+    def _bring(self, kinds: Kinds) -> None:
+        coming = [row for row in self._rows if row.kind in kinds and row.here is None]
+        if not coming:
+            return
+        # Memory comes from the stream of the steps, which will use it and give it back.
+        with torch.cuda.stream(self._main) if self._main is not None else nullcontext():
+            buffers = [buffer_like(row.params, row.dtype, self._device) for row in coming]
+        for row, buffer in zip(coming, buffers):
+            row.here = buffer
+        self._copy([row for row in coming if row.home != SCRATCH], to_device=True)
+        for row in coming:
+            assert row.here is not None
+            row.tensors.set_row(row.name, row.here)
+            if row.home == DEVICE:
+                self._install(row, row.here)
+
+    def _take_back(self, rows: Iterable[Row]) -> None:
+        leaving = list(rows)
+        for row in leaving:
+            if row.home == DEVICE and row.host is None:
+                row.host = buffer_like(row.params, row.dtype, torch.device("cpu"), self._pinned)
+        self._write_back([row for row in leaving if row.home != SCRATCH])
+        for row in leaving:
+            if row.home == DEVICE:
+                assert row.host is not None
+                self._install(row, row.host)
+            self._leave(row)
+
+    def _leave(self, row: Row) -> None:
+        row.here = None
+        row.tensors.release(row.name)
+
+    def _install(self, row: Row, tensors: list[Tensor]) -> None:
+        for param, tensor in zip(row.params, tensors):
+            self._state[param][row.name] = tensor
+
+    def _write_back(self, rows: Sequence[Row]) -> None:
+        self._copy(rows, to_device=False)
+
+    def _copy(self, rows: Sequence[Row], to_device: bool) -> None:
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for row in rows:
+            assert row.host is not None
+            assert row.here is not None
+            pairs.extend(zip(*_joined(row.host, row.here)))
+        if self._stream is None or not pairs:
             for host, here in pairs:
                 here.copy_(host) if to_device else host.copy_(here)
             return
-        current: Any = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
+        self._stream.wait_stream(self._main)
         with torch.cuda.stream(self._stream):
             for host, here in pairs:
                 if to_device:
@@ -107,16 +337,59 @@ class Offload:
                     host.copy_(here, non_blocking=True)
                 # The allocator must not hand this memory out before the copy has run.
                 here.record_stream(self._stream)
-        if to_device:
-            current.wait_stream(self._stream)
 
 
-def host_like(tensor: Tensor, pinned: bool) -> Tensor:
-    """Zeros in host memory, in the memory order of a tensor.
+def buffer_like(
+    params: Sequence[Tensor], dtype: torch.dtype, device: torch.device, pinned: bool = False
+) -> list[Tensor]:
+    """One tensor for each parameter, in its shape and memory order, all views of one buffer.
+
+    Copied as a whole, a row of state is one transfer instead of one for each tensor.
 
     Args:
-        tensor: On any device.
-        pinned: Whether the memory is page-locked; only where there is a GPU to copy to.
+        params: The parameters.
+        dtype: Of the buffer; it is not initialised.
+        device: Where it lies.
+        pinned: Whether it is page-locked host memory; only where there is a GPU.
     """
-    fresh = torch.zeros_like(tensor, device="cpu", memory_format=torch.preserve_format)
-    return fresh.pin_memory() if pinned and tensor.device.type == "cuda" else fresh
+    # 16-byte vectors, whatever the dtype.
+    sizes = [-(-param.numel() // 8) * 8 for param in params]
+    lock = pinned and device.type == "cpu" and torch.cuda.is_available()
+    buffer = torch.empty(sum(sizes), dtype=dtype, device=device, pin_memory=lock)
+    views, begin = [], 0
+    for param, size in zip(params, sizes):
+        stride = torch.empty_like(param, device="meta").stride()
+        views.append(buffer.as_strided(param.shape, stride, begin))
+        begin += size
+    return views
+
+
+def _joined(left: list[Tensor], right: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Two lists of tensors, as whole buffers where both are views of one, elsewhere flat."""
+    wholes = []
+    for tensors in (left, right):
+        storage = tensors[0].untyped_storage()
+        if any(t.untyped_storage().data_ptr() != storage.data_ptr() for t in tensors):
+            return [dense_view(t) for t in left], [dense_view(t) for t in right]
+        count = storage.nbytes() // tensors[0].element_size()
+        wholes.append([tensors[0].as_strided((count,), (1,), 0)])
+    if wholes[0][0].numel() != wholes[1][0].numel():
+        return [dense_view(t) for t in left], [dense_view(t) for t in right]
+    return wholes[0], wholes[1]
+
+
+def _watch_gradients(
+    params: Iterable[Tensor], offload: weakref.ref[Offload]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    def arrived(_: Tensor) -> None:
+        alive = offload()
+        if alive is not None:
+            alive.gradient_arrived()
+
+    watched: list[Any] = list(params)
+    return [param.register_post_accumulate_grad_hook(arrived) for param in watched]
+
+
+def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    while hooks:
+        hooks.pop().remove()

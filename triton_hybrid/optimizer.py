@@ -5,25 +5,19 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from triton_hybrid.base.adamw import BaseRule
-from triton_hybrid.base.muon import MUON_DEFAULTS, matrix_settings, settings_key
+from triton_hybrid.base.muon import MUON_DEFAULTS
+from triton_hybrid.binding import Binding
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.corrector import ResidualCorrector
-from triton_hybrid.divergence import DivergenceMonitor
-from triton_hybrid.dynamics import DynamicsModel, history_needed
-from triton_hybrid.kernels.chunks import require_launchable
-from triton_hybrid.memory import StateMemory, state_bytes
+from triton_hybrid.memory import state_bytes
+from triton_hybrid.offload import lives_on_host, touched_by_gradient, touched_by_prediction
 from triton_hybrid.phases import PHASES, Phase, Report
-from triton_hybrid.precision import scale_entries
-from triton_hybrid.protocol import TorchProtocol
-from triton_hybrid.runtime import Runtime
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.validation import (
     check_backend,
@@ -37,7 +31,7 @@ from triton_hybrid.validation import (
 YOUTH = 256
 
 
-class HybridOptimizer(TorchProtocol):
+class HybridOptimizer(Binding):
     """AdamW, or Muon, that needs fewer backward passes.
 
     It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the
@@ -170,8 +164,7 @@ class HybridOptimizer(TorchProtocol):
         if not self._bind():
             return loss
 
-        if not phase.needs_gradient or self._controller.may_predict:
-            self._runtime.memory.offload.fetch()
+        self._runtime.memory.offload.fetch(self._touched())
         if phase is Phase.PREDICT:
             self._predict()
         elif self._runtime.memory.take_gradients():
@@ -188,8 +181,7 @@ class HybridOptimizer(TorchProtocol):
             self._runtime.memory.release_gradients()
             if scaler:
                 self._runtime.return_scale()
-        if self._controller.phase.needs_gradient:
-            self._runtime.memory.offload.stash()
+        self._place()
         self._watch.remember(self._runtime.memory.params)
         return loss
 
@@ -251,14 +243,6 @@ class HybridOptimizer(TorchProtocol):
         return self._controller.phase.needs_gradient
 
     @property
-    def backend(self) -> str:
-        """``"triton"`` or ``"torch"``: what runs the steps of these parameters."""
-        wanted = str(self._settings["backend"])
-        if wanted != "auto":
-            return wanted
-        return "triton" if self._first_device().type == "cuda" else "torch"
-
-    @property
     def hybrid(self) -> HybridConfig:
         """The phase machine's configuration."""
         return self._config
@@ -291,7 +275,9 @@ class HybridOptimizer(TorchProtocol):
         predicted = self._steps[Phase.PREDICT]
         total = sum(self._steps.values())
         causes = ("nonfinite", "jump", "norm", "loss")
-        on_device, on_host = state_bytes(self.state, self._config.offload != "none")
+        on_device, on_host = state_bytes(self.state, self._in_host_memory)
+        if self._runtime_or_none is not None:
+            on_device += self._runtime.memory.offload.visiting_bytes()
         return HybridStats(
             steps=total,
             gradient_evaluations=total - predicted,
@@ -349,98 +335,29 @@ class HybridOptimizer(TorchProtocol):
             self.observe_loss(loss)
         return loss
 
-    def _bind(self) -> bool:
-        """Binds parameters and state for launches; False in an initialising first call.
-
-        Parameters may be replaced in the groups between steps (accelerate does it for
-        FSDP2), so what is bound is compared every time.
-        """
-        params = [
-            (param, index)
-            for index, group in enumerate(self.param_groups)
-            for param in group["params"]
-            if param.requires_grad
-        ]
-        if not params:
-            return False
-        ids: list[Any] = [(id(param), index) for param, index in params]
-        ids.extend(settings_key(group) for group in self.param_groups)
-        if self._runtime_or_none is None or ids != self._bound_ids:
-            if not self.state and all(param.grad is None for param, _ in params):
-                return False
-            initialising = not self.state and self._only_initialises(params)
-            self._build(params)
-            self._bound_ids = ids
-            if initialising:
-                return False
-        else:
-            self._adopt_outside_changes()
-        self._runtime.refresh_hyperparameters(self.param_groups)
-        return True
-
-    def _only_initialises(self, params: Iterable[tuple[Tensor, int]]) -> bool:
-        """Whether this first step only creates state.
-
-        Distributed checkpointing calls `step()` once with learning rate 0 and zero
-        gradients, and expects every state key afterwards and nothing else to have moved.
-        """
-        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        grads = [param.grad for param, _ in params if param.grad is not None]
-        return all(not bool(grad.any()) for grad in grads)
-
-    def _build(self, params: list[tuple[Tensor, int]]) -> None:
-        self._unbind()
-        config = self._config
-        predicts = config.predictor != "none"
-        memory = StateMemory(
-            params,
-            self.state,
-            predicts=predicts,
-            level=config.predictor in ("slow_ema", "auto"),
-            steered=config.predictor == "slow_ema",
-            history=history_needed(config),
-            offload=config.offload,
-            masters=self._settings["master_weights"],
-            muon={
-                param: matrix_settings(group, index, param)
-                for group in self.param_groups
-                if group["base"] == "muon"
-                for index, param in enumerate(group["params"])
-            },
+    def _touched(self) -> frozenset[str]:
+        """The kinds of state that the next step reads or writes."""
+        controller, trajectory = self._controller, self._model.follows_trajectory
+        if controller.phase is Phase.PREDICT:
+            return touched_by_prediction(self._young, controller.in_row == 0, trajectory)
+        return touched_by_gradient(
+            self._young, controller.measures, controller.may_predict, trajectory
         )
-        if self.backend == "triton":
-            require_launchable(memory.device)
-        runtime = Runtime(
-            memory,
-            config,
-            self.backend,
-            config.slow_beta if predicts else 0.0,
-            len(self.param_groups),
-        )
-        scale = scale_entries(self._settings["loss_scale"], self._ledger)
-        runtime.restore({**self._ledger, **scale})
-        if self._pending_loss is not None:
-            runtime.observe_loss(self._pending_loss)
-            self._pending_loss = None
-        self._runtime_or_none = runtime
-        self._base = BaseRule(runtime, self._settings["max_grad_norm"])
-        self._model = DynamicsModel(runtime)
-        if self._model_state is not None:
-            self._model.restore(self._model_state)
-        self._monitor = DivergenceMonitor(runtime)
-        self._corrector = ResidualCorrector(runtime)
-        self._watch.remember(memory.params)
 
-    def _adopt_outside_changes(self) -> None:
-        memory = self._runtime.memory
-        changed = set(self._watch.changed(memory.params))
-        offset = 0
-        for bound in memory.sets:
-            for index in range(len(bound.params)):
-                if offset + index in changed:
-                    bound.adopt(index)
-            offset += len(bound.params)
+    def _place(self) -> None:
+        """Puts the state where it should be until the next step."""
+        controller = self._controller
+        self._runtime.memory.offload.place(
+            self._touched(),
+            backward_first=controller.phase.needs_gradient,
+            predictions=controller.planned - controller.in_row,
+        )
+
+    def _in_host_memory(self, name: str) -> bool:
+        if self._config.offload == "none":
+            return False
+        away = self._runtime_or_none is not None and self._runtime.memory.offload.is_away(name)
+        return away or lives_on_host(name)
 
     def _count(self, phase: Phase, started: float) -> None:
         self._steps[phase] += 1

@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.dynamics import DynamicsModel
 from triton_hybrid.kernels.ledger import INDEX
+from triton_hybrid.offload import lives_on_host
 from triton_hybrid.phases import PHASES, PhaseController
 from triton_hybrid.precision import ChangeWatch, scale_entries
 from triton_hybrid.runtime import FRESH_RATES, Runtime
@@ -125,7 +126,13 @@ class TorchProtocol(Optimizer):
             if group.get("amsgrad"):
                 raise ValueError("amsgrad=True in the checkpoint: must be False, it is not built")
         rules = [group["base"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        # What lives in host memory does not visit the device on its way there.
+        offloaded = self._config.offload != "none"
+        passing = {
+            index: {k: v for k, v in entry.items() if not (offloaded and lives_on_host(k))}
+            for index, entry in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": passing})
         for group, rule in zip(self.param_groups, rules):
             # Torch's checkpoints name no rule, and the present one stays.
             group["base"] = group["base"] if PROGRESS in group else rule
@@ -137,7 +144,9 @@ class TorchProtocol(Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     key = "exp_avg" if key == "momentum_buffer" else key
-                    self.state[param][key] = value.detach().to(device=param.device, copy=True)
+                    kept = offloaded and lives_on_host(key)
+                    place = torch.device("cpu") if kept else param.device
+                    self.state[param][key] = value.detach().to(device=place, copy=True)
         self._unbind(save=False)
         self._load_progress()
 
@@ -189,10 +198,11 @@ class TorchProtocol(Optimizer):
 
     def _unbind(self, save: bool = True) -> None:
         """Lets go of bound memory; the state stays in `state`, scalars in `_ledger`."""
+        if self._runtime_or_none is not None:
+            self._runtime.memory.offload.close(save)
         if self._runtime_or_none is not None and save:
             self._ledger = self._runtime.read()
             self._model_state = self._model.state()
-            self._runtime.memory.offload.finish()
         self._runtime_or_none = None
 
     def _save_progress(self) -> None:
@@ -200,7 +210,7 @@ class TorchProtocol(Optimizer):
         if self._runtime_or_none is not None:
             self._ledger = self._runtime.read()
             self._model_state = self._model.state()
-            self._runtime.memory.offload.finish()
+            self._runtime.memory.offload.synchronise()
         progress: dict[str, Any] = {
             "controller": self._controller.state(),
             "steps": {phase.value: self._steps[phase] for phase in PHASES},

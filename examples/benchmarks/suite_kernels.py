@@ -17,7 +17,8 @@ from triton_hybrid.kernels.correct import correct, correct_reference, slopes, sl
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, judge, judge_reference
 from triton_hybrid.kernels.gram import gram, gram_reference
 from triton_hybrid.kernels.ledger import read_ledger, write_ledger
-from triton_hybrid.kernels.predict import predict, predict_reference, settle, settle_reference
+from triton_hybrid.kernels.predict import predict, predict_reference
+from triton_hybrid.kernels.settle import settle, settle_reference
 
 ADAMW_VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {"max_norm": None, "slow_beta": 0.0},

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from suite_context import Context
 from torch import Tensor
-from triton_hybrid.kernels import adamw, correct, divergence, gram, newton_schulz, predict
+from triton_hybrid.kernels import (
+    adamw,
+    correct,
+    divergence,
+    gram,
+    newton_schulz,
+    predict,
+    settle,
+)
 from triton_hybrid.kernels.adamw import HYPER_FIELDS, Workspace
 from triton_hybrid.kernels.chunks import TensorSet, Tiling
 from triton_hybrid.kernels.ledger import INDEX, new_ledger
@@ -30,7 +38,15 @@ STATE = (
     "snapshot",
     *(f"history_{j}" for j in range(HISTORY)),
 )
-MODULES: tuple[ModuleType, ...] = (adamw, correct, divergence, gram, newton_schulz, predict)
+MODULES: tuple[ModuleType, ...] = (
+    adamw,
+    correct,
+    divergence,
+    gram,
+    newton_schulz,
+    predict,
+    settle,
+)
 
 
 @dataclass(frozen=True)
