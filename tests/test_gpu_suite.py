@@ -24,6 +24,7 @@ import gpu_suite
 import suite_correctness
 import suite_kernels
 import suite_muon
+import suite_offload
 import suite_process
 from suite_bandwidth import KERNELS, SIZES, Buffers, traffic
 from suite_barrier import LAYOUTS
@@ -35,6 +36,8 @@ from suite_muon_contenders import COMPILED, OURS, TORCH_BLOCKS, TORCH_WHOLE, Con
 from suite_problems import GPU_LAYOUTS, Launches, Problem, relative_error
 from suite_records import Check, Row, SectionResult, Skip, SuiteRecord, Timing
 from triton_hybrid.kernels.chunks import INTERPRETED, Tiling, default_tiling
+
+from triton_hybrid import offload
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the suite itself runs there")
 CPU = torch.device("cpu")
@@ -616,3 +619,49 @@ def test_the_share_of_training_is_judged(matrices: float, passed: bool) -> None:
     assert isinstance(row, suite_muon.ShareRow)
     assert row.share_with_rest.median == pytest.approx((matrices + 1.0) / 100.0)
     assert len(row.cells()) == len(row.HEAD)
+
+
+# ---------------------------------------------------------------------------------- offload
+
+
+@pytest.fixture
+def offload_result(monkeypatch: pytest.MonkeyPatch) -> SectionResult:
+    """A result for the section, which copies from host memory to host memory here."""
+    monkeypatch.setattr(offload, "COPY_ON_CPU", True)
+    monkeypatch.setattr(suite_offload, "SIDE", 64)
+
+    def no_model(context: Context, name: str) -> Any:
+        raise ImportError("no transformers")
+
+    monkeypatch.setattr(suite_offload, "trained", no_model)
+    return SectionResult("offload", "")
+
+
+def test_offload_checks_pass_between_two_places_of_host_memory(
+    offload_result: SectionResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite_offload, "MOST_BYTES", 0.5)  # small matrices
+    suite_offload.offload(Context(CPU), offload_result)
+    assert offload_result.failures == []
+    assert len(offload_result.checks) == 12
+    assert offload_result.skipped[0].reason == "not installed: no transformers"
+
+
+def test_state_that_is_not_taken_back_is_found_out(
+    offload_result: SectionResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload.Offload, "_take_back", lambda self, rows: None)
+    suite_offload.offload(Context(CPU), offload_result)
+    assert {check.name for check in offload_result.failures} == {
+        f"{predictor}, {kind}: B/param between steps"
+        for predictor in ("slow_ema", "subspace", "auto")
+        for kind in ("cpu", "pinned")
+    }
+
+
+def test_state_that_is_not_written_back_is_found_out(
+    offload_result: SectionResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload.Offload, "_write_back", lambda self, rows: None)
+    suite_offload.offload(Context(CPU), offload_result)
+    assert "slow_ema, cpu: same bits" in {check.name for check in offload_result.failures}

@@ -83,31 +83,32 @@ def all_sections() -> tuple[Section, ...]:
         Section("environment", "Environment", environment, 0.02, required=True),
         Section("barrier", "Grid barrier", imported("suite_barrier", "barrier"), 0.14, True),
         Section(
-            "correctness", "Correctness", imported("suite_correctness", "correctness"), 0.34, True
+            "correctness", "Correctness", imported("suite_correctness", "correctness"), 0.32, True
         ),
         Section(
             "bandwidth", "Bandwidth: each input and output counted once",
-            imported("suite_bandwidth", "bandwidth"), 0.15,
+            imported("suite_bandwidth", "bandwidth"), 0.14,
         ),
         Section(
             "steps", "One step of the optimizer, parameters of GPT-2 small",
-            imported("suite_steps", "optimizer_steps"), 0.10,
+            imported("suite_steps", "optimizer_steps"), 0.09,
         ),
         Section(
             "gpt2", "Training GPT-2 small, random tokens",
-            imported("suite_gpt2", "gpt2_training"), 0.07,
+            imported("suite_gpt2", "gpt2_training"), 0.06,
         ),
         Section("memory", "Device memory", imported("suite_promises", "memory"), 0.04),
         Section(
             "waiting", "Steps that do not wait, and a step in a CUDA graph",
             imported("suite_promises", "no_waiting"), 0.03,
         ),
+        Section("offload", "State in host memory", imported("suite_offload", "offload"), 0.05),
         # Last: it takes what the others leave over, and torch.compile its time.
         Section("muon", "Muon's step for GPT-2's matrices", imported("suite_muon", "muon"), 0.11),
     )  # fmt: skip
 
 
-OPTIONAL = ("bandwidth", "steps", "gpt2", "memory", "waiting", "muon")
+OPTIONAL = ("bandwidth", "steps", "gpt2", "memory", "waiting", "offload", "muon")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
