@@ -16,8 +16,10 @@ from gpt2_options import parse_options as parse_gpt2_options
 from run_records import BASELINE, CONTROL, HYBRID
 
 MEMORY_OPTIMISED = "memory_optimised"
+SIXTEEN_BIT = "baseline_16bit"
 # The control is last: it needs to know how many gradients HybridOptimizer used.
-CONFIGURATIONS = (BASELINE, HYBRID, MEMORY_OPTIMISED, CONTROL)
+CONFIGURATIONS = (BASELINE, HYBRID, MEMORY_OPTIMISED, SIXTEEN_BIT, CONTROL)
+SIXTEEN_BIT_PARAMETERS = (MEMORY_OPTIMISED, SIXTEEN_BIT)
 OFFLOADS = ("none", "cpu", "pinned")
 PRECISIONS = ("bf16", "fp16")
 FORBIDDEN = {
@@ -52,10 +54,11 @@ PRESETS = {"tiny": Preset(200, 2e-3, "linear")}
 DESCRIPTION = """\
 Trains GPT-2 in three configurations from the same seeds on the same batches: torch.optim.AdamW in
 FP32; HybridOptimizer with HybridConfig.quick_validation(), which is the source's run; and the same
-with 16-bit parameters, FP32 masters, accumulated gradients and offloaded state. Beside them a
-control: AdamW for exactly as many gradients as HybridOptimizer used, its schedule compressed to
-them. Prints a table with the source's figures beside these, intervals and t-tests paired by seed,
-and writes a JSON file and a plot.
+with 16-bit parameters, FP32 masters, accumulated gradients and offloaded state. Beside them two
+controls: AdamW for exactly as many gradients as HybridOptimizer used, its schedule compressed to
+them; and AdamW with 16-bit parameters, FP32 masters and accumulated gradients, which shows what
+these come to without any prediction. Prints a table with the source's figures beside these,
+intervals and t-tests paired by seed, and writes a JSON file and a plot.
 """
 
 EPILOG = """\
@@ -71,9 +74,9 @@ class Plan:
 
     Attributes:
         base: The flags of gpt2_small.py; FP32 and nothing offloaded.
-        precision: Type of the memory-optimised configuration's parameters, "bf16" or "fp16".
-        accumulation: Micro-batches in each of its windows.
-        offload: Where its state lives that is touched once a cycle.
+        precision: Type of the 16-bit configurations' parameters, "bf16" or "fp16".
+        accumulation: Micro-batches in each of their windows.
+        offload: Where the memory-optimised one's state lives that AdamW does not have.
     """
 
     base: Options
@@ -83,7 +86,7 @@ class Plan:
 
     @property
     def loss_scale(self) -> str | None:
-        """Loss scaling of the memory-optimised configuration; only FP16 underflows without."""
+        """Loss scaling of the 16-bit configurations; only FP16 underflows without."""
         return "dynamic" if self.precision == "fp16" else None
 
     def options(self, configuration: str) -> Options:
@@ -92,9 +95,11 @@ class Plan:
         Args:
             configuration: One of `CONFIGURATIONS`.
         """
-        if configuration != MEMORY_OPTIMISED:
+        if configuration not in SIXTEEN_BIT_PARAMETERS:
             return self.base
-        config = dataclasses.replace(self.base.hybrid, offload=self.offload)
+        predicts = configuration == MEMORY_OPTIMISED
+        change = {"offload": self.offload} if predicts else {"predictor": "none"}
+        config = dataclasses.replace(self.base.hybrid, **change)
         return dataclasses.replace(self.base, precision=self.precision, hybrid=config)
 
     def micro_batches(self, configuration: str) -> int:
@@ -103,7 +108,15 @@ class Plan:
         Args:
             configuration: One of `CONFIGURATIONS`.
         """
-        return self.accumulation if configuration == MEMORY_OPTIMISED else 1
+        return self.accumulation if configuration in SIXTEEN_BIT_PARAMETERS else 1
+
+    def loss_scale_of(self, configuration: str) -> str | None:
+        """Returns the loss scaling of a configuration.
+
+        Args:
+            configuration: One of `CONFIGURATIONS`.
+        """
+        return self.loss_scale if configuration in SIXTEEN_BIT_PARAMETERS else None
 
     def settings(self, configuration: str) -> dict[str, Any]:
         """Returns what decides a configuration's runs, beside seed and surroundings.
@@ -114,11 +127,10 @@ class Plan:
         options = self.options(configuration).to_dict()
         for name in ("seeds", "only", "controls"):
             del options[name]
-        memory_optimised = configuration == MEMORY_OPTIMISED
         return {
             **options,
             "micro_batches": self.micro_batches(configuration),
-            "loss_scale": self.loss_scale if memory_optimised else None,
+            "loss_scale": self.loss_scale_of(configuration),
         }
 
 
@@ -166,21 +178,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision",
         choices=PRECISIONS,
         default="bf16",
-        help="parameters of the memory-optimised configuration; fp16 comes with dynamic loss "
+        help="parameters of the 16-bit configurations; fp16 comes with dynamic loss "
         "scaling (default: %(default)s)",
     )
     parser.add_argument(
         "--accumulation",
         type=whole_number(1),
         default=4,
-        help="micro-batches that it accumulates; a batch is divided, so that every configuration "
+        help="micro-batches that these accumulate; a batch is divided, so that every configuration "
         "has equally many tokens a step (default: %(default)s)",
     )
     parser.add_argument(
         "--offload",
         choices=OFFLOADS,
         default="cpu",
-        help="where its state lives that is touched once a cycle (default: %(default)s)",
+        help="where the memory-optimised one's state lives that AdamW does not have "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--threads",

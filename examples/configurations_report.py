@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configurations_options import CONFIGURATIONS, MEMORY_OPTIMISED, Plan
+from configurations_options import CONFIGURATIONS, MEMORY_OPTIMISED, SIXTEEN_BIT, Plan
 from configurations_runs import ConfigurationRun
 from configurations_statistics import Comparison, compare_percent, compare_ratios
 from rich.box import SIMPLE_HEAD
@@ -17,7 +17,7 @@ from rich.table import Table
 from run_records import BASELINE, CONTROL, FINAL_LOSSES, HYBRID
 from text_data import write_atomically
 
-WIDTH = 118  # of the tables, also where the output is no terminal
+WIDTH = 130  # of the tables, also where the output is no terminal
 UNKNOWN = "-"
 MEBIBYTE = 2**20
 SIGNIFICANCE = 0.05
@@ -25,15 +25,18 @@ TITLES = {
     BASELINE: "AdamW",
     HYBRID: "Hybrid",
     MEMORY_OPTIMISED: "Memory-optimised",
+    SIXTEEN_BIT: "AdamW, 16-bit",
     CONTROL: "AdamW, as many gradients",
 }
 COMPARED = (
-    # The control first: what fewer gradients alone come to.
+    # The controls first: what fewer gradients alone come to, and 16 bits alone.
     (CONTROL, BASELINE),
+    (SIXTEEN_BIT, BASELINE),
     (HYBRID, BASELINE),
     (MEMORY_OPTIMISED, BASELINE),
     (HYBRID, CONTROL),
     (MEMORY_OPTIMISED, CONTROL),
+    (MEMORY_OPTIMISED, SIXTEEN_BIT),
 )
 
 SOURCE_NOTE = """\
@@ -130,8 +133,8 @@ def result_table(runs: Runs, plan: Plan) -> Table:
     base = plan.base
     table = Table(
         title=f"GPT-2 {base.model}, {base.steps} steps of {base.batch} x {base.length} tokens, "
-        f"means of seeds {seeds}. Memory-optimised: {plan.precision.upper()} parameters, "
-        f"{plan.accumulation} micro-batches, offload {plan.offload}",
+        f"means of seeds {seeds}. 16-bit: {plan.precision.upper()} parameters, FP32 masters, "
+        f"{plan.accumulation} micro-batches; memory-optimised: offload {plan.offload} too",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -139,6 +142,7 @@ def result_table(runs: Runs, plan: Plan) -> Table:
     table.add_column("")
     headings = {
         CONTROL: "AdamW,\nas many\ngradients",
+        SIXTEEN_BIT: "\nAdamW,\n16-bit",
         BASELINE: "\n\nAdamW",
         "source 1": "source,\n\nBaseline",
         HYBRID: "\n\nHybrid",
@@ -151,7 +155,7 @@ def result_table(runs: Runs, plan: Plan) -> Table:
 
     def row(label: str, cell: Callable[[str], str]) -> None:
         source = dict(zip(SOURCE_COLUMNS, SOURCE.get(label, (UNKNOWN,) * 3), strict=True))
-        cells = [cell(CONTROL)]
+        cells = [cell(CONTROL), cell(SIXTEEN_BIT)]
         for name in SOURCE_COLUMNS:
             cells += [cell(name), source[name]]
         table.add_row(label, *cells)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from configurations_options import CONFIGURATIONS, MEMORY_OPTIMISED, Plan
+from configurations_options import CONFIGURATIONS, SIXTEEN_BIT_PARAMETERS, Plan
 from line_files import append_line, parsed_lines
 from peak_memory import PeakMemory
 from run_records import CONTROL, HYBRID, RunRecord
@@ -177,7 +177,7 @@ def run_configuration(
         report(record)
 
     record = RunRecord(
-        HYBRID if configuration == MEMORY_OPTIMISED else configuration,
+        HYBRID if configuration in SIXTEEN_BIT_PARAMETERS else configuration,
         seed,
         steps,
         options.batch * options.length,
@@ -189,7 +189,7 @@ def run_configuration(
             text,
             report=after_step,
             micro_batches=plan.micro_batches(configuration),
-            loss_scale=plan.loss_scale if configuration == MEMORY_OPTIMISED else None,
+            loss_scale=plan.loss_scale_of(configuration),
         )
     finally:
         release_memory()

@@ -22,8 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import configurations_runs
 import three_configurations
 import training_run
-from configurations_options import CONFIGURATIONS, MEMORY_OPTIMISED, Plan, parse_options
-from configurations_report import SOURCE, comparison_table, comparisons, result_table
+from configurations_options import (
+    CONFIGURATIONS,
+    MEMORY_OPTIMISED,
+    SIXTEEN_BIT,
+    Plan,
+    parse_options,
+)
+from configurations_report import SOURCE, WIDTH, comparison_table, comparisons, result_table
 from configurations_runs import ConfigurationRun, DivergedError, RunStore, order, run_configuration
 from configurations_statistics import compare_percent, compare_ratios
 from rich.console import Console
@@ -124,7 +130,7 @@ def test_end_to_end_and_resume(
     monkeypatch.setattr(training_run.WindowSampler, "draw", recorded_draw)
     arguments = flags(text_folder, tmp_path, "--seeds", "3", "7")
 
-    interrupt_at = 6
+    interrupt_at = 7
     assert three_configurations.main(arguments) == three_configurations.INTERRUPTED
     assert "goes on from here" in capsys.readouterr().out
     assert not results(tmp_path)["complete"]
@@ -137,7 +143,7 @@ def test_end_to_end_and_resume(
     assert trained == [(name, 3) for name in order(0)] + [(name, 7) for name in order(1)]
 
     assert three_configurations.main(arguments) == 0
-    assert len(trained) == 8
+    assert len(trained) == 10
     assert "kept from before" in capsys.readouterr().out
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -145,7 +151,7 @@ def test_end_to_end_and_resume(
     assert content["complete"]
     assert content["seeds"] == [3, 7]
     assert {"hardware", "versions", "options", "configurations", "data"} <= content.keys()
-    assert len(content["runs"]) == 8
+    assert len(content["runs"]) == 10
     assert str(tmp_path) not in json.dumps(content["hardware"])
     found = {(run["configuration"], run["seed"]): run for run in content["runs"]}
     for seed in (3, 7):
@@ -159,13 +165,19 @@ def test_end_to_end_and_resume(
         assert len(control["steps"]["seconds"]) == hybrid["gradient_evaluations"]
         assert 2 * memory["parameter_bytes"] == hybrid["parameter_bytes"]
         assert memory["state_bytes_host"] > 0
+        # The same masters and windows, without predictions and what they keep.
+        sixteen = found[SIXTEEN_BIT, seed]
+        assert sixteen["parameter_bytes"] == memory["parameter_bytes"]
+        assert sixteen["gradient_evaluations"] == STEPS
+        assert sixteen["stats"]["predicted_steps"] == 0
+        assert sixteen["state_bytes_host"] == 0
         # Eight bytes a parameter, and the counters.
         assert found[BASELINE, seed]["state_bytes_device"] == pytest.approx(
             2 * hybrid["parameter_bytes"], rel=1e-3
         )
         assert found[BASELINE, seed]["held_out_start"] == hybrid["held_out_start"]
         # The k-th gradient sees the same batch in every configuration.
-        for name in (HYBRID, MEMORY_OPTIMISED, CONTROL):
+        for name in (HYBRID, MEMORY_OPTIMISED, SIXTEEN_BIT, CONTROL):
             others = batches[name, seed]
             assert all(
                 torch.equal(a, b) for a, b in zip(batches[BASELINE, seed], others, strict=False)
@@ -196,8 +208,8 @@ def test_other_settings_are_other_runs(text_folder: Path, tmp_path: Path) -> Non
 
 
 def test_every_configuration_goes_first_once() -> None:
-    orders = [order(index) for index in range(3)]
-    assert {found[0] for found in orders} == {BASELINE, HYBRID, MEMORY_OPTIMISED}
+    orders = [order(index) for index in range(4)]
+    assert {found[0] for found in orders} == {BASELINE, HYBRID, MEMORY_OPTIMISED, SIXTEEN_BIT}
     for found in orders:
         assert sorted(found) == sorted(CONFIGURATIONS)
         assert found[-1] == CONTROL
@@ -331,7 +343,7 @@ def test_tables_show_the_source_beside_ours(text_folder: Path, tmp_path: Path) -
         name: [made_up(name, seed, 2.0 + seed + index, 5.0 + index / 10) for seed in (0, 1)]
         for index, name in enumerate(CONFIGURATIONS)
     }
-    console = Console(width=118, record=True)
+    console = Console(width=WIDTH, record=True)
     console.print(result_table(runs, plan))
     found = comparisons(runs)
     console.print(comparison_table(found))
