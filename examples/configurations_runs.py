@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from configurations_options import CONFIGURATIONS, SIXTEEN_BIT_PARAMETERS, Plan
+from host_memory import release_memory
 from line_files import append_line, parsed_lines
 from peak_memory import PeakMemory
 from run_records import CONTROL, HYBRID, RunRecord
 from text_data import TokenizedText
-from training_run import release_memory, train
+from training_run import train
 
 STEP_FIELDS = ("phase", "seconds", "processor_seconds", "memory_bytes", "gradients", "loss")
 

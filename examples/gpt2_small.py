@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from gpt2_options import Options, parse_options
+from host_memory import keep_freed_memory, release_memory
 from reporting import progress, result_table, seeds_table
 from rich.console import Console
 from run_files import environment, seed_summary, write_json, write_plot
@@ -34,7 +35,7 @@ from run_records import (
     SeedRecord,
 )
 from text_data import Corpus, TokenizedText, check_length, load_corpus, tokenize
-from training_run import HYBRIDS, parameter_count, release_memory, train
+from training_run import HYBRIDS, parameter_count, train
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 REFUSED = 2
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if options.device.type == "cuda":
         torch.cuda.set_device(options.device)
+    kept = options.device.type == "cpu" and keep_freed_memory()
     records: list[SeedRecord] = []
     interrupted = False
     try:
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"gpt2_small.py: error: {error}", file=sys.stderr)
             return REFUSED
-        content = describe(options, corpus, text)
+        content = describe(options, corpus, text, kept)
         introduce(console, options, content)
         for seed in options.seeds:
             record = SeedRecord(seed)
@@ -110,17 +112,23 @@ def prepare_text(options: Options) -> tuple[Corpus, TokenizedText]:
     return corpus, text
 
 
-def describe(options: Options, corpus: Corpus, text: TokenizedText) -> dict[str, Any]:
+def describe(
+    options: Options, corpus: Corpus, text: TokenizedText, freed_memory_kept: bool
+) -> dict[str, Any]:
     """Returns what the JSON file says beside the runs.
 
     Args:
         options: The flags.
         corpus: The text.
         text: Its tokens.
+        freed_memory_kept: What `keep_freed_memory` returned.
     """
+    surroundings = environment(options.device)
+    # Times with and without are not comparable.
+    surroundings["hardware"]["freed_memory_kept"] = freed_memory_kept
     return {
         "example": "gpt2_small",
-        **environment(options.device),
+        **surroundings,
         "options": options.to_dict(),
         "parameters": parameter_count(options, text),
         "data": {

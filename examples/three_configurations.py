@@ -33,6 +33,7 @@ from configurations_runs import (
     run_configuration,
 )
 from gpt2_small import INTERRUPTED, REFUSED, describe, prepare_text
+from host_memory import keep_freed_memory
 from reporting import progress
 from rich.console import Console
 from run_records import CONTROL, HYBRID
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(base.threads)
     if base.device.type == "cuda":
         torch.cuda.set_device(base.device)
+    kept = base.device.type == "cpu" and keep_freed_memory()
     runs: list[ConfigurationRun] = []
     try:
         try:
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             base.output.mkdir(parents=True, exist_ok=True)
         except (ValueError, OSError) as error:
             return refuse(error)
-        content = content_of(plan, describe(base, corpus, text))
+        content = content_of(plan, describe(base, corpus, text, kept))
         store = RunStore(base.output / RUNS_FILE, surroundings(content))
         for index, seed in enumerate(base.seeds):
             run_seed(index, seed, plan, text, store, runs, console)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import time
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from gpt2_options import GPT2_VOCABULARY, MODEL_SHAPES, Options
+from host_memory import release_memory
 from peak_memory import PeakMemory
 from run_records import ALONE, BASELINE, BASES, HYBRID, MUON, RunRecord, StepRecord
 from text_data import TokenizedText, WindowSampler, held_out_windows
@@ -283,16 +282,6 @@ def evaluate(model: GPT2LMHeadModel, windows: torch.Tensor) -> float:
     total = sum(_loss(model, part).item() * len(part) for part in parts)
     model.train(was_training)
     return total / len(windows)
-
-
-def release_memory() -> None:
-    """Gives what the last run freed back, so that the next starts where it did."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    # The C library keeps freed memory, which would count as the next run's; only glibc has this.
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:

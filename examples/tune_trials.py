@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from host_memory import release_memory
 from line_files import append_line, parsed_lines
 from run_records import BASELINE, HYBRID, RunRecord
 from text_data import TokenizedText
-from training_run import release_memory, train
+from training_run import train
 from tune_options import Settings, Sweep
 
 STATISTICS = ("predicted_steps", "rollbacks", "acceptance_rate")

@@ -36,10 +36,10 @@ from soak_measure import (
 from soak_run import HYBRID, ROUND, Leg, SoakRunner, run_leg
 from triton_hybrid.kernels.ledger import INDEX
 
-from triton_hybrid import HybridOptimizer
+from triton_hybrid import HybridOptimizer, offload
 
 SETTLED = 50  # later than the last allocation, and sooner than in a whole run
-RESULT = Path(soak.__file__).resolve().parent / "results" / "soak_cpu.json"
+RESULTS = Path(soak.__file__).resolve().parent / "results"
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     for module in (soak, soak_measure):
         monkeypatch.setattr(module, "SETTLED", SETTLED)
+    monkeypatch.setattr(offload, "COPY_ON_CPU", False)
     yield
     torch.set_num_threads(threads)
 
@@ -273,8 +274,32 @@ def test_bad_flags(
     assert message in capsys.readouterr().err
 
 
-def test_the_file_in_the_repository_is_a_whole_run_without_growth() -> None:
-    content = json.loads(RESULT.read_text(encoding="utf-8"))
+def test_offloaded_state_is_copied_and_nothing_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = []
+    copy = offload.Offload._copy
+
+    def counted(self: offload.Offload, rows: Any, to_device: bool) -> None:
+        copied.append(to_device)
+        copy(self, rows, to_device)
+
+    monkeypatch.setattr(offload.Offload, "_copy", counted)
+    status, content = run(
+        tmp_path / "soak.json", "--steps", "300", "--predictors", "linear", "auto",
+        "--offload", "cpu",
+    )  # fmt: skip
+    assert content["found"] == []
+    assert status == 0
+    assert min(copied.count(True), copied.count(False)) > 100
+    assert all(leg["stats"]["state_bytes_host"] > 0 for leg in content["legs"])
+
+
+@pytest.mark.parametrize("kind", ["none", "cpu"])
+def test_the_file_in_the_repository_is_a_whole_run_without_growth(kind: str) -> None:
+    name = "soak_cpu.json" if kind == "none" else "soak_offload_cpu.json"
+    content = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    assert content["options"]["offload"] == kind
     assert content["options"]["steps"] == 10_000
     assert content["found"] == []
     assert content["resident"]["growth_bytes"] <= content["resident"]["allowed_growth_bytes"]

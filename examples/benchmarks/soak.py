@@ -2,6 +2,7 @@
 
     python examples/benchmarks/soak.py
     python examples/benchmarks/soak.py --steps 2000 --drive inline --predictors subspace
+    python examples/benchmarks/soak.py --offload cpu
 
 A small model with FP32 and BF16 parameters, in a Muon and in an AdamW group, goes through all
 phases. On its way predictions are made to fail, gradients are not finite, missing, zeroed in
@@ -51,6 +52,9 @@ from soak_plot import write_plot
 from soak_progress import StepCounter
 from soak_run import ADAMW, DRIVES, HYBRID, ROUND, Leg, LegReport, SoakRunner, run_leg
 
+from triton_hybrid import offload
+
+OFFLOADS = ("none", "cpu", "pinned")
 PREDICTORS = ("slow_ema", "subspace", "linear", "auto")
 GREW = 1
 INTERRUPTED = 130
@@ -87,6 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backend", choices=("auto", "torch", "triton"), default="auto",
         help="the optimizer's backend (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--offload", choices=OFFLOADS, default="none", help="where state lives that AdamW does not "
+        "have; on a CPU it is copied all the same here, from host memory to host memory "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--threads", type=whole_number(1), default=1, help="CPU threads; the tensors are so small "
@@ -156,6 +165,7 @@ def plan(options: argparse.Namespace) -> list[Leg]:
                 seed=options.seed,
                 device=options.device,
                 backend=options.backend,
+                offload=options.offload,
             )
         )
         first += steps
@@ -283,6 +293,7 @@ def main(arguments: Sequence[str] | None = None, after_step: AfterStep | None = 
     options = parse_options(arguments)
     console = Console()
     torch.set_num_threads(options.threads)
+    offload.COPY_ON_CPU = options.offload != "none"
     beside: Control | None = None
     control: list[Sample] = []
     try:

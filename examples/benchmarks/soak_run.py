@@ -65,6 +65,7 @@ class Leg:
         seed: Of weights and batches.
         device: Where.
         backend: The optimizer's backend.
+        offload: As in HybridConfig.
     """
 
     subject: str
@@ -75,6 +76,7 @@ class Leg:
     seed: int
     device: torch.device
     backend: str = "auto"
+    offload: str = "none"
 
     @property
     def name(self) -> str:
@@ -168,6 +170,7 @@ class SoakRunner:
             predictor=leg.predictor,
             history=3,
             inline=self.drive == "inline",
+            offload=leg.offload,
         )
         groups = split_param_groups(self.model, lr=LEARNING_RATE)
         return HybridOptimizer(groups, hybrid=config, backend=leg.backend)
