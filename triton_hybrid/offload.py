@@ -165,7 +165,7 @@ class Offload:
         params = {id(param): param for row in rows for param in row.params}
         self._count = len(params)
         self._hooks = _watch_gradients(params.values(), weakref.ref(self))
-        weakref.finalize(self, _remove, self._hooks)
+        weakref.finalize(self, _remove, self._hooks).atexit = False
 
     # ---------------------------------------------------------------- around a step
 
