@@ -307,6 +307,22 @@ def test_moments_leave_for_a_long_stretch_of_a_trajectory(predictor: str) -> Non
     backward(model, next(make_batches()))
 
 
+def test_their_place_in_host_memory_is_there_from_the_first_step() -> None:
+    """Memory does not grow after it."""
+    made = []
+    for interval in (8, 2):
+        model = make_model()
+        config = fast_config(
+            predictor="subspace", offload="cpu", inline=False,
+            max_predict_steps=8, correction_interval=interval,
+        )  # fmt: skip
+        optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config)
+        train(model, optimizer, 1)
+        rows = optimizer._runtime.memory.offload._rows
+        made.append([row.host is not None for row in rows if row.home == offload.DEVICE])
+    assert made == [[True, True], [False, False]]
+
+
 def test_moments_stay_where_the_stretch_is_short() -> None:
     model = make_model()
     steps = LONG_STRETCH

@@ -14,6 +14,7 @@ from triton_hybrid.divergence import DivergenceMonitor
 from triton_hybrid.dynamics import DynamicsModel, history_needed
 from triton_hybrid.kernels.chunks import require_launchable
 from triton_hybrid.memory import StateMemory
+from triton_hybrid.offload import lends_moments
 from triton_hybrid.precision import scale_entries
 from triton_hybrid.protocol import TorchProtocol
 from triton_hybrid.runtime import Runtime
@@ -86,6 +87,7 @@ class Binding(TorchProtocol):
             steered=config.predictor == "slow_ema",
             history=history_needed(config),
             offload=config.offload,
+            lends=lends_moments(config),
             masters=self._settings["master_weights"],
             muon={
                 param: matrix_settings(group, index, param)

@@ -265,6 +265,7 @@ class StateMemory:
         history: Cycle displacements to keep; 0 for none.
         muon: How the parameters of Muon groups are orthogonalised.
         offload: As in HybridConfig.
+        lends: Whether the moments leave the device in long stretches of predictions.
         masters: As in HybridOptimizer.
         tiling: Overrides the device's default tiling.
 
@@ -283,6 +284,7 @@ class StateMemory:
         history: int,
         muon: Mapping[Tensor, MatrixSettings] | None = None,
         offload: str = "none",
+        lends: bool = False,
         masters: str = "auto",
         tiling: Tiling | None = None,
     ) -> None:
@@ -327,7 +329,7 @@ class StateMemory:
             self.sets.append(bound)
             self.parts.append(part)
         moving = [row for bound in self.sets for row in bound.moving]
-        self.offload = Offload(moving, state, self.device, offload == "pinned")
+        self.offload = Offload(moving, state, self.device, offload == "pinned", lends)
         self.workspace = Workspace([bound.tensors for bound in self.sets])
         self.params = [param for bound in self.sets for param in bound.params]
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_hybrid.config import HybridConfig
 from triton_hybrid.kernels.chunks import TensorSet, dense_view
 
 COPY_ON_CPU = False
@@ -65,6 +66,14 @@ def moves(offload: str, device: torch.device) -> bool:
         device: Where the kernels run.
     """
     return offload != "none" and (device.type != "cpu" or COPY_ON_CPU)
+
+
+def lends_moments(config: HybridConfig) -> bool:
+    """Whether the moments leave the device in stretches of predictions that do not read them."""
+    follows = config.predictor in ("subspace", "linear", "auto")
+    row = min(config.correction_interval, config.max_predict_steps)
+    # The first prediction reads them.
+    return follows and not config.inline and row - 1 >= LONG_STRETCH
 
 
 def touched_by_gradient(
@@ -118,7 +127,7 @@ class Row:
         memory: Its tensors, at home; of scratch only the dtype is used.
 
     Attributes:
-        host: The tensors in host memory, views of one buffer; None before a first visit.
+        host: The tensors in host memory, views of one buffer; None where it is never there.
         here: The tensors on the device; None while they are away.
     """
 
@@ -143,6 +152,7 @@ class Offload:
             rows at home in host memory while they visit the device: `synchronise` first.
         device: Where the kernels run.
         pinned: Whether host memory is page-locked.
+        lends: Whether there are stretches so long that the moments leave the device.
     """
 
     def __init__(
@@ -151,11 +161,16 @@ class Offload:
         state: Mapping[Tensor, dict[str, Any]],
         device: torch.device,
         pinned: bool,
+        lends: bool,
     ) -> None:
         self._rows = rows
         self._state = state
         self._device = device
-        self._pinned = pinned
+        self._lends = lends
+        for row in rows:
+            if row.home == DEVICE and lends:
+                # Now, and not when they first leave: memory does not grow after the first step.
+                row.host = buffer_like(row.params, row.dtype, torch.device("cpu"), pinned)
         self._expected: Kinds = ()
         self._calls = 0
         self._calls_before = 0
@@ -202,13 +217,11 @@ class Offload:
         if backward_first:
             self._calls_before, self._calls = self._calls or self._calls_before, 0
         stays = () if backward_first else kinds
-        long = predictions >= LONG_STRETCH
+        leave = self._lends and predictions >= LONG_STRETCH and not backward_first
         self._take_back(
             row
             for row in self._rows
-            if row.here is not None
-            and row.kind not in stays
-            and (row.home != DEVICE or (long and not backward_first))
+            if row.here is not None and row.kind not in stays and (row.home != DEVICE or leave)
         )
 
     def gradient_arrived(self) -> None:
@@ -297,9 +310,6 @@ class Offload:
 
     def _take_back(self, rows: Iterable[Row]) -> None:
         leaving = list(rows)
-        for row in leaving:
-            if row.home == DEVICE and row.host is None:
-                row.host = buffer_like(row.params, row.dtype, torch.device("cpu"), self._pinned)
         self._write_back([row for row in leaving if row.home != SCRATCH])
         for row in leaving:
             if row.home == DEVICE:
