@@ -15,12 +15,13 @@ from gpt2_options import LARGEST_SEED, MODEL_SHAPES, Options
 from gpt2_options import parse_options as parse_gpt2_options
 from run_records import BASELINE, CONTROL, HYBRID
 
+from triton_hybrid.config import OFFLOADS
+
 MEMORY_OPTIMISED = "memory_optimised"
 SIXTEEN_BIT = "baseline_16bit"
 # The control is last: it needs to know how many gradients HybridOptimizer used.
 CONFIGURATIONS = (BASELINE, HYBRID, MEMORY_OPTIMISED, SIXTEEN_BIT, CONTROL)
 SIXTEEN_BIT_PARAMETERS = (MEMORY_OPTIMISED, SIXTEEN_BIT)
-OFFLOADS = ("none", "cpu", "pinned")
 PRECISIONS = ("bf16", "fp16")
 FORBIDDEN = {
     "--seed": "--seeds",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scikit_data import scikit_datasets
 from torch import Tensor
 
 SPLIT_SEED = 99
@@ -122,14 +123,7 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
 
 
 def _load_scikit_learn() -> Digits:
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise RuntimeError(
-            "scikit-learn is not installed; it comes with the extra 'benchmarks': "
-            "pip install -e '.[benchmarks]'"
-        ) from error
-    features, classes = datasets.load_digits(return_X_y=True)
+    features, classes = scikit_datasets().load_digits(return_X_y=True)
     images = torch.as_tensor(features, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     labels = torch.as_tensor(classes, dtype=torch.int64)
     order = _random_order(len(images))

@@ -18,7 +18,6 @@ from typing import Any
 # Where Python is told not to add a script's folder to the path, its neighbours are not found.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import torch
 from gpt2_options import Options, parse_options
 from host_memory import keep_freed_memory, release_memory
 from reporting import progress, result_table, seeds_table
@@ -35,7 +34,7 @@ from run_records import (
     SeedRecord,
 )
 from text_data import Corpus, TokenizedText, check_length, load_corpus, tokenize
-from training_run import HYBRIDS, parameter_count, train
+from training_run import HYBRIDS, parameter_count, train, use_device
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 REFUSED = 2
@@ -52,11 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse_options(arguments)
     console = Console()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.device.type == "cuda":
-        torch.cuda.set_device(options.device)
-    kept = options.device.type == "cpu" and keep_freed_memory()
+    use_device(options)
+    kept = keep_freed_memory(options.device)
     records: list[SeedRecord] = []
     interrupted = False
     try:

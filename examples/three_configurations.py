@@ -21,7 +21,6 @@ from typing import Any
 # Where Python is told not to add a script's folder to the path, its neighbours are not found.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import torch
 from configurations_options import CONFIGURATIONS, Plan, parse_options
 from configurations_plots import write_plot
 from configurations_report import TITLES, complete_seeds, print_tables, write_results
@@ -38,6 +37,7 @@ from reporting import progress
 from rich.console import Console
 from run_records import CONTROL, HYBRID
 from text_data import TokenizedText
+from training_run import use_device
 
 RUNS_FILE = "runs.jsonl"
 
@@ -54,11 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = parse_options(arguments)
     base = plan.base
     console = Console()
-    if base.threads is not None:
-        torch.set_num_threads(base.threads)
-    if base.device.type == "cuda":
-        torch.cuda.set_device(base.device)
-    kept = base.device.type == "cpu" and keep_freed_memory()
+    use_device(base)
+    kept = keep_freed_memory(base.device)
     runs: list[ConfigurationRun] = []
     try:
         try:

@@ -26,6 +26,14 @@ WARM_UP_SEED_OFFSET = 1 << 62  # the warm-up batch is none of the run's own
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def use_device(options: Options) -> None:
+    """Lets this process train with the flags' threads, on their device."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+
+
 def model_config(options: Options, text: TokenizedText) -> GPT2Config:
     """Returns the configuration of the model.
 

@@ -22,14 +22,13 @@ from typing import Any
 # Where Python is told not to add a script's folder to the path, its neighbours are not found.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import torch
 from gpt2_small import INTERRUPTED, REFUSED, prepare_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from run_files import environment, write_json
 from run_records import BASELINE, HYBRID, RunRecord
 from text_data import Corpus, TokenizedText
-from training_run import parameter_count
+from training_run import parameter_count, use_device
 from tune_options import Sweep, parse_options
 from tune_report import best_table, python_line, reporting_command, write_heat_map
 from tune_trials import Score, Trial, TrialStore, run_trial, scores, trials
@@ -51,10 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep = parse_options(arguments)
     options = sweep.base
     console = Console()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.device.type == "cuda":
-        torch.cuda.set_device(options.device)
+    use_device(options)
     try:
         corpus, text = prepare_text(options)
         options.output.mkdir(parents=True, exist_ok=True)

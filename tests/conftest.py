@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def device() -> torch.device:
     """Where tensors live: the GPU if there is one, else the CPU and the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some Python files to train on."""
+    folder = tmp_path_factory.mktemp("text")
+    for index in range(40):
+        lines = [f"def function_{index}_{line}(x):\n    return x * {line}\n" for line in range(30)]
+        (folder / f"module_{index}.py").write_text("\n".join(lines), encoding="utf-8")
+    return folder

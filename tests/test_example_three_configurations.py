@@ -45,15 +45,6 @@ MADE_UP_BYTES = {"parameter_bytes": 10, "state_bytes_device": 20, "state_bytes_h
                  "memory_before": 50, "memory_peak": 300}  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(40):
-        lines = [f"def function_{index}_{line}(x):\n    return x * {line}\n" for line in range(30)]
-        (folder / f"module_{index}.py").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def surroundings(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(text_folder.parent))

@@ -39,15 +39,6 @@ GRID = (
 )
 
 
-@pytest.fixture(scope="session")
-def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(40):
-        lines = [f"def function_{index}_{line}(x):\n    return x * {line}\n" for line in range(30)]
-        (folder / f"module_{index}.py").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def surroundings(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

@@ -24,7 +24,7 @@ def touch():
         torch.empty(16 << 20).fill_(1.0)
 
 resident = psutil.Process().memory_info
-kept = keep_freed_memory() if {keep} else False
+kept = keep_freed_memory(torch.device("cpu")) if {keep} else False
 touch()
 before = faults()
 touch()

@@ -24,7 +24,8 @@ from training import (
 )
 
 from triton_hybrid import HybridOptimizer, Phase, offload, split_param_groups
-from triton_hybrid.offload import LONG_STRETCH, Offload, Row, buffer_like
+from triton_hybrid.offload import LONG_STRETCH, Offload
+from triton_hybrid.state_rows import DEVICE, HOST, Row, buffer_like
 
 PREDICTORS = ("slow_ema", "subspace", "linear", "auto", "none")
 KINDS = ("cpu", "pinned")
@@ -131,7 +132,7 @@ def test_same_bits_with_muon(predictor: str) -> None:
 def visiting(optimizer: HybridOptimizer) -> set[str]:
     """Kinds of rows on the device that are at home elsewhere."""
     rows = optimizer._runtime.memory.offload._rows
-    return {row.kind for row in rows if row.home != offload.DEVICE and row.here is not None}
+    return {row.kind for row in rows if row.home != DEVICE and row.here is not None}
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
@@ -176,7 +177,7 @@ def test_only_what_a_step_touches_is_fetched() -> None:
     place = Offload.place
 
     def noting(self: Offload, *args: Any, **options: Any) -> None:
-        here = {row.kind for row in self._rows if row.home == offload.HOST and row.here}
+        here = {row.kind for row in self._rows if row.home == HOST and row.here}
         seen.setdefault(phase, set()).update(here)
         place(self, *args, **options)
 
@@ -319,7 +320,7 @@ def test_their_place_in_host_memory_is_there_from_the_first_step() -> None:
         optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config)
         train(model, optimizer, 1)
         rows = optimizer._runtime.memory.offload._rows
-        made.append([row.host is not None for row in rows if row.home == offload.DEVICE])
+        made.append([row.host is not None for row in rows if row.home == DEVICE])
     assert made == [[True, True], [False, False]]
 
 

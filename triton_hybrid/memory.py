@@ -35,16 +35,7 @@ from triton_hybrid.kernels.adamw import Workspace
 from triton_hybrid.kernels.chunks import OWN, SPLIT, TensorSet, Tiling, assembled
 from triton_hybrid.kernels.divergence import FRACTION_COLUMN, HORIZON_COLUMN, MEMORY_COLUMNS
 from triton_hybrid.kernels.matrices import MatrixSet
-from triton_hybrid.offload import (
-    DEVICE,
-    Offload,
-    Row,
-    buffer_like,
-    home_of,
-    kind_of,
-    lives_on_host,
-    moves,
-)
+from triton_hybrid.offload import Offload, moves
 from triton_hybrid.precision import (
     adopt_parameter,
     kept_as,
@@ -53,6 +44,14 @@ from triton_hybrid.precision import (
     needs_master,
     new_master,
     state_dtype,
+)
+from triton_hybrid.state_rows import (
+    DEVICE,
+    Row,
+    buffer_like,
+    home_of,
+    kind_of,
+    lives_on_host,
 )
 
 State = dict[Tensor, dict[str, Any]]

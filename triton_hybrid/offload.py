@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.chunks import TensorSet, dense_view
+from triton_hybrid.kernels.chunks import dense_view
+from triton_hybrid.state_rows import DEVICE, HOST, SCRATCH, Row, buffer_like
 
 COPY_ON_CPU = False
 """Whether state of CPU parameters is copied too, from host memory to host memory. There is nothing
@@ -29,33 +30,7 @@ to gain by it; the tests do it, to run the code that serves a GPU."""
 LONG_STRETCH = 4
 """Predicted steps without a gradient for which moving the moments out is worth the copies."""
 
-HOST, DEVICE, SCRATCH = "host", "device", "scratch"
-"""Homes of a row; scratch has none, and is lost when it leaves the device."""
-
-MOMENTS, SLOW_EMA, WEIGHT_EMA = "moments", "slow_ema", "weight_ema"
-SNAPSHOT, HISTORY, DIRECTION = "snapshot", "history", "direction"
-HOST_KINDS = (SLOW_EMA, WEIGHT_EMA, SNAPSHOT, HISTORY)
-
 Kinds = Collection[str]
-
-
-def kind_of(row: str) -> str | None:
-    """The kind of a row of state; None for a row that never moves."""
-    if row in ("exp_avg", "exp_avg_sq"):
-        return MOMENTS
-    kind = HISTORY if row.startswith("history_") else row
-    return kind if kind in (*HOST_KINDS, DIRECTION) else None
-
-
-def home_of(row: str) -> str:
-    """``HOST``, ``DEVICE`` or ``SCRATCH``, for a row that moves."""
-    kind = kind_of(row)
-    return SCRATCH if kind == DIRECTION else DEVICE if kind == MOMENTS else HOST
-
-
-def lives_on_host(row: str) -> bool:
-    """Whether state of this name is at home in host memory when state is offloaded."""
-    return kind_of(row) in HOST_KINDS
 
 
 def moves(offload: str, device: torch.device) -> bool:
@@ -74,73 +49,6 @@ def lends_moments(config: HybridConfig) -> bool:
     row = min(config.correction_interval, config.max_predict_steps)
     # The first prediction reads them.
     return follows and not config.inline and row - 1 >= LONG_STRETCH
-
-
-def touched_by_gradient(
-    young: bool, measured: bool, edge: bool, trajectory: bool
-) -> frozenset[str]:
-    """Kinds that a Warmup, Full or Correct step reads or writes.
-
-    Args:
-        young: Whether the weight EMA is kept up to date.
-        measured: Whether update and slow direction are compared.
-        edge: Whether a stretch of predictions ends or may begin.
-        trajectory: Whether the model's basis is made of cycle displacements.
-    """
-    wanted = {
-        MOMENTS: True,
-        SLOW_EMA: True,
-        WEIGHT_EMA: young,
-        DIRECTION: measured or edge,
-        SNAPSHOT: edge,
-        HISTORY: edge and trajectory,
-    }
-    return frozenset(kind for kind, here in wanted.items() if here)
-
-
-def touched_by_prediction(young: bool, first: bool, trajectory: bool) -> frozenset[str]:
-    """Kinds that a Predict step of the stepped drive reads or writes.
-
-    Args:
-        young: Whether the prediction pulls to the weight EMA.
-        first: Whether it is the first in a row; a trajectory measures its slope there.
-        trajectory: Whether the model's basis is made of cycle displacements.
-    """
-    wanted = {
-        SNAPSHOT: True,
-        HISTORY: trajectory,
-        MOMENTS: first or not trajectory,
-        SLOW_EMA: not trajectory,
-        DIRECTION: not trajectory,
-        WEIGHT_EMA: young and not trajectory,
-    }
-    return frozenset(kind for kind, here in wanted.items() if here)
-
-
-class Row:
-    """One role of one tensor set, and where its memory is.
-
-    Args:
-        name: Its name in the tensor set, and its key in the optimizer's state.
-        tensors: The tensor set.
-        params: Its parameters.
-        memory: Its tensors, at home; of scratch only the dtype is used.
-
-    Attributes:
-        host: The tensors in host memory, views of one buffer; None where it is never there.
-        here: The tensors on the device; None while they are away.
-    """
-
-    def __init__(
-        self, name: str, tensors: TensorSet, params: Sequence[Tensor], memory: list[Tensor]
-    ) -> None:
-        kind = kind_of(name)
-        assert kind is not None
-        self.name, self.kind, self.home = name, kind, home_of(name)
-        self.tensors, self.params = tensors, params
-        self.dtype = memory[0].dtype
-        self.host = memory if self.home == HOST else None
-        self.here = memory if self.home == DEVICE else None
 
 
 class Offload:
@@ -257,17 +165,13 @@ class Offload:
         """
         if save:
             self.synchronise()
-        for row in self._rows:
-            if row.home != DEVICE and row.here is not None:
-                self._leave(row)
+        self._drop(HOST, SCRATCH)
         _remove(self._hooks)
 
     def settle(self) -> None:
         """Ends the visits of rows at home in host memory: before others write to these."""
         self.synchronise()
-        for row in self._rows:
-            if row.home == HOST and row.here is not None:
-                self._leave(row)
+        self._drop(HOST)
 
     # ---------------------------------------------------------------- what is where
 
@@ -317,6 +221,11 @@ class Offload:
                 self._install(row, row.host)
             self._leave(row)
 
+    def _drop(self, *homes: str) -> None:
+        for row in self._rows:
+            if row.home in homes and row.here is not None:
+                self._leave(row)
+
     def _leave(self, row: Row) -> None:
         row.here = None
         row.tensors.release(row.name)
@@ -347,31 +256,6 @@ class Offload:
                     host.copy_(here, non_blocking=True)
                 # The allocator must not hand this memory out before the copy has run.
                 here.record_stream(self._stream)
-
-
-def buffer_like(
-    params: Sequence[Tensor], dtype: torch.dtype, device: torch.device, pinned: bool = False
-) -> list[Tensor]:
-    """One tensor for each parameter, in its shape and memory order, all views of one buffer.
-
-    Copied as a whole, a row of state is one transfer instead of one for each tensor.
-
-    Args:
-        params: The parameters.
-        dtype: Of the buffer; it is not initialised.
-        device: Where it lies.
-        pinned: Whether it is page-locked host memory; only where there is a GPU.
-    """
-    # 16-byte vectors, whatever the dtype.
-    sizes = [-(-param.numel() // 8) * 8 for param in params]
-    lock = pinned and device.type == "cpu" and torch.cuda.is_available()
-    buffer = torch.empty(sum(sizes), dtype=dtype, device=device, pin_memory=lock)
-    views, begin = [], 0
-    for param, size in zip(params, sizes):
-        stride = torch.empty_like(param, device="meta").stride()
-        views.append(buffer.as_strided(param.shape, stride, begin))
-        begin += size
-    return views
 
 
 def _joined(left: list[Tensor], right: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,8 +16,8 @@ from triton_hybrid.base.muon import MUON_DEFAULTS
 from triton_hybrid.binding import Binding
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.memory import state_bytes
-from triton_hybrid.offload import lives_on_host, touched_by_gradient, touched_by_prediction
 from triton_hybrid.phases import PHASES, Phase, Report
+from triton_hybrid.state_rows import touched_by_gradient, touched_by_prediction
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.validation import (
     check_backend,
@@ -354,10 +354,8 @@ class HybridOptimizer(Binding):
         )
 
     def _in_host_memory(self, name: str) -> bool:
-        if self._config.offload == "none":
-            return False
         away = self._runtime_or_none is not None and self._runtime.memory.offload.is_away(name)
-        return away or lives_on_host(name)
+        return away or self._at_home_on_host(name)
 
     def _count(self, phase: Phase, started: float) -> None:
         self._steps[phase] += 1

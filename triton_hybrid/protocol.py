@@ -11,10 +11,10 @@ from torch.optim.optimizer import Optimizer
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.dynamics import DynamicsModel
 from triton_hybrid.kernels.ledger import INDEX
-from triton_hybrid.offload import lives_on_host
 from triton_hybrid.phases import PHASES, PhaseController
 from triton_hybrid.precision import ChangeWatch, scale_entries
 from triton_hybrid.runtime import FRESH_RATES, Runtime
+from triton_hybrid.state_rows import lives_on_host
 from triton_hybrid.validation import check_group, check_matrix, check_parameter, check_splittable
 
 BOTH_SCALERS = (
@@ -127,9 +127,8 @@ class TorchProtocol(Optimizer):
                 raise ValueError("amsgrad=True in the checkpoint: must be False, it is not built")
         rules = [group["base"] for group in self.param_groups]
         # What lives in host memory does not visit the device on its way there.
-        offloaded = self._config.offload != "none"
         passing = {
-            index: {k: v for k, v in entry.items() if not (offloaded and lives_on_host(k))}
+            index: {k: v for k, v in entry.items() if not self._at_home_on_host(k)}
             for index, entry in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": passing})
@@ -144,8 +143,7 @@ class TorchProtocol(Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     key = "exp_avg" if key == "momentum_buffer" else key
-                    kept = offloaded and lives_on_host(key)
-                    place = torch.device("cpu") if kept else param.device
+                    place = torch.device("cpu") if self._at_home_on_host(key) else param.device
                     self.state[param][key] = value.detach().to(device=place, copy=True)
         self._unbind(save=False)
         self._load_progress()
@@ -178,6 +176,10 @@ class TorchProtocol(Optimizer):
         assert self._runtime_or_none is not None
         return self._runtime_or_none
 
+    def _at_home_on_host(self, key: str) -> bool:
+        """Whether state of this name is at home in host memory."""
+        return self._config.offload != "none" and lives_on_host(key)
+
     def _start_fresh(self) -> None:
         self._controller = PhaseController(self._config)
         self._runtime_or_none = None
@@ -200,9 +202,9 @@ class TorchProtocol(Optimizer):
         """Lets go of bound memory; the state stays in `state`, scalars in `_ledger`."""
         if self._runtime_or_none is not None:
             self._runtime.memory.offload.close(save)
-        if self._runtime_or_none is not None and save:
-            self._ledger = self._runtime.read()
-            self._model_state = self._model.state()
+            if save:
+                self._ledger = self._runtime.read()
+                self._model_state = self._model.state()
         self._runtime_or_none = None
 
     def _save_progress(self) -> None:

@@ -169,15 +169,19 @@ def check_max_grad_norm(value: Any) -> float | None:
     return float(value)
 
 
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {allowed}")
+    return value
+
+
 def check_master_weights(value: Any) -> str:
     """Returns how FP32 masters are kept.
 
     Raises:
         ValueError: Not one of ``MASTER_WEIGHTS``.
     """
-    if not isinstance(value, str) or value not in MASTER_WEIGHTS:
-        raise ValueError(f"master_weights={value!r}: must be one of {MASTER_WEIGHTS}")
-    return value
+    return _one_of("master_weights", value, MASTER_WEIGHTS)
 
 
 def check_splittable(value: str, dtype: torch.dtype) -> None:
@@ -216,9 +220,7 @@ def check_backend(value: Any) -> str:
     Raises:
         ValueError: Not one of ``BACKENDS``.
     """
-    if not isinstance(value, str) or value not in BACKENDS:
-        raise ValueError(f"backend={value!r}: must be one of {BACKENDS}")
-    return value
+    return _one_of("backend", value, BACKENDS)
 
 
 def refuse_unbuilt(

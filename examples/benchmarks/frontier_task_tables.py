@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from frontier_task_base import Batch, Task, draw
+from scikit_data import scikit_datasets
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -43,14 +44,7 @@ def load_table(name: str, device: str) -> Table:
     Raises:
         RuntimeError: scikit-learn is not installed.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise RuntimeError(
-            "scikit-learn is not installed; it comes with the extra 'benchmarks': "
-            "pip install -e '.[benchmarks]'"
-        ) from error
-    load: Callable[..., tuple[object, object]] = getattr(datasets, f"load_{name}")
+    load: Callable[..., tuple[object, object]] = getattr(scikit_datasets(), f"load_{name}")
     features, classes = load(return_X_y=True)
     inputs = torch.as_tensor(features, dtype=torch.float32)
     targets = torch.as_tensor(classes, dtype=torch.int64)

@@ -53,8 +53,8 @@ from soak_progress import StepCounter
 from soak_run import ADAMW, DRIVES, HYBRID, ROUND, Leg, LegReport, SoakRunner, run_leg
 
 from triton_hybrid import offload
+from triton_hybrid.config import OFFLOADS
 
-OFFLOADS = ("none", "cpu", "pinned")
 PREDICTORS = ("slow_ema", "subspace", "linear", "auto")
 GREW = 1
 INTERRUPTED = 130

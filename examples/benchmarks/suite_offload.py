@@ -17,8 +17,8 @@ from suite_timing import new_event
 from torch import Tensor, nn
 
 from triton_hybrid import HybridConfig, HybridOptimizer
+from triton_hybrid.config import OFFLOADS
 
-KINDS = ("none", "cpu", "pinned")
 LONG: dict[str, Any] = {
     "warmup_steps": 2, "full_steps": 2, "max_predict_steps": 7, "correction_interval": 7,
     "confidence_threshold": 0.0, "history": 3, "inline": False,
@@ -67,7 +67,7 @@ def offload(context: Context, result: SectionResult) -> None:
     for predictor in ("slow_ema", "subspace", "auto"):
         context.check_time()
         usual, _ = checked_run(context, predictor, "none")
-        for kind in KINDS[1:]:
+        for kind in OFFLOADS[1:]:
             context.check_time()
             other, beyond = checked_run(context, predictor, kind)
             different = different_bits(usual, other)
@@ -84,7 +84,7 @@ def offload(context: Context, result: SectionResult) -> None:
                     MOST_BYTES,
                 ),
             )  # fmt: skip
-    for name in ("AdamW fused", *KINDS):
+    for name in ("AdamW fused", *OFFLOADS):
         context.check_time()
         needed = (6 << 30) + 6 * 4 * SEQUENCES * TOKENS * 50257
         if context.has_room(result, f"GPT-2 small, {name}", needed):

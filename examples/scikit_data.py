@@ -1,0 +1,21 @@
+"""The data sets that come with scikit-learn: real data without a download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def scikit_datasets() -> Any:
+    """Returns ``sklearn.datasets``.
+
+    Raises:
+        RuntimeError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise RuntimeError(
+            "scikit-learn is not installed; it comes with the extra 'benchmarks': "
+            "pip install -e '.[benchmarks]'"
+        ) from error
+    return datasets
