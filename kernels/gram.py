@@ -12,19 +12,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.chunks import (
-    HISTORY,
-    LAUNCH,
+from triton_hybrid.kernels.launch import LAUNCH, on_device
+from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet, chunk_at
+from triton_hybrid.kernels.rows import (
     SNAPSHOT,
     TAIL_SHARE,
-    ChunkTable,
-    TensorSet,
+    address_row,
     load_row,
     load_weight,
-    on_device,
     remaining,
     store_row,
 )
+
+MAX_HISTORY = 8
+"""Most displacements of a trajectory that the address table has rows for."""
+HISTORY = address_row("history_0")
+for _j in range(1, MAX_HISTORY):
+    address_row(f"history_{_j}")  # the kernels count on from the first
 
 
 @triton.jit
@@ -59,33 +63,38 @@ def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: i
 
 
 @triton.jit
-def _gram_block(
-    addresses, tensor, begin, length, slot, partial,
+def _gram_chunk(
+    addresses, tensor, start, count, length, slot,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
     N: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
-    start = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    newest = w - start
-    store_row(addresses, HISTORY + slot, tensor, begin, length, newest, STATE, STATE, BLOCK, FULL)
-    store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
+    """Stores a chunk's newest displacement; returns its inner products with all of them."""
     column = tl.arange(0, COLUMNS)
-    for j in tl.static_range(N):
-        other = newest
-        if j != slot:
-            other = load_row(
-                addresses, HISTORY + j, tensor, begin, length, STATE, STATE, BLOCK, FULL
-            )
-        product = tl.sum((newest * other).to(tl.float32), axis=0)
-        partial = partial + tl.where(column == j, product, 0.0)
+    partial = tl.zeros([COLUMNS], tl.float32)
+    for inner in range(0, count, BLOCK):
+        begin = start + inner
+        w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
+        origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        newest = w - origin
+        store_row(
+            addresses, HISTORY + slot, tensor, begin, length, newest, STATE, STATE, BLOCK, FULL
+        )
+        store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
+        for j in tl.static_range(N):
+            other = newest
+            if j != slot:
+                other = load_row(
+                    addresses, HISTORY + j, tensor, begin, length, STATE, STATE, BLOCK, FULL
+                )
+            product = tl.sum((newest * other).to(tl.float32), axis=0)
+            partial = partial + tl.where(column == j, product, 0.0)
     return partial
 
 
 @triton.jit
 def _gram_kernel(
-    addresses, lengths, aligned,
-    chunk_tensor, chunk_start, n_chunks, slot, partials,
+    addresses, extents, places, n_chunks, slot, partials,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
     N: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
@@ -93,27 +102,21 @@ def _gram_kernel(
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     column = tl.arange(0, COLUMNS)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        tensor = tl.load(chunk_tensor + chunk)
-        start = tl.multiple_of(tl.load(chunk_start + chunk), BLOCK)
-        length = tl.load(lengths + tensor)
-        full = (start + CHUNK <= length) & (tl.load(aligned + tensor) != 0)
-        partial = tl.zeros([COLUMNS], tl.float32)
+        tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
         if full:
-            for inner in range(0, CHUNK, BLOCK):
-                partial = _gram_block(
-                    addresses, tensor, start + inner, length, slot, partial,
-                    PARAM_TYPE, STATE, KEPT, N, COLUMNS, BLOCK, True,
-                )  # fmt: skip
+            partial = _gram_chunk(
+                addresses, tensor, start, CHUNK, length, slot,
+                PARAM_TYPE, STATE, KEPT, N, COLUMNS, BLOCK, True,
+            )  # fmt: skip
         else:
-            for inner in range(0, remaining(start, length, CHUNK), TAIL):
-                partial = _gram_block(
-                    addresses, tensor, start + inner, length, slot, partial,
-                    PARAM_TYPE, STATE, KEPT, N, COLUMNS, TAIL, False,
-                )  # fmt: skip
+            partial = _gram_chunk(
+                addresses, tensor, start, remaining(start, length, CHUNK), length, slot,
+                PARAM_TYPE, STATE, KEPT, N, COLUMNS, TAIL, False,
+            )  # fmt: skip
         tl.store(partials + tl.cast(chunk, tl.int64) * N + column, partial, mask=column < N)
 
 
-def gram(tensors: TensorSet, history: int, slot: int, partials: Tensor, sums: Tensor) -> None:
+def gram(tensors: TensorSet, history: int, slot: int, sums: Tensor) -> None:
     """Ends a cycle: newest displacement, and its inner products. Two launches.
 
     ``history_slot ← weight - snapshot``; ``snapshot ← weight``;
@@ -123,35 +126,30 @@ def gram(tensors: TensorSet, history: int, slot: int, partials: Tensor, sums: Te
         tensors: With rows ``weight``, ``snapshot`` and ``history_0`` to ``history_{n-1}``.
         history: How many displacements are stored, n.
         slot: Which of them the newest one replaces.
-        partials: FP32 ``[chunks, history]``, scratch.
         sums: FP64 ``[tensors, history]``, written.
     """
-    addresses, lengths, aligned = tensors.tables()
+    addresses, extents = tensors.tables()
     chunks = tensors.chunks(every=True)
+    partials = tensors.room_for(history)
     with on_device(tensors.device):
         _gram_kernel[(tensors.tiling.programs,)](
-            addresses, lengths, aligned,
-            chunks.tensor, chunks.start, chunks.count, slot, partials,
-            PARAM_TYPE=tensors.dtype_of("param"), STATE=tensors.dtype_of("weight"),
-            KEPT=tensors.kept, N=history,
-            COLUMNS=triton.next_power_of_2(history),
-            BLOCK=tensors.tiling.block, CHUNK=tensors.tiling.chunk, **LAUNCH,
+            addresses, extents, chunks.places, chunks.count, slot, partials,
+            N=history, COLUMNS=triton.next_power_of_2(history), **tensors.layout(), **LAUNCH,
         )  # fmt: skip
     reduce_partials(partials, chunks, sums)
 
 
-def gram_reference(tensors: TensorSet, history: int, slot: int, sums: Tensor) -> None:
+def gram_torch(tensors: TensorSet, history: int, slot: int, sums: Tensor) -> None:
     """`gram` in plain torch."""
-    flat = tensors.flat
     totals = []
     for index in range(len(tensors)):
         total = torch.zeros(history, dtype=torch.float64, device=tensors.device)
-        for part in tensors.reference_blocks(index):
-            rows = [flat[f"history_{j}"][index][part] for j in range(history)]
-            start = flat["snapshot"][index][part]
+        for part in tensors.torch_blocks(index):
+            here = tensors.block_rows(index, part)
+            rows = [here[f"history_{j}"] for j in range(history)]
             weight = tensors.weight(index, part)
-            torch.sub(weight, start, out=rows[slot])
-            start.copy_(weight)
+            torch.sub(weight, here["snapshot"], out=rows[slot])
+            here["snapshot"].copy_(weight)
             total += torch.stack([rows[slot].dot(row) for row in rows])
         totals.append(total)
     sums.copy_(torch.stack(totals))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.chunks import TensorSet
+from triton_hybrid.kernels.multi_tensor import TensorSet
 
 SCRATCH_BYTES = 1 << 28
 """Scratch memory of a wave. GPT-2 small takes two waves of it, GPT-2 xl 39; a wave
@@ -28,38 +28,28 @@ little."""
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
-MATRIX_FIELDS: tuple[str, ...] = (
-    "tensor",  # index in the tensor set
-    "offset",  # element of the tensor at which the block begins
-    "rows",  # in memory
-    "columns",
-    "pitch",  # elements from one row to the next
-    "tall",  # 1: scratch holds the transpose
-    "even",  # 1: offset and pitch are multiples of 8
-    "height",  # in scratch, padded
-    "width",
-    "place",  # element at which it begins among the matrices of the wave
-    "gram_place",  # element at which its Gram matrix begins
-    "first_tile",  # in the table of tiles
-    "tiles",
-)
-"""Columns of the table of matrices, int64."""
+FIELD: dict[str, int] = {}
+"""Columns of the table of matrices, int64, by name."""
 
-FIELD = {name: index for index, name in enumerate(MATRIX_FIELDS)}
-MATRIX_COLUMNS = tl.constexpr(len(MATRIX_FIELDS))
-TENSOR = tl.constexpr(FIELD["tensor"])
-OFFSET = tl.constexpr(FIELD["offset"])
-MEMORY_ROWS = tl.constexpr(FIELD["rows"])
-MEMORY_COLUMNS = tl.constexpr(FIELD["columns"])
-PITCH = tl.constexpr(FIELD["pitch"])
-TALL = tl.constexpr(FIELD["tall"])
-EVEN = tl.constexpr(FIELD["even"])
-HEIGHT = tl.constexpr(FIELD["height"])
-WIDTH = tl.constexpr(FIELD["width"])
-PLACE = tl.constexpr(FIELD["place"])
-GRAM_PLACE = tl.constexpr(FIELD["gram_place"])
-FIRST_TILE = tl.constexpr(FIELD["first_tile"])
-TILES = tl.constexpr(FIELD["tiles"])
+
+def _field(name: str) -> tl.constexpr:
+    return tl.constexpr(FIELD.setdefault(name, len(FIELD)))
+
+
+TENSOR = _field("tensor")  # index in the tensor set
+OFFSET = _field("offset")  # element of the tensor at which the block begins
+ROWS_IN_MEMORY = _field("rows")  # in memory
+COLUMNS_IN_MEMORY = _field("columns")
+PITCH = _field("pitch")  # elements from one row to the next
+TALL = _field("tall")  # 1: scratch holds the transpose
+EVEN = _field("even")  # 1: offset and pitch are multiples of 8
+HEIGHT = _field("height")  # in scratch, padded
+WIDTH = _field("width")
+PLACE = _field("place")  # element at which it begins among the matrices of the wave
+GRAM_PLACE = _field("gram_place")  # element at which its Gram matrix begins
+FIRST_TILE = _field("first_tile")  # in the table of tiles
+TILES = _field("tiles")
+MATRIX_COLUMNS = tl.constexpr(len(FIELD))
 
 SCRATCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Dtypes in which matrices can be orthogonalised; products accumulate in FP32."""
@@ -231,7 +221,6 @@ class MatrixSet:
             ``direction`` where predictions are made.
         grids: For each tensor, equal parts along its two dimensions.
         coefficients: For each tensor, the coefficients of each step.
-        scales: For each tensor, what its learning rate is multiplied with.
         tiling: How products are cut; the default for the dtype of ``update`` when None.
         limit: Bytes of scratch memory; one matrix alone may exceed it.
     """
@@ -241,14 +230,12 @@ class MatrixSet:
         tensors: TensorSet,
         grids: Sequence[tuple[int, int]],
         coefficients: Sequence[Coefficients],
-        scales: Sequence[float],
         tiling: MatrixTiling | None = None,
         limit: int = SCRATCH_BYTES,
     ) -> None:
         self.tensors = tensors
         self.dtype = tensors.dtype["update"]
         self.tiling = tiling or matrix_tiling(self.dtype, tensors.device)
-        self.scales = torch.tensor(list(scales), dtype=torch.float64).to(tensors.device)
         self.direction_known = False
         """Whether the row ``direction`` belongs to the present slow EMA."""
         by_steps: dict[Coefficients, list[Block]] = {}
@@ -260,11 +247,6 @@ class MatrixSet:
             for blocks in self._parted(every, limit)
         ]
         self._scratch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
-
-    @property
-    def steered(self) -> bool:
-        """Whether the slow EMA moves these matrices too."""
-        return self.tensors.has("direction")
 
     def _parted(self, blocks: Sequence[Block], limit: int) -> list[list[Block]]:
         parts: list[list[Block]] = []

@@ -16,40 +16,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton_hybrid.kernels.chunks import (
-    EXP_AVG,
-    GRAD,
-    ROW,
-    TRITON_DTYPES,
-    narrow,
-    on_device,
-    row_pointer,
-)
-from triton_hybrid.kernels.hyper import (
-    BETA1,
-    EPS,
-    HYPER_COLUMNS,
-    LOOK_AHEAD,
-    SIGN,
-    clip_coefficient,
-    gradient_verdict,
-    precise_div,
-    precise_sqrt,
-)
-from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH
+from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH, on_device
 from triton_hybrid.kernels.ledger import HOLD
 from triton_hybrid.kernels.matrices import (
+    COLUMNS_IN_MEMORY,
     EVEN,
     FIRST_TILE,
     GRAM_PLACE,
     HEIGHT,
     MATRIX_COLUMNS,
-    MEMORY_COLUMNS,
-    MEMORY_ROWS,
     OFFSET,
     PITCH,
     PLACE,
+    ROWS_IN_MEMORY,
     TALL,
     TENSOR,
     TILES,
@@ -57,19 +36,27 @@ from triton_hybrid.kernels.matrices import (
     Coefficients,
     MatrixSet,
 )
-from triton_hybrid.kernels.newton_schulz_reference import (
-    SMALLEST_NORM,
-    newton_schulz_reference,
-    orthogonalise_reference,
+from triton_hybrid.kernels.newton_schulz_torch import SMALLEST_NORM
+from triton_hybrid.kernels.rows import (
+    EXP_AVG,
+    GRAD,
+    ROW,
+    TRITON_DTYPES,
+    narrow,
+    row_pointer,
 )
-
-__all__ = [
-    "POLAR",
-    "QUINTIC",
-    "newton_schulz_reference",
-    "orthogonalise",
-    "orthogonalise_reference",
-]
+from triton_hybrid.kernels.scalars import (
+    BETA1,
+    EPS,
+    HYPER_COLUMNS,
+    NESTEROV_MIX,
+    SIGN,
+    Scalars,
+    clip_coefficient,
+    gradient_norm,
+    precise_div,
+    precise_sqrt,
+)
 
 QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),)
 """K. Jordan's coefficients, the same for every step, and the default of ``torch.optim.Muon``.
@@ -95,7 +82,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 @triton.jit
 def _strip(
     grad, exp_avg, source, scratch, row, column, rows, columns, offset, pitch, place, width, tall,
-    clip, beta1, look_ahead, square,
+    clip, beta1, nesterov_mix, square,
     STATE: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +104,7 @@ def _strip(
             tl.store(exp_avg + at, m)
         else:
             tl.store(exp_avg + at, m, mask=inside)
-        value = m - (1.0 - look_ahead) * (m - g)
+        value = m - (1.0 - nesterov_mix) * (m - g)
     elif FULL:
         value = tl.load(source + at)
     else:
@@ -150,7 +137,7 @@ def _steps(matrix, EVEN_STEPS: tl.constexpr):
 
 @triton.jit
 def _gather_kernel(
-    addresses, aligned, matrices, tiles, present, group, hyper,
+    addresses, extents, matrices, tiles, present, group, hyperparameters,
     partials, ledger, max_norm, source, scratch, squares,
     GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
     CLIP: tl.constexpr, COLUMNS: tl.constexpr,
@@ -164,26 +151,26 @@ def _gather_kernel(
     wanted = True
     clip = 1.0
     beta1 = 0.0
-    look_ahead = 0.0
+    nesterov_mix = 0.0
     if MOMENTUM:
-        norm, nonfinite, unscale = gradient_verdict(partials, ledger, COLUMNS)
+        norm, nonfinite, unscale = gradient_norm(partials, ledger, COLUMNS)
         wanted = (nonfinite == 0) & (tl.load(ledger + HOLD) <= 0)
         wanted = wanted & (tl.load(present + tensor) != 0)
-        settings = hyper + tl.load(group + tensor) * HYPER_COLUMNS
+        settings = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
         clip = clip_coefficient(norm, max_norm, CLIP) * unscale * tl.load(settings + SIGN)
         clip = clip.to(STATE)
         beta1 = tl.load(settings + BETA1).to(STATE)
-        look_ahead = tl.load(settings + LOOK_AHEAD).to(STATE)
+        nesterov_mix = tl.load(settings + NESTEROV_MIX).to(STATE)
     if wanted:
         tall = tl.load(matrix + TALL) != 0
-        rows = tl.load(matrix + MEMORY_ROWS)
-        columns = tl.load(matrix + MEMORY_COLUMNS)
+        rows = tl.load(matrix + ROWS_IN_MEMORY)
+        columns = tl.load(matrix + COLUMNS_IN_MEMORY)
         place = tl.multiple_of(tl.load(matrix + PLACE), TILE)
         width = tl.multiple_of(tl.load(matrix + WIDTH), TILE)
         row = tl.where(tall, j, i) * TILE
         column = tl.where(tall, i, j) * TILE
         whole = (row + TILE <= rows) & (column + TILE <= columns)
-        whole = whole & (tl.load(matrix + EVEN) != 0) & (tl.load(aligned + tensor) != 0)
+        whole = whole & (tl.load(matrix + EVEN) != 0) & ((tl.load(extents + tensor) & 1) != 0)
         square = tl.full((), 0.0, tl.float32)
         if whole:
             grad = row_pointer(addresses, GRAD, tensor, GRAD_TYPE, True)
@@ -193,7 +180,7 @@ def _gather_kernel(
             for begin in range(0, TILE, STRIP):
                 square = _strip(
                     grad, exp_avg, origin, scratch, row + begin, column, rows, columns,
-                    offset, pitch, place, width, tall, clip, beta1, look_ahead, square,
+                    offset, pitch, place, width, tall, clip, beta1, nesterov_mix, square,
                     STATE, DTYPE, MOMENTUM, TILE, STRIP, True,
                 )  # fmt: skip
         else:
@@ -204,7 +191,7 @@ def _gather_kernel(
             for begin in range(0, TILE, STRIP):
                 square = _strip(
                     grad, exp_avg, origin, scratch, row + begin, column, rows, columns,
-                    odd_offset, odd_pitch, place, width, tall, clip, beta1, look_ahead, square,
+                    odd_offset, odd_pitch, place, width, tall, clip, beta1, nesterov_mix, square,
                     STATE, DTYPE, MOMENTUM, TILE, STRIP, False,
                 )  # fmt: skip
         tl.store(squares + tile, square)
@@ -212,7 +199,7 @@ def _gather_kernel(
 
 @triton.jit
 def _normalise_kernel(
-    matrices, tiles, group, hyper, squares, scratch,
+    matrices, tiles, group, hyperparameters, squares, scratch,
     DTYPE: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Divides a matrix by its norm, the sum of its tiles' squares in a fixed order."""
@@ -226,7 +213,7 @@ def _normalise_kernel(
     for begin in range(0, count, 256):
         at = begin + tl.arange(0, 256)
         total += tl.load(squares + first + at, mask=at < count, other=0.0)
-    settings = hyper + tl.load(group + tl.load(matrix + TENSOR)) * HYPER_COLUMNS
+    settings = hyperparameters + tl.load(group + tl.load(matrix + TENSOR)) * HYPER_COLUMNS
     least = tl.maximum(tl.load(settings + EPS), _SMALLEST_NORM).to(tl.float32)
     # Rounded as torch.optim.Muon does: later steps blow a difference of 0.2% up to 4%.
     norm = narrow(precise_sqrt(tl.sum(total, axis=0)), DTYPE).to(tl.float32)
@@ -289,7 +276,7 @@ def _symmetric_kernel(
 
 @triton.jit
 def _polynomial_kernel(
-    addresses, aligned, matrices, tiles, scratch, factor, target, goal, a,
+    addresses, extents, matrices, tiles, scratch, factor, target, goal, a,
     DTYPE: tl.constexpr, LAST: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -317,12 +304,12 @@ def _polynomial_kernel(
     if LAST:
         tensor = tl.load(matrix + TENSOR)
         tall = tl.load(matrix + TALL) != 0
-        memory_rows = tl.load(matrix + MEMORY_ROWS)
-        memory_columns = tl.load(matrix + MEMORY_COLUMNS)
+        memory_rows = tl.load(matrix + ROWS_IN_MEMORY)
+        memory_columns = tl.load(matrix + COLUMNS_IN_MEMORY)
         first_row = tl.where(tall, j, i) * TILE
         first_column = tl.where(tall, i, j) * TILE
         whole = (first_row + TILE <= memory_rows) & (first_column + TILE <= memory_columns)
-        whole = whole & (tl.load(matrix + EVEN) != 0) & (tl.load(aligned + tensor) != 0)
+        whole = whole & (tl.load(matrix + EVEN) != 0) & ((tl.load(extents + tensor) & 1) != 0)
         r = first_row + tl.arange(0, TILE)
         c = first_column + tl.arange(0, TILE)
         if tall:
@@ -344,38 +331,30 @@ def _polynomial_kernel(
 
 def orthogonalise(
     matrices: MatrixSet,
-    group: Tensor,
-    hyper: Tensor,
+    scalars: Scalars,
     goal: str,
     *,
     source: str | None = None,
-    partials: Tensor | None = None,
-    ledger: Tensor | None = None,
     max_norm: float | None = None,
 ) -> None:
     """Orthogonalises every matrix of a tensor set. Launches: 2 + 3 · steps for each wave.
 
     Args:
         matrices: The matrices.
-        group: int32 ``[tensors]``, row of ``hyper``.
-        hyper: FP64 ``[groups, HYPER_FIELDS]``; its ``eps`` is the least norm that a matrix is
-            divided by, ``beta1`` the momentum.
+        scalars: Of their tensors. A group's ``eps`` is the least norm that a matrix is divided by,
+            ``beta1`` the momentum. For the momentum also squares and flags of the gradient, as
+            the statistics left them, and ``hold`` in the ledger, which skips the step.
         goal: The row that is written, ``"update"`` or ``"direction"``.
         source: The row that is read. None for the momentum: ``exp_avg`` is updated with the
             gradient first, unless the step is skipped, and tensors without a gradient are
             left out.
-        partials: FP32, squares and flags of the gradient as the statistics left them; for the
-            momentum.
-        ledger: FP64 ledger, for the momentum: ``hold`` skips the step.
         max_norm: Global-norm clipping threshold, or None; for the momentum.
     """
     tensors, tiling = matrices.tensors, matrices.tiling
-    momentum = source is None
-    if momentum and (partials is None or ledger is None):
-        raise ValueError("source=None (the momentum) needs partials and ledger")
-    addresses, _, aligned = tensors.tables()
+    addresses, extents = tensors.tables()
     present = tensors.chunks().present
     first, second, gram, square, squares = matrices.scratch()
+    groups = (tensors.group, scalars.hyperparameters)
     dtype = TRITON_DTYPES[matrices.dtype]
     options = {"num_warps": tiling.warps, **MATRIX_LAUNCH}
     cut = {"TILE": tiling.tile, "DEPTH": tiling.depth, "DTYPE": dtype}
@@ -383,17 +362,16 @@ def orthogonalise(
         for wave in matrices.waves:
             where = (wave.table, wave.tiles)
             _gather_kernel[(wave.n_tiles,)](
-                addresses, aligned, *where, present, group, hyper,
-                squares if partials is None else partials,
-                hyper if ledger is None else ledger, max_norm or 0.0,
+                addresses, extents, *where, present, *groups,
+                scalars.partials, scalars.ledger, max_norm or 0.0,
                 ROW[source or "exp_avg"], first, squares,
                 GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
-                DTYPE=dtype, MOMENTUM=momentum, CLIP=max_norm is not None,
-                COLUMNS=1 if partials is None else partials.shape[1],
+                DTYPE=dtype, MOMENTUM=source is None, CLIP=max_norm is not None,
+                COLUMNS=scalars.partials.shape[1],
                 TILE=tiling.tile, STRIP=tiling.strip, **options,
             )  # fmt: skip
             _normalise_kernel[(wave.n_tiles,)](
-                *where, group, hyper, squares, first,
+                *where, *groups, squares, first,
                 DTYPE=dtype, TILE=tiling.tile, STRIP=tiling.strip, **options,
             )  # fmt: skip
             x, y = first, second
@@ -407,7 +385,7 @@ def orthogonalise(
                     *half, gram, square, b, c, POLYNOMIAL=True, **cut, **options
                 )
                 _polynomial_kernel[(wave.n_tiles,)](
-                    addresses, aligned, *where, x, square, y, ROW[goal], a,
+                    addresses, extents, *where, x, square, y, ROW[goal], a,
                     LAST=step == final, **cut, **options,
                 )  # fmt: skip
                 x, y = y, x

@@ -1,4 +1,9 @@
-"""The rows of a launch: the roles that a tensor can have, and how a kernel reaches them."""
+"""How a kernel reaches the tensors of a launch: the rows of the address table.
+
+A role that a tensor has in a launch (parameter, gradient, first moment, ...) is a *row*. Its index
+in the address table is given out the first time that somebody asks for its name: a kernel that
+reads it, or the declaration that says all else about it (``triton_hybrid.state.StateRow``).
+"""
 
 from __future__ import annotations
 
@@ -7,48 +12,46 @@ import triton
 import triton.language as tl
 from triton_hybrid.kernels.launch import INTERPRETED
 
-MAX_HISTORY = 8
-"""Most trajectory points that the tables have rows for."""
+MOST_ROWS = 64
+"""Entries of the address table for one tensor."""
 
-ROWS: tuple[str, ...] = (
-    "param",
-    "grad",
-    "weight",
-    "remainder",
-    "exp_avg",
-    "exp_avg_sq",
-    "slow_ema",
-    "weight_ema",
-    "snapshot",
-    "update",
-    "direction",
-    *(f"history_{i}" for i in range(MAX_HISTORY)),
-)
-"""The roles a tensor can have in a launch. ``weight`` is what the mathematics moves: the
-FP32 master of a 16-bit parameter, otherwise the parameter itself. ``update`` and ``direction``
-are scratch of Muon: the orthogonalised momentum and slow EMA."""
+ROW: dict[str, int] = {}
+"""Index of each row by name."""
+
+
+OWN_DTYPE = {"param", "grad", "remainder"}
+"""Rows that need not have the dtype of the weights."""
+
+
+def address_row(name: str, own_dtype: bool = False) -> tl.constexpr:
+    """The index of a row in the address table, for kernels.
+
+    Args:
+        name: Of the row.
+        own_dtype: Whether its dtype may differ from that of the weights.
+
+    Raises:
+        ValueError: The table is full.
+    """
+    if own_dtype:
+        OWN_DTYPE.add(name)
+    if name not in ROW and len(ROW) >= MOST_ROWS:
+        raise ValueError(f"row {name!r}: the address table has room for {MOST_ROWS} rows")
+    return tl.constexpr(ROW.setdefault(name, len(ROW)))
+
 
 OWN, SPLIT, NONE = 0, 1, 2
 """How a weight is kept: in a row of its own (or as the FP32 parameter), as a BF16 parameter and the
 remainder of its FP32 master, or as the 16-bit parameter alone."""
 
-SCRATCH_ROWS = ("update", "direction")
-
-ROW = {name: index for index, name in enumerate(ROWS)}
-
-N_ROWS = tl.constexpr(len(ROWS))
-PARAM = tl.constexpr(ROW["param"])
-GRAD = tl.constexpr(ROW["grad"])
-WEIGHT = tl.constexpr(ROW["weight"])
-REMAINDER = tl.constexpr(ROW["remainder"])
-EXP_AVG = tl.constexpr(ROW["exp_avg"])
-EXP_AVG_SQ = tl.constexpr(ROW["exp_avg_sq"])
-SLOW_EMA = tl.constexpr(ROW["slow_ema"])
-WEIGHT_EMA = tl.constexpr(ROW["weight_ema"])
-SNAPSHOT = tl.constexpr(ROW["snapshot"])
-ORTHOGONAL = tl.constexpr(ROW["update"])
-DIRECTION = tl.constexpr(ROW["direction"])
-HISTORY = tl.constexpr(ROW["history_0"])
+N_ROWS = tl.constexpr(MOST_ROWS)
+PARAM = address_row("param")
+GRAD = address_row("grad")
+WEIGHT = address_row("weight")
+"""What the mathematics moves: the FP32 master of a 16-bit parameter, otherwise the parameter."""
+REMAINDER = address_row("remainder")
+EXP_AVG = address_row("exp_avg")
+SNAPSHOT = address_row("snapshot")
 
 TAIL_SHARE = tl.constexpr(4)
 """A chunk with an end in it, or without alignment, is worked on in blocks smaller by this:

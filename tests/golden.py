@@ -50,6 +50,9 @@ DTYPES = {
 INTERPRETED = ("fp32", "bf16", "bf16-split")
 """Precisions that the interpreter runs too; one run takes it some four seconds, with Muon ten."""
 
+FIRST_NAMES = {"decision": "verdict"}
+"""What renamed entries of the ledger were called when this was recorded: hashes follow names."""
+
 Run = tuple[str, str, str, str, str, str]
 """Predictor, base, precision, drive, backend, offload."""
 
@@ -161,7 +164,8 @@ def digests(opt: HybridOptimizer, saved: dict[str, Any]) -> dict[str, str]:
         every = [entry[name] for entry in saved["state"].values() if name in entry]
         found[name] = digest(*(torch.as_tensor(value).cpu() for value in every))
     progress = saved["param_groups"][0]["hybrid_progress"]
-    scalars = [float(progress["ledger"][name]) for name in sorted(progress["ledger"])]
+    ledger = {FIRST_NAMES.get(name, name): value for name, value in progress["ledger"].items()}
+    scalars = [float(ledger[name]) for name in sorted(ledger)]
     found["ledger"] = digest(torch.tensor(scalars, dtype=torch.float64))
     counts = {phase: int(number) for phase, number in progress["steps"].items()}
     found["phases"] = " ".join(f"{phase} {number}" for phase, number in counts.items())

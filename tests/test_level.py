@@ -14,9 +14,9 @@ from triton_hybrid.kernels.hyper import HYPER
 from triton_hybrid.kernels.ledger import INDEX, read_ledger
 from triton_hybrid.kernels.observe import LEVEL_BETA, OUTLIER
 from triton_hybrid.kernels.predict import LEVEL_AGE
+from triton_hybrid.runtime import LEVEL_SHARE, Runtime
 
 from triton_hybrid import HybridOptimizer
-from triton_hybrid.runtime import LEVEL_SHARE, Runtime
 
 SHAPES = ((70,), (5, 7))
 STEADY = {"lr": 1e-2, "weight_decay": 0.1, "horizon": 0.0}

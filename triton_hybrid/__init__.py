@@ -8,12 +8,12 @@ from typing import Any
 # In a source checkout the kernels lie beside this package instead of in it (their plain
 # name belongs to another project on PyPI); an installed package has them inside.
 _CHECKOUT = Path(__file__).resolve().parent.parent
-if (_CHECKOUT / "kernels" / "chunks.py").is_file():
+if (_CHECKOUT / "kernels" / "multi_tensor.py").is_file():
     __path__.append(str(_CHECKOUT))
 
 from triton_hybrid.config import HybridConfig
+from triton_hybrid.groups import split_param_groups
 from triton_hybrid.optimizer import HybridOptimizer
-from triton_hybrid.param_groups import split_param_groups
 from triton_hybrid.phases import Phase
 from triton_hybrid.stats import HybridStats
 

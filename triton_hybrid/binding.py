@@ -1,132 +1,184 @@
-"""What a step works with: memory, tables and rooms, made from parameter groups and state."""
+"""The tie between parameter groups, which anybody may change, and what is bound for launches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from triton_hybrid.base.adamw import BaseRule
-from triton_hybrid.base.muon import matrix_settings, settings_key
-from triton_hybrid.corrector import ResidualCorrector
-from triton_hybrid.divergence import DivergenceMonitor
-from triton_hybrid.dynamics import DynamicsModel, history_needed
-from triton_hybrid.kernels.chunks import require_launchable
-from triton_hybrid.memory import StateMemory
-from triton_hybrid.offload import lends_moments
+from triton_hybrid.checkpoint import PROGRESS, Progress
+from triton_hybrid.engine import Engine
+from triton_hybrid.kernels.ledger import INDEX
+from triton_hybrid.phases import Phase, PhaseController
 from triton_hybrid.precision import scale_entries
-from triton_hybrid.protocol import TorchProtocol
-from triton_hybrid.runtime import Runtime
+from triton_hybrid.predictors.slow_ema import EARLY_STEPS
+from triton_hybrid.rules import RULES
+from triton_hybrid.settings import Settings
+from triton_hybrid.state import Member, State, StepPlan, at_home_on_host, state_bytes
+from triton_hybrid.stats import HybridStats
+
+Groups = Sequence[dict[str, Any]]
 
 
-class Binding(TorchProtocol):
-    """The part of `HybridOptimizer` that makes a step ready to run."""
+class Binding:
+    """Settings and progress of an optimizer and, from the first step on, its engine.
 
-    _base: BaseRule
-    _monitor: DivergenceMonitor
-    _corrector: ResidualCorrector
+    Args:
+        settings: What the optimizer was made with.
 
-    @property
-    def backend(self) -> str:
-        """``"triton"`` or ``"torch"``: what runs the steps of these parameters."""
-        wanted = str(self._settings["backend"])
-        if wanted != "auto":
-            return wanted
-        return "triton" if self._first_device().type == "cuda" else "torch"
+    Attributes:
+        progress: How far training has come.
+        engine: What steps are made with; None before the first step and after a change.
+    """
 
-    def _bind(self) -> bool:
-        """Binds parameters and state for launches; False in an initialising first call.
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.progress = Progress(PhaseController(settings.config))
+        self.engine: Engine | None = None
+        self._pending_loss: Tensor | None = None
+        self._bound: list[Any] = []
+
+    def bind(self, groups: Groups, state: State) -> Engine | None:
+        """The engine of the parameters in the groups; None in an initialising first call.
 
         Parameters may be replaced in the groups between steps (accelerate does it for
         FSDP2), so what is bound is compared every time.
         """
-        params = [
-            (param, index)
-            for index, group in enumerate(self.param_groups)
-            for param in group["params"]
+        members = [
+            Member(param, group, group_index, index)
+            for group_index, group in enumerate(groups)
+            for index, param in enumerate(group["params"])
             if param.requires_grad
         ]
-        if not params:
-            return False
-        ids: list[Any] = [(id(param), index) for param, index in params]
-        ids.extend(settings_key(group) for group in self.param_groups)
-        if self._runtime_or_none is None or ids != self._bound_ids:
-            if not self.state and all(param.grad is None for param, _ in params):
-                return False
-            initialising = not self.state and self._only_initialises(params)
-            self._build(params)
-            self._bound_ids = ids
-            if initialising:
-                return False
+        bound: list[Any] = [(id(member.param), member.group_index) for member in members]
+        bound += [(g["base"], RULES[g["base"]].settings(g)) for g in groups]
+        if self.engine is not None and bound == self._bound:
+            self.engine.adopt_outside_changes()
         else:
-            self._adopt_outside_changes()
-        self._runtime.refresh_hyperparameters(self.param_groups)
-        return True
+            if not members or (not state and all(m.param.grad is None for m in members)):
+                return None
+            initialising = not state and _only_initialises(members)
+            self.unbind()
+            self.engine = self._make_engine(members, state, len(groups))
+            self._bound = bound
+            if initialising:
+                return None
+        self.engine.hyperparameters.refresh(groups)
+        return self.engine
 
-    def _only_initialises(self, params: Iterable[tuple[Tensor, int]]) -> bool:
-        """Whether this first step only creates state.
-
-        Distributed checkpointing calls `step()` once with learning rate 0 and zero
-        gradients, and expects every state key afterwards and nothing else to have moved.
-        """
-        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        grads = [param.grad for param, _ in params if param.grad is not None]
-        return all(not bool(grad.any()) for grad in grads)
-
-    def _build(self, params: list[tuple[Tensor, int]]) -> None:
-        self._unbind()
-        config = self._config
-        predicts = config.predictor != "none"
-        memory = StateMemory(
-            params,
-            self.state,
-            predicts=predicts,
-            level=config.predictor in ("slow_ema", "auto"),
-            steered=config.predictor == "slow_ema",
-            history=history_needed(config),
-            offload=config.offload,
-            lends=lends_moments(config),
-            masters=self._settings["master_weights"],
-            muon={
-                param: matrix_settings(group, index, param)
-                for group in self.param_groups
-                if group["base"] == "muon"
-                for index, param in enumerate(group["params"])
-            },
-        )
-        if self.backend == "triton":
-            require_launchable(memory.device)
-        runtime = Runtime(
-            memory,
-            config,
-            self.backend,
-            config.slow_beta if predicts else 0.0,
-            len(self.param_groups),
-        )
-        scale = scale_entries(self._settings["loss_scale"], self._ledger)
-        runtime.restore({**self._ledger, **scale})
+    def _make_engine(self, members: Sequence[Member], state: State, groups: int) -> Engine:
+        backend = backend_of(members[0].param.device, self.settings)
+        engine = Engine(members, state, groups, self.settings, backend)
+        engine.restore(self.progress.ledger, self.progress.predictor)
         if self._pending_loss is not None:
-            runtime.observe_loss(self._pending_loss)
+            engine.observe_loss(self._pending_loss)
             self._pending_loss = None
-        self._runtime_or_none = runtime
-        self._base = BaseRule(runtime, self._settings["max_grad_norm"])
-        self._model = DynamicsModel(runtime)
-        if self._model_state is not None:
-            self._model.restore(self._model_state)
-        self._monitor = DivergenceMonitor(runtime)
-        self._corrector = ResidualCorrector(runtime)
-        self._watch.remember(memory.params)
+        return engine
 
-    def _adopt_outside_changes(self) -> None:
-        memory = self._runtime.memory
-        changed = set(self._watch.changed(memory.params))
-        if changed:
-            memory.offload.settle()
-        offset = 0
-        for bound in memory.sets:
-            for index in range(len(bound.params)):
-                if offset + index in changed:
-                    bound.adopt(index)
-            offset += len(bound.params)
+    def unbind(self, save: bool = True) -> None:
+        """Lets go of bound memory; the state stays where it is, scalars in the progress."""
+        if self.engine is not None:
+            self.engine.offload.close(save)
+            if save:
+                self._note(self.engine)
+        self.engine = None
+
+    def _note(self, engine: Engine) -> None:
+        self.progress.ledger = engine.read()
+        self.progress.predictor = engine.choice.state()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save(self, groups: Groups) -> None:
+        """Writes phase, counters and ledger into the groups: what torch keeps."""
+        if self.engine is not None:
+            self._note(self.engine)
+            self.engine.offload.synchronise()
+        progress = self.progress.to_dict()
+        for group in groups:
+            group[PROGRESS] = progress
+
+    def load(self, groups: Groups) -> None:
+        """The inverse of `save`; without progress in the groups everything stays as it is."""
+        saved = groups[0].get(PROGRESS) if groups else None
+        if saved:
+            self.progress = Progress.from_dict(saved, self.settings.config)
+
+    def at_home_on_host(self, name: str) -> bool:
+        """Whether state of this name is at home in host memory."""
+        return self.settings.config.offload != "none" and at_home_on_host(name)
+
+    # ---------------------------------------------------------------- scalars
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Notes the loss of the coming gradient."""
+        if self.engine is None:
+            self._pending_loss = torch.as_tensor(loss).detach()
+        else:
+            self.engine.observe_loss(loss)
+
+    def loss_scale(self) -> Any:
+        """The present loss scale, on the device where that is known."""
+        if self.engine is None:
+            return scale_entries(self.settings.loss_scale, self.progress.ledger)["loss_scale"]
+        # A copy: the step moves the scale in place, and autograd may still hold this one.
+        return self.engine.scalars.ledger[INDEX["loss_scale"]].float()
+
+    def stats(self, state: State) -> HybridStats:
+        """Counters and measurements. Waits for the device."""
+        engine, progress = self.engine, self.progress
+
+        def hosted(name: str) -> bool:
+            away = engine is not None and engine.offload.is_away(name)
+            return away or self.at_home_on_host(name)
+
+        on_device, on_host = state_bytes(state, hosted)
+        predictor, entry = self.settings.config.predictor, progress.ledger
+        if engine is None:
+            entry = {**entry, **scale_entries(self.settings.loss_scale, entry)}
+        else:
+            predictor, entry = engine.predictor.name, engine.read()
+            on_device += engine.offload.visiting_bytes()
+        return HybridStats.from_ledger(
+            entry, progress.steps, progress.seconds, predictor, on_device, on_host
+        )
+
+    # ---------------------------------------------------------------- the next step
+
+    @property
+    def early(self) -> bool:
+        """Whether predictions still pull towards the average of the weights."""
+        return self.progress.gradients < EARLY_STEPS
+
+    def plan(self, engine: Engine) -> StepPlan:
+        """What the next step does."""
+        controller = self.progress.controller
+        return StepPlan(
+            gradient=controller.phase.needs_gradient,
+            measured=controller.measures,
+            edge=controller.may_predict,
+            early=self.early,
+            first=controller.phase is Phase.PREDICT and controller.in_row == 0,
+            trajectory=engine.predictor.follows_trajectory,
+        )
+
+
+def backend_of(device: torch.device, settings: Settings) -> str:
+    """``"triton"`` or ``"torch"``: what runs the steps of parameters on a device."""
+    if settings.backend != "auto":
+        return settings.backend
+    return "triton" if device.type == "cuda" else "torch"
+
+
+def _only_initialises(members: Sequence[Member]) -> bool:
+    """Whether a first step only creates state.
+
+    Distributed checkpointing calls `step()` once with learning rate 0 and zero gradients, and
+    expects every state key afterwards and nothing else to have moved.
+    """
+    if any(float(member.group["lr"]) != 0.0 for member in members):
+        return False
+    grads = [member.param.grad for member in members]
+    return not any(bool(grad.any()) for grad in grads if grad is not None)

@@ -8,10 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from triton_hybrid.kernels.chunks import MAX_HISTORY
+from triton_hybrid.kernels.gram import MAX_HISTORY
 
-PREDICTORS = ("auto", "slow_ema", "subspace", "linear", "none")
 OFFLOADS = ("none", "cpu", "pinned")
+
+
+def predictor_names() -> tuple[str, ...]:
+    """Values of `HybridConfig.predictor`."""
+    # The registry is built of classes that take a HybridConfig.
+    from triton_hybrid.predictors import PREDICTORS
+
+    return tuple(PREDICTORS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +81,7 @@ class HybridConfig:
         self._check_float("divergence_threshold", "a positive finite number", lambda x: x > 0)
         self._check_float("confidence_threshold", "in [0, 1]", lambda x: 0 <= x <= 1)
         self._check_float("slow_beta", "in (0, 1)", lambda x: 0 < x < 1)
-        self._check_choice("predictor", PREDICTORS)
+        self._check_choice("predictor", predictor_names())
         self._check_choice("offload", OFFLOADS)
         if not isinstance(self.inline, bool):
             raise ValueError(f"inline={self.inline!r}: must be True or False")

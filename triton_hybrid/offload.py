@@ -1,9 +1,9 @@
 """State in host memory, on the device only while a step needs it.
 
-Every row of state has a home. What AdamW does not have (slow EMA, weight EMA, snapshot, cycle
-displacements) is at home in host memory: a step fetches what it touches, and what the next
-forward and backward pass does not need goes back after it. The moments are at home on the
-device, and leave it for the length of a long stretch of predictions that do not read them.
+What AdamW does not have is at home in host memory: a step fetches what it touches, and what the
+next forward and backward pass does not need goes back after it. The moments are at home on the
+device, and leave it for the length of a long stretch of predictions that do not read them. Which
+row is which, and which step touches it, is part of its declaration (`StateRow`).
 
 Copies run on a stream of their own. What a gradient step touches is fetched while the backward
 pass before it is still running, from its middle on, when most activations are gone.
@@ -12,7 +12,7 @@ pass before it is still running, from its middle on, when most activations are g
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.chunks import dense_view
-from triton_hybrid.state_rows import DEVICE, HOST, SCRATCH, Row, buffer_like
+from triton_hybrid.kernels.multi_tensor import TensorSet, dense_view
+from triton_hybrid.state import Batch, Home, State, StateRow, StepPlan, buffer_like
 
 COPY_ON_CPU = False
 """Whether state of CPU parameters is copied too, from host memory to host memory. There is nothing
@@ -29,8 +29,6 @@ to gain by it; the tests do it, to run the code that serves a GPU."""
 
 LONG_STRETCH = 4
 """Predicted steps without a gradient for which moving the moments out is worth the copies."""
-
-Kinds = Collection[str]
 
 
 def moves(offload: str, device: torch.device) -> bool:
@@ -43,19 +41,46 @@ def moves(offload: str, device: torch.device) -> bool:
     return offload != "none" and (device.type != "cpu" or COPY_ON_CPU)
 
 
-def lends_moments(config: HybridConfig) -> bool:
-    """Whether the moments leave the device in stretches of predictions that do not read them."""
-    follows = config.predictor in ("subspace", "linear", "auto")
+def lends_moments(config: HybridConfig, unread: bool) -> bool:
+    """Whether the moments leave the device in stretches of predictions that do not read them.
+
+    Args:
+        config: Says how long these are.
+        unread: Whether the predictor reads them in its first prediction in a row only.
+    """
     row = min(config.correction_interval, config.max_predict_steps)
-    # The first prediction reads them.
-    return follows and not config.inline and row - 1 >= LONG_STRETCH
+    return unread and not config.inline and row - 1 >= LONG_STRETCH
+
+
+class MovingRow:
+    """One row of one batch, and where its memory is.
+
+    Args:
+        row: The row.
+        tensors: The batch's tensors.
+        params: Its parameters.
+        memory: The row's tensors, at home; of scratch only the dtype is used.
+
+    Attributes:
+        host: The tensors in host memory, views of one buffer; None where it is never there.
+        here: The tensors on the device; None while they are away.
+    """
+
+    def __init__(
+        self, row: StateRow, tensors: TensorSet, params: Sequence[Tensor], memory: list[Tensor]
+    ) -> None:
+        self.row, self.name, self.home = row, row.name, row.home
+        self.tensors, self.params = tensors, params
+        self.dtype = memory[0].dtype
+        self.host = memory if self.home is Home.HOST else None
+        self.here = memory if self.home is Home.LENT else None
 
 
 class Offload:
     """Moves rows of state between host memory and the device.
 
     Args:
-        rows: The rows that move.
+        batches: The batches whose rows move.
         state: The optimizer's state; it always holds the tensors that are current, except for
             rows at home in host memory while they visit the device: `synchronise` first.
         device: Where the kernels run.
@@ -65,21 +90,26 @@ class Offload:
 
     def __init__(
         self,
-        rows: Sequence[Row],
-        state: Mapping[Tensor, dict[str, Any]],
+        batches: Sequence[Batch],
+        state: State,
         device: torch.device,
         pinned: bool,
         lends: bool,
     ) -> None:
+        rows = [
+            MovingRow(row, batch.tensors, batch.params, memory)
+            for batch in batches
+            for row, memory in batch.travelling
+        ]
         self._rows = rows
         self._state = state
         self._device = device
         self._lends = lends
         for row in rows:
-            if row.home == DEVICE and lends:
+            if row.home is Home.LENT and lends:
                 # Now, and not when they first leave: memory does not grow after the first step.
                 row.host = buffer_like(row.params, row.dtype, torch.device("cpu"), pinned)
-        self._expected: Kinds = ()
+        self._expected: StepPlan | None = None
         self._calls = 0
         self._calls_before = 0
         on_gpu = device.type == "cuda" and bool(rows)
@@ -92,7 +122,7 @@ class Offload:
 
     # ---------------------------------------------------------------- around a step
 
-    def fetch(self, kinds: Kinds) -> None:
+    def fetch(self, plan: StepPlan) -> None:
         """Brings rows to the device, or lets the step wait for those that are under way.
 
         Raises:
@@ -106,30 +136,31 @@ class Offload:
                 "moves; use HybridConfig(offload='none')"
             )
         self._remember_stream()
-        self._bring(kinds)
+        self._bring(plan)
         if self._stream is not None:
             self._main.wait_stream(self._stream)
 
-    def place(self, kinds: Kinds, backward_first: bool, predictions: int) -> None:
+    def place(self, plan: StepPlan, predictions: int) -> None:
         """Puts every row where it should be until the next step, without waiting.
 
         Args:
-            kinds: What the next step touches.
-            backward_first: Whether forward and backward pass come before it.
+            plan: What the next step does.
             predictions: How many predicted steps come next.
         """
         if not self._rows:
             return
         self._remember_stream()
-        self._expected = kinds
-        if backward_first:
+        self._expected = plan
+        if plan.gradient:
+            # Forward and backward pass come first.
             self._calls_before, self._calls = self._calls or self._calls_before, 0
-        stays = () if backward_first else kinds
-        leave = self._lends and predictions >= LONG_STRETCH and not backward_first
-        self._take_back(
+        leave = self._lends and predictions >= LONG_STRETCH and not plan.gradient
+        self._send_home(
             row
             for row in self._rows
-            if row.here is not None and row.kind not in stays and (row.home != DEVICE or leave)
+            if row.here is not None
+            and (plan.gradient or not row.row.when(plan))
+            and (row.home is not Home.LENT or leave)
         )
 
     def gradient_arrived(self) -> None:
@@ -144,7 +175,8 @@ class Offload:
         if self._stream is not None and torch.cuda.is_current_stream_capturing():
             return
         try:
-            self._bring(self._expected)
+            if self._expected is not None:
+                self._bring(self._expected)
         except torch.OutOfMemoryError:
             # There is no room yet; the step fetches what is missing.
             return
@@ -153,7 +185,9 @@ class Offload:
 
     def synchronise(self) -> None:
         """Brings host memory up to date, and waits for it; everything stays where it is."""
-        self._write_back([row for row in self._rows if row.home == HOST and row.here is not None])
+        self._write_back(
+            [row for row in self._rows if row.home is Home.HOST and row.here is not None]
+        )
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -165,13 +199,13 @@ class Offload:
         """
         if save:
             self.synchronise()
-        self._drop(HOST, SCRATCH)
+        self._drop(Home.HOST, Home.SCRATCH)
         _remove(self._hooks)
 
-    def settle(self) -> None:
-        """Ends the visits of rows at home in host memory: before others write to these."""
+    def end_visits(self) -> None:
+        """Sends rows at home in host memory there: before others write to these."""
         self.synchronise()
-        self._drop(HOST)
+        self._drop(Home.HOST)
 
     # ---------------------------------------------------------------- what is where
 
@@ -180,14 +214,14 @@ class Offload:
         return sum(
             tensor.numel() * tensor.element_size()
             for row in self._rows
-            if row.home != DEVICE
+            if row.home is not Home.LENT
             for tensor in row.here or ()
         )
 
     def is_away(self, name: str) -> bool:
         """Whether a row of this name is not on the device."""
         return any(
-            row.name == name and row.home == DEVICE and row.here is None for row in self._rows
+            row.name == name and row.home is Home.LENT and row.here is None for row in self._rows
         )
 
     # ---------------------------------------------------------------- inside
@@ -196,8 +230,8 @@ class Offload:
         if self._stream is not None:
             self._main = torch.cuda.current_stream(self._device)
 
-    def _bring(self, kinds: Kinds) -> None:
-        coming = [row for row in self._rows if row.kind in kinds and row.here is None]
+    def _bring(self, plan: StepPlan) -> None:
+        coming = [row for row in self._rows if row.here is None and row.row.when(plan)]
         if not coming:
             return
         # Memory comes from the stream of the steps, which will use it and give it back.
@@ -205,39 +239,39 @@ class Offload:
             buffers = [buffer_like(row.params, row.dtype, self._device) for row in coming]
         for row, buffer in zip(coming, buffers):
             row.here = buffer
-        self._copy([row for row in coming if row.home != SCRATCH], to_device=True)
+        self._copy([row for row in coming if row.home is not Home.SCRATCH], to_device=True)
         for row in coming:
             assert row.here is not None
             row.tensors.set_row(row.name, row.here)
-            if row.home == DEVICE:
+            if row.home is Home.LENT:
                 self._install(row, row.here)
 
-    def _take_back(self, rows: Iterable[Row]) -> None:
+    def _send_home(self, rows: Iterable[MovingRow]) -> None:
         leaving = list(rows)
-        self._write_back([row for row in leaving if row.home != SCRATCH])
+        self._write_back([row for row in leaving if row.home is not Home.SCRATCH])
         for row in leaving:
-            if row.home == DEVICE:
+            if row.home is Home.LENT:
                 assert row.host is not None
                 self._install(row, row.host)
             self._leave(row)
 
-    def _drop(self, *homes: str) -> None:
+    def _drop(self, *homes: Home) -> None:
         for row in self._rows:
             if row.home in homes and row.here is not None:
                 self._leave(row)
 
-    def _leave(self, row: Row) -> None:
+    def _leave(self, row: MovingRow) -> None:
         row.here = None
         row.tensors.release(row.name)
 
-    def _install(self, row: Row, tensors: list[Tensor]) -> None:
+    def _install(self, row: MovingRow, tensors: list[Tensor]) -> None:
         for param, tensor in zip(row.params, tensors):
             self._state[param][row.name] = tensor
 
-    def _write_back(self, rows: Sequence[Row]) -> None:
+    def _write_back(self, rows: Sequence[MovingRow]) -> None:
         self._copy(rows, to_device=False)
 
-    def _copy(self, rows: Sequence[Row], to_device: bool) -> None:
+    def _copy(self, rows: Sequence[MovingRow], to_device: bool) -> None:
         pairs: list[tuple[Tensor, Tensor]] = []
         for row in rows:
             assert row.host is not None

@@ -1,8 +1,7 @@
-"""HybridOptimizer: the phases, in the order of the table in the README."""
+"""HybridOptimizer: the phases, in the order of the table in the documentation."""
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -10,38 +9,32 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from triton_hybrid.base.muon import MUON_DEFAULTS
-from triton_hybrid.binding import Binding
+from triton_hybrid import checkpoint
+from triton_hybrid.binding import Binding, backend_of
+from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.memory import state_bytes
-from triton_hybrid.phases import PHASES, Phase, Report
-from triton_hybrid.state_rows import touched_by_gradient, touched_by_prediction
+from triton_hybrid.engine import Engine
+from triton_hybrid.groups import check_group, check_parameter, refuse_unknown
+from triton_hybrid.hyperparameters import FRESH_RATES
+from triton_hybrid.phases import Phase, PhaseController, Report
+from triton_hybrid.rules import OPTIONS
+from triton_hybrid.settings import Settings, refuse_unbuilt
 from triton_hybrid.stats import HybridStats
-from triton_hybrid.validation import (
-    check_backend,
-    check_group,
-    check_loss_scale,
-    check_master_weights,
-    check_max_grad_norm,
-    refuse_unbuilt,
-)
-
-YOUTH = 256
 
 
-class HybridOptimizer(Binding):
+class HybridOptimizer(Optimizer):
     """AdamW, or Muon, that needs fewer backward passes.
 
     It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the
-    training run, moves the weights ahead without a gradient, judges the move by the next
-    real gradient, and corrects it or takes it back bit for bit. Swap it in for
+    training run, moves the weights ahead without a gradient, verifies the move by the next
+    real gradient, and corrects it or rolls it back bit for bit. Swap it in for
     ``torch.optim.AdamW``; the defaults are the same.
 
     Args:
         params: Parameters, or parameter groups. Groups may set ``lr``, ``betas``, ``eps``,
-            ``weight_decay``, ``maximize``, ``base`` and Muon's options.
+            ``weight_decay``, ``maximize``, ``base`` and the options of their base rule.
         lr: Learning rate; a float or a one-element tensor.
         betas: Decay of the two moments, each in [0, 1).
         eps: Added to the denominator.
@@ -65,7 +58,7 @@ class HybridOptimizer(Binding):
         backend: ``"auto"`` (Triton on GPU tensors, plain torch elsewhere), ``"triton"`` or
             ``"torch"``.
         process_group: Not built yet.
-        muon: Options of Muon groups: ``momentum`` (0.95), ``nesterov`` (True), ``ns_steps`` (5),
+        options: Options of Muon groups: ``momentum`` (0.95), ``nesterov`` (True), ``ns_steps`` (5),
             ``ns_coefficients`` (three numbers, or three for each step), ``adjust_lr_fn``
             (``"match_rms_adamw"``, so that one learning rate serves both rules, or
             ``"original"``), as in ``torch.optim.Muon``; ``ns_dtype`` (``"bfloat16"`` or
@@ -97,22 +90,17 @@ class HybridOptimizer(Binding):
         capturable: bool = False,
         backend: str = "auto",
         process_group: object | None = None,
-        **muon: Any,
+        **options: Any,
     ) -> None:
-        unknown = sorted(set(muon) - set(MUON_DEFAULTS))
-        if unknown:
-            raise TypeError(
-                f"HybridOptimizer got unknown arguments {unknown}; of Muon there are "
-                f"{sorted(MUON_DEFAULTS)}"
-            )
-        if hybrid is not None and not isinstance(hybrid, HybridConfig):
-            raise ValueError(f"hybrid={hybrid!r}: must be a HybridConfig or None")
-        config = hybrid or HybridConfig()
-        if not isinstance(capturable, bool):
-            raise ValueError(f"capturable={capturable!r}: must be True or False")
-        refuse_unbuilt(
-            accumulation=accumulation,
-            process_group=process_group,
+        refuse_unknown(options)
+        refuse_unbuilt(accumulation=accumulation, process_group=process_group)
+        settings = Settings(
+            config=HybridConfig() if hybrid is None else hybrid,
+            max_grad_norm=max_grad_norm,
+            master_weights=master_weights,
+            loss_scale=loss_scale,
+            capturable=capturable,
+            backend=backend,
         )
         defaults = {
             "lr": lr,
@@ -121,19 +109,11 @@ class HybridOptimizer(Binding):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "base": base,
-            **MUON_DEFAULTS,
-            **muon,
+            **OPTIONS,
+            **options,
         }
         check_group(defaults)
-        self._settings: dict[str, Any] = {
-            "config": config,
-            "max_grad_norm": check_max_grad_norm(max_grad_norm),
-            "capturable": capturable,
-            "backend": check_backend(backend),
-            "loss_scale": check_loss_scale(loss_scale),
-            "master_weights": check_master_weights(master_weights),
-        }
-        self._start_fresh()
+        self._binding = Binding(settings)
         super().__init__(params, defaults)
         self._warn_about_idle_gpu()
 
@@ -157,76 +137,76 @@ class HybridOptimizer(Binding):
         Returns:
             The closure's loss when it was called, otherwise None.
         """
-        phase = self._controller.phase
+        phase = self.phase
         loss = self._evaluate(closure) if phase.needs_gradient else None
         started = time.perf_counter()
         scaler = self._scaler()
-        if not self._bind():
+        engine = self._binding.bind(self.param_groups, self.state)
+        if engine is None:
             return loss
 
-        self._runtime.memory.offload.fetch(self._touched())
+        engine.offload.fetch(self._binding.plan(engine))
         if phase is Phase.PREDICT:
-            self._predict()
-        elif self._runtime.memory.take_gradients():
+            self._predict(engine)
+        elif engine.take_gradients():
             if scaler:
-                self._runtime.borrow_scale(*scaler)
+                engine.borrow_scale(*scaler)
             if phase is Phase.CORRECT:
-                self._monitor.judge()
-                self._corrector.correct(restart=self._model.follows_trajectory)
-            self._base.step(self._controller.measures, self._young)
-            self._advance(scaled=scaler is not None)
+                engine.verify()  # accepts the prediction, corrects it, or rolls it back
+            engine.base_step(self._controller.measures, self._binding.early)
+            self._choose_next_phase(engine, scaled=scaler is not None)
             self._count(phase, started)
-            while self._config.inline and self._controller.phase is Phase.PREDICT:
-                self._predict()
-            self._runtime.memory.release_gradients()
+            while self.hybrid.inline and self.phase is Phase.PREDICT:
+                self._predict(engine)
+            engine.release_gradients()
             if scaler:
-                self._runtime.return_scale()
-        self._place()
-        self._watch.remember(self._runtime.memory.params)
+                engine.return_scale()
+        engine.offload.place(self._binding.plan(engine), self._controller.left_in_row)
+        engine.remember_weights()
         return loss
 
-    def _predict(self) -> None:
+    def _predict(self, engine: Engine) -> None:
         started = time.perf_counter()
         controller = self._controller
-        first = controller.in_row == 0
-        self._model.predict(controller.planned, first, self._young)
-        self._monitor.settle(controller.in_row + 1, self._model.predictor == "subspace")
+        engine.predict(controller.planned, controller.in_row, self._binding.early)
         controller.after_prediction()
         self._count(Phase.PREDICT, started)
 
-    def _advance(self, scaled: bool) -> None:
+    def _choose_next_phase(self, engine: Engine, scaled: bool) -> None:
         """Ends a gradient step: observe, ask the device if it must be, choose what is next.
 
         Args:
+            engine: What the step was made with.
             scaled: Whether a GradScaler leaves the skipping to us.
         """
-        controller, model = self._controller, self._model
+        controller = self._controller
         if controller.ends_gradients:
-            model.observe_cycle()
+            engine.predictor.end_cycle()
         report = Report()
-        ask = model.predictor != "none" and controller.wants_report
+        ask = engine.predictor.predicts and controller.wants_report
         # A GradScaler waits for its flag at every step anyway.
-        if not self._settings["capturable"] and (ask or self._reads_are_free or scaled):
-            report = self._ask()
-        if controller.phase is Phase.CORRECT and model.follows_trajectory and not report.rejected:
-            model.cycles = 0
-        controller.after_gradient(report, model.ready, model.refit_steps)
+        if not self._settings.capturable and (ask or engine.reads_are_free or scaled):
+            report = self._ask(engine)
+        if controller.phase is Phase.CORRECT and not report.rejected:
+            engine.predictor.move_held()
+        predictor = engine.predictor
+        controller.after_gradient(report, predictor.ready, predictor.refit_steps)
 
-    def _ask(self) -> Report:
+    def _ask(self, engine: Engine) -> Report:
         """Reads the ledger. On a GPU the only place where a step waits for the device."""
-        entry = self._runtime.read()
-        if self._controller.phase is Phase.FULL:
-            self._model.choose(entry["signal"])
-        skipped = entry["nonfinite"] > 0 and entry["verdict"] != 2
-        missed = int(entry["skipped"]) - self._known_skips - int(entry["nonfinite"] > 0)
-        self._known_skips = int(entry["skipped"])
+        entry, progress = engine.read(), self._progress
+        if self.phase is Phase.FULL:
+            engine.choice.choose(entry["signal"])
+        skipped = entry["nonfinite"] > 0 and entry["decision"] != 2
+        missed = int(entry["skipped"]) - progress.known_skips - int(entry["nonfinite"] > 0)
+        progress.known_skips = int(entry["skipped"])
         return Report(
             skipped=skipped,
             missed=missed,
-            # No verdict means that there was nothing to judge: the move was taken back at
+            # No decision means that there was nothing to decide: the move was rolled back at
             # once, or the device's gate let none happen.
-            rejected=self._controller.phase is Phase.CORRECT and entry["verdict"] != 1,
-            confident=entry["confidence"] >= self._config.confidence_threshold,
+            rejected=self.phase is Phase.CORRECT and entry["decision"] != 1,
+            confident=entry["confidence"] >= self.hybrid.confidence_threshold,
             cooldown=int(entry["cooldown"]),
         )
 
@@ -240,28 +220,49 @@ class HybridOptimizer(Binding):
     @property
     def needs_backward(self) -> bool:
         """Whether the next `step()` reads gradients; constant until `step()` runs."""
-        return self._controller.phase.needs_gradient
+        return self.phase.needs_gradient
 
     @property
     def hybrid(self) -> HybridConfig:
         """The phase machine's configuration."""
-        return self._config
+        return self._settings.config
+
+    @property
+    def backend(self) -> str:
+        """``"triton"`` or ``"torch"``: what runs the steps of these parameters."""
+        return backend_of(self._first_device(), self._settings)
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Tells the loss of the coming gradient, for loops without a closure.
 
-        Never waits for the device. With it, a prediction that raised the loss is taken
-        back; without it, the gradient norm alone judges.
+        Never waits for the device. With it, a prediction that raised the loss is rolled back;
+        without it, the gradient norm alone verifies.
 
         Args:
             loss: One element; a device tensor is best.
+
+        Raises:
+            ValueError: More than one element.
         """
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"loss has shape {tuple(loss.shape)}: must have one element")
-        if self._runtime_or_none is None:
-            self._pending_loss = torch.as_tensor(loss).detach()
-        else:
-            self._runtime.observe_loss(loss)
+        self._binding.observe_loss(loss)
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss times the present scale, to call ``backward()`` on.
+
+        Never waits for the device. A closure returns the loss itself, not the scaled one.
+
+        Raises:
+            RuntimeError: The optimizer was made without ``loss_scale``.
+        """
+        if self._settings.loss_scale is None:
+            raise RuntimeError(
+                "scale_loss() without loss scaling: make the optimizer with loss_scale='dynamic' "
+                "or a number"
+            )
+        scaled: Tensor = loss * self._binding.loss_scale()
+        return scaled
 
     @property
     def window_complete(self) -> bool:
@@ -270,93 +271,125 @@ class HybridOptimizer(Binding):
 
     def stats(self) -> HybridStats:
         """Counters and measurements. Waits for the device."""
-        entry = self._runtime.read() if self._runtime_or_none is not None else dict(self._ledger)
-        judged = entry.get("accepted", 0.0) + entry.get("rejected", 0.0)
-        predicted = self._steps[Phase.PREDICT]
-        total = sum(self._steps.values())
-        causes = ("nonfinite", "jump", "norm", "loss")
-        on_device, on_host = state_bytes(self.state, self._in_host_memory)
-        if self._runtime_or_none is not None:
-            on_device += self._runtime.memory.offload.visiting_bytes()
-        return HybridStats(
-            steps=total,
-            gradient_evaluations=total - predicted,
-            predicted_steps=predicted,
-            predicted_fraction=predicted / total if total else 0.0,
-            steps_per_phase={phase.value: self._steps[phase] for phase in PHASES},
-            seconds_per_phase={phase.value: self._seconds[phase] for phase in PHASES},
-            acceptance_rate=entry.get("accepted", 0.0) / judged if judged else math.nan,
-            rollbacks=int(entry.get("rejected", 0)),
-            horizon=entry.get("horizon", 1.0),
-            confidence=entry.get("confidence", 0.0),
-            signal=entry.get("signal", 0.0),
-            predictor=self._model.predictor if self._runtime_or_none else self._config.predictor,
-            divergences={cause: int(entry.get(f"cause_{cause}", 0)) for cause in causes},
-            skipped_nonfinite=int(entry.get("skipped", 0)),
-            loss_scale=self._scale_now(entry),
-            state_bytes_device=on_device,
-            state_bytes_host=on_host,
-        )
+        return self._binding.stats(self.state)
+
+    # ---------------------------------------------------------------- groups and checkpoints
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group after checking all of it."""
+        if isinstance(param_group, dict) and "params" in param_group:
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            # Flattened checkpoints keep only what a fresh optimizer's groups have.
+            param_group = {PROGRESS: {}, **FRESH_RATES, **param_group, "params": params}
+            group = {**self.defaults, **param_group}
+            check_group(group)
+            for index, entry in enumerate(params):
+                param = entry[1] if isinstance(entry, tuple) else entry
+                check_parameter(group, index, param, self._settings.master_weights)
+        super().add_param_group(param_group)
+        self._binding.unbind()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; phase and ledger lie in the groups."""
+        self._binding.save(self.param_groups)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this optimizer, or one of torch's AdamW or Muon.
+
+        Torch casts floating state to its parameter's dtype; here every tensor keeps the
+        dtype it was saved with, as a copy on its parameter's device.
+
+        Raises:
+            ValueError: The groups do not match, or the checkpoint is of AMSGrad.
+        """
+        checkpoint.check_loadable(state_dict)
+        hosted = self._binding.at_home_on_host
+        rules = [group["base"] for group in self.param_groups]
+        # What lives in host memory does not visit the device on its way there.
+        super().load_state_dict(checkpoint.without_rows(state_dict, hosted))
+        for group, rule in zip(self.param_groups, rules):
+            # Torch's checkpoints name no rule, and the present one stays.
+            group["base"] = group["base"] if PROGRESS in group else rule
+        checkpoint.restore_rows(self.state, self.param_groups, state_dict, hosted)
+        self._binding.unbind(save=False)
+        self._binding.load(self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._binding.save(self.param_groups)
+        return {**super().__getstate__(), "_settings": self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        unpickled = "_settings" in state
+        if unpickled:
+            self._binding = Binding(state.pop("_settings"))
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        if unpickled:
+            self._binding.load(self.param_groups)
 
     # ---------------------------------------------------------------- inside
 
     @property
-    def _young(self) -> bool:
-        """Whether predictions still pull towards the average of the weights.
-
-        After `YOUTH` gradients the pull has faded to a thirtieth, and is not worth its memory
-        traffic.
-        """
-        return sum(self._steps.values()) - self._steps[Phase.PREDICT] < YOUTH
+    def _settings(self) -> Settings:
+        return self._binding.settings
 
     @property
-    def _reads_are_free(self) -> bool:
-        """Whether reading the ledger waits for nobody."""
-        return self._runtime.memory.device.type == "cpu"
+    def _progress(self) -> Progress:
+        return self._binding.progress
 
-    def _warn_about_idle_gpu(self) -> None:
-        idle = torch.cuda.is_available() and self._first_device().type == "cpu"
-        if idle and self._settings["backend"] == "auto":
-            warnings.warn(
-                "the parameters are on the CPU although a GPU is there; "
-                "HybridOptimizer runs with backend='torch' on the CPU",
-                UserWarning,
-                stacklevel=3,
-            )
+    @property
+    def _engine(self) -> Engine | None:
+        return self._binding.engine
+
+    @property
+    def _controller(self) -> PhaseController:
+        return self._binding.progress.controller
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling and skipping to `step`.
+
+        True where it cannot do it itself: it refuses to unscale FP16 gradients. Elsewhere False,
+        because trainers refuse to clip otherwise.
+        """
+        self._settings.refuse_grad_scaler()
+        return any(p.dtype == torch.float16 for g in self.param_groups for p in g["params"])
+
+    def _scaler(self) -> tuple[Any, Any] | None:
+        """What a GradScaler has set for this step: scale and flag; None without one."""
+        found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found == (None, None):
+            return None
+        self._settings.refuse_grad_scaler()
+        return found
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
             return None
         with torch.enable_grad():
             loss = closure()
-        if isinstance(loss, (Tensor, float)) and (
-            not isinstance(loss, Tensor) or loss.numel() == 1
-        ):
+        if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.observe_loss(loss)
         return loss
 
-    def _touched(self) -> frozenset[str]:
-        """The kinds of state that the next step reads or writes."""
-        controller, trajectory = self._controller, self._model.follows_trajectory
-        if controller.phase is Phase.PREDICT:
-            return touched_by_prediction(self._young, controller.in_row == 0, trajectory)
-        return touched_by_gradient(
-            self._young, controller.measures, controller.may_predict, trajectory
-        )
-
-    def _place(self) -> None:
-        """Puts the state where it should be until the next step."""
-        controller = self._controller
-        self._runtime.memory.offload.place(
-            self._touched(),
-            backward_first=controller.phase.needs_gradient,
-            predictions=controller.planned - controller.in_row,
-        )
-
-    def _in_host_memory(self, name: str) -> bool:
-        away = self._runtime_or_none is not None and self._runtime.memory.offload.is_away(name)
-        return away or self._at_home_on_host(name)
-
     def _count(self, phase: Phase, started: float) -> None:
-        self._steps[phase] += 1
-        self._seconds[phase] += time.perf_counter() - started
+        self._progress.steps[phase] += 1
+        self._progress.seconds[phase] += time.perf_counter() - started
+
+    def _first_device(self) -> torch.device:
+        params = (param for group in self.param_groups for param in group["params"])
+        return next((param.device for param in params), torch.device("cpu"))
+
+    def _warn_about_idle_gpu(self) -> None:
+        idle = torch.cuda.is_available() and self._first_device().type == "cpu"
+        if idle and self._settings.backend == "auto":
+            warnings.warn(
+                "the parameters are on the CPU although a GPU is there; "
+                "HybridOptimizer runs with backend='torch' on the CPU",
+                UserWarning,
+                stacklevel=3,
+            )

@@ -101,6 +101,11 @@ class PhaseController:
         left = self._config.max_predict_steps - self.predicted + self.in_row
         return min(self._config.correction_interval, left)
 
+    @property
+    def left_in_row(self) -> int:
+        """Predicted steps that come next, if a prediction does."""
+        return self.planned - self.in_row
+
     def after_gradient(self, report: Report, ready: bool, refit_steps: int) -> None:
         """Moves on after a Warmup, Full or Correct step.
 

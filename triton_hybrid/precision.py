@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_hybrid.kernels.chunks import NONE, OWN, SPLIT, assembled, remainder_of
-from triton_hybrid.kernels.loss_scale import FIRST_SCALE
+from triton_hybrid.kernels.ledger import FIRST_SCALE
+from triton_hybrid.kernels.multi_tensor import assembled, remainder_of
+from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-
-
-def needs_master(param: Tensor) -> bool:
-    """Whether an FP32 master stands behind this parameter."""
-    return param.dtype in SIXTEEN_BIT
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -29,11 +25,6 @@ def kept_as(value: str, dtype: torch.dtype) -> int:
     if dtype not in SIXTEEN_BIT or value == "auto":
         return OWN
     return SPLIT if value == "split" else NONE
-
-
-def new_master(param: Tensor) -> Tensor:
-    """The FP32 master of a parameter; rounding it gives the parameter back."""
-    return param.detach().to(dtype=torch.float32, copy=True, memory_format=torch.preserve_format)
 
 
 @torch.no_grad()
@@ -54,15 +45,21 @@ def loaded_remainder(param: Tensor, entry: Mapping[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def loaded_master(param: Tensor, entry: Mapping[str, Any]) -> Tensor | None:
-    """The master of a parameter from a checkpoint with masters or remainders, or None."""
+def loaded_master(param: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """The FP32 master of a parameter, which rounded gives the parameter back.
+
+    From a checkpoint with masters or remainders, where its elements round to the parameter's.
+    """
+    fresh = param.detach().to(dtype=torch.float32, copy=True, memory_format=torch.preserve_format)
     master, remainder = entry.get("master"), entry.get("remainder")
     if isinstance(master, Tensor) and master.shape == param.shape:
-        return master
-    if isinstance(remainder, Tensor) and remainder.shape == param.shape:
+        fresh.copy_(master)
+        adopt_parameter(param, fresh)
+    elif isinstance(remainder, Tensor) and remainder.shape == param.shape:
         placed = torch.empty_like(param, dtype=torch.int16).copy_(remainder)
-        return assembled(param.detach(), placed)
-    return None
+        fresh.copy_(assembled(param.detach(), placed))
+        adopt_parameter(param, fresh)
+    return fresh
 
 
 @torch.no_grad()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from triton_hybrid.phases import PHASES, Phase
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,8 @@ class HybridStats:
         steps_per_phase: Steps by phase name.
         seconds_per_phase: Host seconds spent inside `step()` by phase name. On a GPU the
             device works on after `step()` has returned.
-        acceptance_rate: Accepted predictions / judged ones; NaN before the first.
-        rollbacks: Predictions taken back.
+        acceptance_rate: Accepted predictions / verified ones; NaN before the first.
+        rollbacks: Predictions rolled back.
         horizon: Present factor on predicted displacements; halved by every rejection.
         confidence: Share of the newest motion, in norm, that the model had predicted.
         signal: Share of the squared gradient that is signal; the rest is noise.
@@ -49,6 +53,49 @@ class HybridStats:
     loss_scale: float
     state_bytes_device: int
     state_bytes_host: int
+
+    @classmethod
+    def from_ledger(
+        cls,
+        entry: Mapping[str, float],
+        steps: Mapping[Phase, int],
+        seconds: Mapping[Phase, float],
+        predictor: str,
+        state_bytes_device: int,
+        state_bytes_host: int,
+    ) -> HybridStats:
+        """The statistics of an optimizer.
+
+        Args:
+            entry: Its ledger; empty before the first step.
+            steps: Steps taken, by phase.
+            seconds: Host seconds spent in them.
+            predictor: The predictor in use.
+            state_bytes_device: As the attribute.
+            state_bytes_host: As the attribute.
+        """
+        verified = entry.get("accepted", 0.0) + entry.get("rejected", 0.0)
+        predicted, total = steps[Phase.PREDICT], sum(steps.values())
+        causes = ("nonfinite", "jump", "norm", "loss")
+        return cls(
+            steps=total,
+            gradient_evaluations=total - predicted,
+            predicted_steps=predicted,
+            predicted_fraction=predicted / total if total else 0.0,
+            steps_per_phase={phase.value: steps[phase] for phase in PHASES},
+            seconds_per_phase={phase.value: seconds[phase] for phase in PHASES},
+            acceptance_rate=entry.get("accepted", 0.0) / verified if verified else math.nan,
+            rollbacks=int(entry.get("rejected", 0)),
+            horizon=entry.get("horizon", 1.0),
+            confidence=entry.get("confidence", 0.0),
+            signal=entry.get("signal", 0.0),
+            predictor=predictor,
+            divergences={cause: int(entry.get(f"cause_{cause}", 0)) for cause in causes},
+            skipped_nonfinite=int(entry.get("skipped", 0)),
+            loss_scale=entry["loss_scale"],
+            state_bytes_device=state_bytes_device,
+            state_bytes_host=state_bytes_host,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain Python values."""

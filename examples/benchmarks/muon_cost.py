@@ -30,10 +30,9 @@ from suite_records import grid
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from triton_hybrid.base.muon import MUON_DEFAULTS, schedule
 from triton_hybrid.kernels.chunks import TensorSet, Tiling
 from triton_hybrid.kernels.matrices import FIELD, SCRATCH_BYTES, MatrixSet, MatrixTiling, Wave
-
-from triton_hybrid.base.muon import MUON_DEFAULTS, schedule
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "muon_cost.json"
 META, CPU = torch.device("meta"), torch.device("cpu")

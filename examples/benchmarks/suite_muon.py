@@ -34,10 +34,10 @@ from suite_records import UNKNOWN, Check, Row, SectionResult, Skip, Timing
 from suite_steps import Step, device_time
 from suite_timing import new_event
 from torch import Tensor, nn
+from triton_hybrid.base.muon import MUON_DEFAULTS, rate_scale, schedule
 from triton_hybrid.kernels.newton_schulz import newton_schulz_reference
 
 from triton_hybrid import HybridConfig, HybridOptimizer, split_param_groups
-from triton_hybrid.base.muon import MUON_DEFAULTS, rate_scale, schedule
 
 KERNEL = "newton_schulz"
 FP32_TOLERANCE = 1e-5

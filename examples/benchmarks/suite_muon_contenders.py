@@ -11,9 +11,9 @@ import torch
 from suite_gpt2_shapes import Matrix
 from suite_steps import Step
 from torch import Tensor, nn
+from triton_hybrid.base.muon import MUON_DEFAULTS, rate_scale, schedule
 
 from triton_hybrid import HybridConfig, HybridOptimizer
-from triton_hybrid.base.muon import MUON_DEFAULTS, rate_scale, schedule
 
 OURS = "hybrid muon"
 TORCH_BLOCKS = "torch.optim.Muon, same blocks"

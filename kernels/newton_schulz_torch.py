@@ -1,0 +1,95 @@
+"""Newton-Schulz orthogonalisation in plain torch: the kernels' oracle, and the CPU backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton_hybrid.kernels.matrices import Block, Coefficients, MatrixSet
+from triton_hybrid.kernels.scalars import HYPER, Scalars
+
+SMALLEST_NORM = 1e-30
+"""Norms below it count as it, so that a matrix of zeros stays one also where eps is 0."""
+
+
+def newton_schulz_torch(
+    matrices: Tensor, coefficients: Coefficients, eps: float | Tensor = 1e-7
+) -> Tensor:
+    """Orthogonalises a batch of matrices, in their dtype.
+
+    Args:
+        matrices: ``[..., rows, columns]``, of any floating dtype.
+        coefficients: a, b, c of each step.
+        eps: Least norm that a matrix is divided by; a tensor gives each matrix its own.
+
+    Returns:
+        As `matrices`, with singular values near one.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    least = torch.as_tensor(eps, device=x.device).clamp(min=SMALLEST_NORM)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # Rounded as torch.optim.Muon does: later steps blow a difference of 0.2% up to 4%.
+    norm = torch.linalg.matrix_norm(x, dtype=wide).to(x.dtype).to(wide)
+    norm = torch.maximum(norm, least.to(wide)).to(x.dtype)
+    x = x / norm[..., None, None]
+    batch = x.reshape(-1, *x.shape[-2:])
+    for a, b, c in coefficients:
+        gram = batch @ batch.mT
+        # With alpha=0 in BF16 on the CPU, torch 2.13's baddbmm forgets beta.
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
+        batch = torch.baddbmm(batch, polynomial, batch, beta=a)
+    result = batch.reshape(x.shape)
+    return result.mT if tall else result
+
+
+def momentum_torch(
+    matrices: MatrixSet, scalars: Scalars, clip: Tensor, skip: Tensor | None
+) -> None:
+    """Updates ``exp_avg`` with the gradient, and ``update`` with the orthogonalised momentum.
+
+    Args:
+        matrices: The matrices of a tensor set.
+        scalars: Of their tensors.
+        clip: 0-dim FP64, what clipping and the loss scale multiply the gradient with.
+        skip: 0-dim bool; where it is true ``exp_avg`` stays as it is. None: it is not.
+    """
+    tensors = matrices.tensors
+    flat, compute = tensors.flat, tensors.compute_dtype
+    rows = scalars.hyperparameters[tensors.group.long()]
+    columns = (clip * rows[:, HYPER["sign"]], 1.0 - rows[:, HYPER["beta1"]])
+    table = torch.stack([*columns, rows[:, HYPER["nesterov_mix"]]], dim=1).to(compute)
+    mixed = {}
+    for index, here in enumerate(tensors.present):
+        if not here:
+            continue
+        factor, rate, nesterov_mix = table[index].unbind()
+        g = flat["grad"][index].to(compute) * factor
+        m = flat["exp_avg"][index]
+        moved = torch.lerp(m, g, rate)
+        m.copy_(moved if skip is None else torch.where(skip, m, moved))
+        mixed[index] = torch.lerp(g, moved, nesterov_mix)
+    _orthogonalise(matrices, scalars, mixed, "update")
+
+
+def orthogonalise_torch(matrices: MatrixSet, scalars: Scalars, goal: str, source: str) -> None:
+    """`orthogonalise` of a row, in plain torch."""
+    _orthogonalise(matrices, scalars, dict(enumerate(matrices.tensors.flat[source])), goal)
+
+
+def _orthogonalise(
+    matrices: MatrixSet, scalars: Scalars, sources: dict[int, Tensor], goal: str
+) -> None:
+    """Orthogonalises matrices in flat tensors, all of one shape at a time."""
+    tensors = matrices.tensors
+    eps = scalars.hyperparameters[tensors.group.long(), HYPER["eps"]]
+    for wave in matrices.waves:
+        by_shape: dict[tuple[int, int], list[Block]] = {}
+        for block in wave.blocks:
+            if block.tensor in sources:
+                by_shape.setdefault(block.shape, []).append(block)
+        for blocks in by_shape.values():
+            views = [block.view(sources[block.tensor]).to(matrices.dtype) for block in blocks]
+            least = torch.stack([eps[block.tensor] for block in blocks])
+            result = newton_schulz_torch(torch.stack(views), wave.coefficients, least)
+            for block, matrix in zip(blocks, result.unbind()):
+                block.view(tensors.flat[goal][block.tensor]).copy_(matrix)

@@ -1,0 +1,117 @@
+"""The numbers that the launches of one device share, in device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton_hybrid.kernels.ledger import (
+    FACTOR_COLUMN,
+    FOUND_INF,
+    FRACTION_COLUMN,
+    LOSS_SCALE,
+    PREDICTION_COLUMNS,
+    new_ledger,
+)
+from triton_hybrid.kernels.multi_tensor import TensorSet
+
+HYPER: dict[str, int] = {}
+"""Columns of the table of hyperparameters, by name."""
+
+
+def _column(name: str) -> tl.constexpr:
+    return tl.constexpr(HYPER.setdefault(name, len(HYPER)))
+
+
+LR = _column("lr")
+BETA1 = _column("beta1")  # of a Muon group the momentum
+BETA2 = _column("beta2")
+LOG_BETA1 = _column("log_beta1")
+LOG_BETA2 = _column("log_beta2")
+EPS = _column("eps")
+WEIGHT_DECAY = _column("weight_decay")
+SIGN = _column("sign")  # -1 when maximising
+STEPS_AHEAD = _column("horizon")  # base steps that one predicted step stands for
+PULL_SHARE = _column("pull_share")  # part of the way to the weight EMA that it goes
+NESTEROV_MIX = _column("nesterov_mix")  # weight of Muon's momentum against the gradient
+HYPER_COLUMNS = tl.constexpr(len(HYPER))
+
+UPDATE_SUMS = 5
+"""Sums of an update: its square, its product with the slow direction, the squared slow direction,
+the squared slow EMA, gradient · (weight - weight EMA)."""
+
+
+class Scalars:
+    """Tables, sums and scratch for the tensor sets of one device.
+
+    Each set is told which rows of the per-tensor tables, and which columns of the first-stage
+    sums, are its own.
+
+    Args:
+        sets: The tensor sets whose gradients are clipped and checked together.
+        groups: How many parameter groups there are.
+
+    Attributes:
+        hyperparameters: FP64 ``[groups, len(HYPER)]``.
+        ledger: FP64, every scalar that decisions are made of.
+        prediction: FP32 ``[tensors, PREDICTION_COLUMNS]``.
+        sums: FP64 ``[tensors, 3]``, what a kernel measured of each tensor.
+        partials: FP32 ``[2 + UPDATE_SUMS, columns]``, first-stage sums of each program: squared
+            gradient, non-finite gradients, and those of an update.
+        arrivals: int32 ``[2]``, counters of programs; zero between launches.
+    """
+
+    def __init__(self, sets: Sequence[TensorSet], groups: int = 1) -> None:
+        device = sets[0].device
+        count = programs = 0
+        for tensors in sets:
+            tensors.place = slice(count, count + len(tensors))
+            tensors.first_column = programs
+            count += len(tensors)
+            programs += tensors.tiling.programs
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.hyperparameters = torch.zeros(groups, len(HYPER), **wide)
+        self.ledger = new_ledger(device)
+        self.prediction = torch.zeros(count, PREDICTION_COLUMNS.value, device=device)
+        self.prediction[:, FACTOR_COLUMN.value] = 1.0
+        self.prediction[:, FRACTION_COLUMN.value] = 1.0
+        self.sums = torch.zeros(count, 3, **wide)
+        columns = triton.next_power_of_2(programs)
+        self.partials = torch.zeros(2 + UPDATE_SUMS, columns, device=device)
+        self.arrivals = torch.zeros(2, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def precise_sqrt(x):
+    """Square root, correctly rounded."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def precise_div(x, y):
+    """Quotient, correctly rounded."""
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def gradient_norm(partials, ledger, COLUMNS: tl.constexpr):
+    """Norm of all gradients, whether one is not finite, and what undoes the loss scale."""
+    columns = tl.arange(0, COLUMNS)
+    squares = tl.load(partials + columns, cache_modifier=".cg")
+    flags = tl.load(partials + COLUMNS + columns, cache_modifier=".cg")
+    unscale = 1.0 / tl.load(ledger + LOSS_SCALE)
+    norm = tl.sqrt(tl.sum(squares.to(tl.float64), axis=0)) * unscale
+    nonfinite = (tl.max(flags, axis=0) > 0) | (tl.load(ledger + FOUND_INF) > 0)
+    return norm, nonfinite, unscale
+
+
+@triton.jit
+def clip_coefficient(norm, max_norm, CLIP: tl.constexpr):
+    """What global-norm clipping multiplies the gradient with."""
+    coefficient = 1.0
+    if CLIP:
+        coefficient = tl.minimum(max_norm / (norm + 1e-6), 1.0)
+    return coefficient

@@ -1,0 +1,194 @@
+"""The base step in plain torch, block by block in cache: the CPU backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton_hybrid.kernels.ledger import INDEX
+from triton_hybrid.kernels.ledger_torch import (
+    move_loss_scale_torch,
+    observe_torch,
+    slow_clip_torch,
+    slow_decay_torch,
+    weight_ema_decay_torch,
+)
+from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet
+from triton_hybrid.kernels.scalars import HYPER, UPDATE_SUMS, Scalars
+from triton_hybrid.kernels.update_rule import Block, Numbers
+
+
+def step_torch(
+    sets: Sequence[TensorSet],
+    scalars: Scalars,
+    *,
+    max_norm: float | None,
+    slow_beta: float,
+    observed: bool,
+    measured: bool = True,
+    weight_ema: bool = True,
+    cooperative: bool | None = None,
+) -> None:
+    """`step` in plain torch.
+
+    On a GPU it does not wait for the device either: a skipped step is written back as it was. On
+    the CPU it returns early instead.
+    """
+    ledger = scalars.ledger
+    norm, nonfinite = gradient_sums_torch(sets, ledger)
+    unscale = ledger[INDEX["loss_scale"]].reciprocal()
+    applied = ~(nonfinite | (ledger[INDEX["hold"]] > 0))
+    coefficient = torch.ones_like(norm)
+    if max_norm is not None:
+        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    rates = averaging_rates(ledger, slow_beta, norm, coefficient) if slow_beta > 0 else None
+    steady = torch.ones_like(norm) if rates is None else rates[1]
+    measured = measured and rates is not None
+    sums = torch.zeros(UPDATE_SUMS, dtype=torch.float64, device=ledger.device)
+    skip = None if ledger.device.type == "cpu" else ~applied
+    if skip is not None or bool(applied):
+        for tensors in sets:
+            compared = measured and not tensors.frozen
+            clip = coefficient * unscale
+            assert tensors.rule is not None
+            if tensors.rule.prepare_torch is not None:
+                tensors.rule.prepare_torch(tensors, scalars, compared, clip, skip)
+            table = update_numbers(tensors, scalars, clip)
+            sums += _update(tensors, table, skip, rates, measured, compared, weight_ema)
+            here: float | Tensor = 1.0
+            if not all(tensors.present):
+                here = torch.tensor(tensors.present, device=ledger.device)
+            tensors.steps.add_(applied.float() * here)
+
+    ledger[INDEX["norm"]] = torch.where(nonfinite, ledger[INDEX["norm"]], norm)
+    ledger[INDEX["nonfinite"]] = nonfinite.double()
+    ledger[INDEX["skipped"]] += nonfinite
+    ledger[INDEX["applied"]] += applied
+    if observed:
+        used = norm * coefficient
+        # A norm that overflowed would spoil every running mean for good.
+        seen = applied & used.isfinite()
+        uu, us, ss, ee, pull = sums.unbind()
+        observe_torch(
+            ledger, norm, used * steady, uu, us, ss, ee, pull * steady, slow_beta, seen, measured
+        )
+    ledger[INDEX["loss"]] = torch.nan
+    ledger[INDEX["hold"]] = 0.0
+    ledger[INDEX["found_inf"]] = 0.0
+    move_loss_scale_torch(ledger, nonfinite)
+
+
+def gradient_sums_torch(sets: Sequence[TensorSet], ledger: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm of all gradients without the loss scale, and whether one is not finite; 0-dim."""
+    grads: list[Tensor] = []
+    norms: list[Tensor] = []
+    for tensors in sets:
+        here = [g for g in tensors.flat["grad"] if g.numel()]
+        if here:
+            wide = torch.float64 if here[0].dtype == torch.float64 else torch.float32
+            norms.extend(n.double() for n in torch._foreach_norm(here, 2, wide))
+            grads.extend(here)
+    unscale = ledger[INDEX["loss_scale"]].reciprocal()
+    zero = torch.zeros((), dtype=torch.float64, device=ledger.device)
+    norm = torch.stack(norms).square().sum().sqrt() * unscale if norms else zero
+    # An infinite sum of squares of finite values is an overflow, not a non-finite gradient.
+    nonfinite = ~norm.isfinite()
+    if grads and (ledger.device.type != "cpu" or bool(nonfinite)):
+        nonfinite = ~torch.stack([g.isfinite().all() for g in grads]).all()
+    return norm, nonfinite | (ledger[INDEX["found_inf"]] > 0)
+
+
+def averaging_rates(ledger: Tensor, slow_beta: float, norm: Tensor, coefficient: Tensor) -> Tensor:
+    """FP64 ``[3]``: rate of the slow EMA, factor on its gradient, rate of the weight EMA."""
+    steady = slow_clip_torch(ledger, norm, coefficient) / coefficient.clamp(min=1e-300)
+    slow_rate = 1.0 - slow_decay_torch(ledger, slow_beta)
+    return torch.stack([slow_rate, steady, 1.0 - weight_ema_decay_torch(ledger)])
+
+
+def update_numbers(tensors: TensorSet, scalars: Scalars, clip: Tensor) -> Tensor:
+    """FP64 ``[tensors, len(Numbers)]``: the `Numbers` of each tensor.
+
+    Args:
+        tensors: The tensors.
+        scalars: Of these tensors.
+        clip: 0-dim FP64, what clipping and the loss scale multiply the gradient with.
+    """
+    rows = scalars.hyperparameters[tensors.group.long()]
+    lr = rows[:, HYPER["lr"]]
+    rate = lr if tensors.rate_factors is None else lr * tensors.rate_factors
+    step = tensors.steps.double() + 1.0
+    numbers = Numbers(
+        clip=clip * rows[:, HYPER["sign"]],
+        decay=1.0 - lr * rows[:, HYPER["weight_decay"]],
+        beta1=rows[:, HYPER["beta1"]],
+        beta2=rows[:, HYPER["beta2"]],
+        root_correction2=(1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt(),
+        eps=rows[:, HYPER["eps"]],
+        size=rate / (1.0 - (step * rows[:, HYPER["log_beta1"]]).exp()),
+        lr=rate,
+        weight_decay=rows[:, HYPER["weight_decay"]],
+    )
+    return torch.stack(list(numbers), dim=1)
+
+
+def _update(
+    tensors: TensorSet,
+    table: Tensor,
+    skip: Tensor | None,
+    rates: Tensor | None,
+    measured: bool,
+    compared: bool,
+    weight_ema: bool,
+) -> Tensor:
+    """Updates one set, where ``skip`` is not true; returns what `UPDATE_SUMS` names.
+
+    Blocks stay in cache, so what follows the rule's update costs no main memory.
+    """
+    rule, flat, compute = tensors.rule, tensors.flat, tensors.compute_dtype
+    assert rule is not None
+    on_host = skip is None
+    numbers = table.tolist() if on_host else [r.unbind() for r in table.to(compute).unbind()]
+    if rates is not None:
+        known: Any = rates.tolist() if on_host else rates.to(compute).unbind()
+        slow_rate, steady, average_rate = known
+    averages = rates is not None and weight_ema and tensors.has("weight_ema")
+    written = [*rule.writes, *["slow_ema"] * (rates is not None), *["weight_ema"] * averages]
+    sums = torch.zeros(UPDATE_SUMS, dtype=torch.float64, device=tensors.device)
+    scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
+    after = tensors.steps + 1.0
+    for index, (here, row) in enumerate(zip(tensors.present, numbers)):
+        its = Numbers(*row)
+        for part in tensors.torch_blocks(index) if here else ():
+            w = tensors.weight(index, part)
+            g = flat["grad"][index][part].to(compute)
+            if not on_host or its.clip != 1.0:
+                g = g * its.clip
+            rows = tensors.block_rows(index, part)
+            block = Block(w, g, rows, its, after[index], scratch[:, : w.numel()])
+            before = None if on_host else [t.clone() for t in (w, *(rows[n] for n in written))]
+            if averages:
+                sums[4] += g.dot(torch.sub(w, rows["weight_ema"], out=block.scratch[0]))
+            rule.torch.update(block)
+            if averages:
+                rows["weight_ema"].lerp_(w, average_rate)
+            if rates is not None:
+                s = rows["slow_ema"]
+                if compared:
+                    update, ahead, square = rule.torch.compare(block)
+                    sums[0] += square * update.dot(update).double()
+                    sums[1] += square * update.dot(ahead).double()
+                    sums[2] += square * ahead.dot(ahead).double()
+                if on_host:
+                    s.mul_(1.0 - slow_rate).add_(g, alpha=slow_rate * steady)
+                else:
+                    s.add_(slow_rate * (steady * g - s))
+                if measured:
+                    sums[3] += s.dot(s)
+            if skip is not None and before is not None:
+                for now, old in zip((w, *(rows[n] for n in written)), before):
+                    now.copy_(torch.where(skip, old, now))
+            tensors.put_weight(index, part, w)
+    return sums

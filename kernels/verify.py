@@ -1,0 +1,378 @@
+"""Verification: what happens to a predicted move before and after the next gradient.
+
+`check_move` looks at a move before any gradient does: a stretch of moves goes back to its snapshot
+where the result is not finite, or leads further than the usual update allows. `slopes` measures the
+gradient at the predicted point along the displacement, `decide` (``ledger.py``) decides by it, and
+`correct` places the weights where the decision says.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton_hybrid.kernels.gram import reduce_partials
+from triton_hybrid.kernels.launch import LAUNCH, on_device
+from triton_hybrid.kernels.ledger import (
+    CAUSE_JUMP,
+    CAUSE_NONFINITE,
+    DECISION,
+    FRACTION_COLUMN,
+    INDEX,
+    JUMP_SQUARE,
+    LOSS_SCALE,
+    MOVED,
+    PREDICTION_COLUMNS,
+    SLOPE_COLUMN,
+    STRETCH,
+    UPDATE_SQUARE,
+    gate,
+    reject,
+)
+from triton_hybrid.kernels.ledger_torch import gate_torch, reject_torch
+from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at
+from triton_hybrid.kernels.rows import (
+    GRAD,
+    SNAPSHOT,
+    TAIL_SHARE,
+    load_row,
+    load_weight,
+    remaining,
+    store_row,
+    store_weight,
+)
+from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars
+
+SLOPE_SUMS = 3
+"""Sums of a verifying gradient: slope, squared gradient, non-finite gradients."""
+
+
+@triton.jit
+def _chunk_slopes(
+    addresses, tensor, start, count, length,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    slope = tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    bad = tl.zeros([BLOCK], tl.float32)
+    for inner in range(0, count, BLOCK):
+        begin = start + inner
+        g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL)
+        w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
+        origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        slope += (g * (w - origin)).to(tl.float32)
+        square += (g * g).to(tl.float32)
+        bad = tl.maximum(bad, tl.where(tl.abs(g) < float("inf"), 0.0, 1.0))
+    return tl.sum(slope, axis=0), tl.sum(square, axis=0), tl.max(bad, axis=0)
+
+
+@triton.jit
+def _slopes_kernel(
+    addresses, extents, places, n_chunks, group, hyperparameters, ledger, partials,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
+    unscale = (1.0 / tl.load(ledger + LOSS_SCALE)).to(tl.float32)
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
+        sign = tl.load(hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS + SIGN).to(
+            tl.float32
+        )
+        if full:
+            slope, square, bad = _chunk_slopes(
+                addresses, tensor, start, CHUNK, length,
+                PARAM_TYPE, GRAD_TYPE, STATE, KEPT, BLOCK, True,
+            )  # fmt: skip
+        else:
+            slope, square, bad = _chunk_slopes(
+                addresses, tensor, start, remaining(start, length, CHUNK), length,
+                PARAM_TYPE, GRAD_TYPE, STATE, KEPT, TAIL, False,
+            )  # fmt: skip
+        cell = partials + tl.cast(chunk, tl.int64) * 3
+        tl.store(cell, sign * unscale * slope)
+        tl.store(cell + 1, unscale * unscale * square)
+        tl.store(cell + 2, bad)
+
+
+def slopes(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True) -> None:
+    """Measures a gradient along the displacement ``weight - snapshot``. Two launches.
+
+    Sums, in ``scalars.sums``: slope (descent is negative, also when maximising), squared gradient,
+    chunks with a non-finite gradient, without the loss scale; zero for a tensor without a gradient.
+
+    Args:
+        tensors: With rows ``grad``, ``weight`` and ``snapshot``.
+        scalars: Of these tensors.
+        with_slopes: False allows to leave the slopes out; these kernels measure them in passing.
+    """
+    addresses, extents = tensors.tables()
+    chunks = tensors.chunks()
+    partials = tensors.room_for(SLOPE_SUMS)
+    with on_device(tensors.device):
+        _slopes_kernel[(tensors.tiling.programs,)](
+            addresses, extents, chunks.places, chunks.count,
+            tensors.group, scalars.hyperparameters, scalars.ledger, partials,
+            GRAD_TYPE=tensors.dtype_of("grad"), **tensors.layout(), **LAUNCH,
+        )  # fmt: skip
+    reduce_partials(partials, chunks, scalars.sums[tensors.place])
+
+
+def slopes_torch(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True) -> None:
+    """`slopes` in plain torch.
+
+    Without ``with_slopes`` the first sum stays zero, and weights are not read.
+    """
+    flat, ledger = tensors.flat, scalars.ledger
+    compute = tensors.compute_dtype
+    totals = []
+    for index, here in enumerate(tensors.present):
+        total = torch.zeros(SLOPE_SUMS, dtype=torch.float64, device=tensors.device)
+        for part in tensors.torch_blocks(index) if here else ():
+            g = flat["grad"][index][part].to(compute)
+            square = g.dot(g)
+            if with_slopes:
+                start = flat["snapshot"][index][part]
+                total[0] += g.dot(tensors.weight(index, part) - start)
+            total[1] += square
+            # A finite sum of squares has finite terms; the second look costs only when not.
+            if square.device.type != "cpu" or not bool(square.isfinite()):
+                total[2] += ~g.isfinite().all()
+        totals.append(total)
+    sums = scalars.sums[tensors.place]
+    sums.copy_(torch.stack(totals))
+    unscale = ledger[INDEX["loss_scale"]].reciprocal()
+    sums[:, 0] *= scalars.hyperparameters[tensors.group.long(), HYPER["sign"]] * unscale
+    sums[:, 1] *= unscale * unscale
+
+
+@triton.jit
+def _place_chunk(
+    addresses, tensor, start, count, length, fraction,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
+    WHOLE: tl.constexpr, RESTART: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Places the weights of a chunk at snapshot + fraction · (weight - snapshot).
+
+    ``WHOLE``: the fraction is 0, and the weights are not read.
+    """
+    for inner in range(0, count, BLOCK):
+        begin = start + inner
+        placed = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        if not WHOLE:
+            w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
+            between = placed + fraction * (w - placed)
+            # Exactly 0 and 1 must keep the bits, also where w - snapshot is not finite.
+            placed = tl.where(fraction == 0.0, placed, tl.where(fraction == 1.0, w, between))
+        store_weight(
+            addresses, tensor, begin, length, placed, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL
+        )
+        if RESTART:
+            store_row(addresses, SNAPSHOT, tensor, begin, length, placed, STATE, STATE, BLOCK, FULL)
+
+
+@triton.jit
+def _check_move_kernel(
+    addresses, extents, places, n_chunks,
+    sums, prediction, n_tensors, ledger, arrivals, threshold, limit, cooldown,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
+    MASTER: tl.constexpr, KEPT: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, TENSORS: tl.constexpr,
+):  # fmt: skip
+    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
+    program = tl.program_id(0)
+    moving = gate(ledger, threshold)
+    if moving:
+        squares = tl.zeros([TENSORS], tl.float64)
+        flags = tl.zeros([TENSORS], tl.float64)
+        for begin in range(0, n_tensors, TENSORS):
+            t = begin + tl.arange(0, TENSORS)
+            squares += tl.load(sums + 3 * t + 1, mask=t < n_tensors, other=0.0)
+            flags += tl.load(sums + 3 * t + 2, mask=t < n_tensors, other=0.0)
+        distance = tl.sqrt(tl.load(ledger + JUMP_SQUARE)) + tl.sqrt(tl.sum(squares, axis=0))
+        usual = tl.sqrt(tl.load(ledger + UPDATE_SQUARE))
+        nonfinite = (tl.sum(flags, axis=0) > 0) | (distance != distance)
+        too_far = (distance > limit * usual) & (nonfinite == 0)
+        rejected = nonfinite | too_far
+        if rejected:
+            for chunk in range(program, n_chunks, tl.num_programs(0)):
+                tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
+                if full:
+                    _place_chunk(
+                        addresses, tensor, start, CHUNK, length, 0.0,
+                        PARAM_TYPE, STATE, MASTER, KEPT, True, False, BLOCK, True,
+                    )  # fmt: skip
+                else:
+                    _place_chunk(
+                        addresses, tensor, start, remaining(start, length, CHUNK), length, 0.0,
+                        PARAM_TYPE, STATE, MASTER, KEPT, True, False, TAIL, False,
+                    )  # fmt: skip
+        if LAST:
+            # The last program writes the ledger: the others decide by the same entries.
+            tl.debug_barrier()
+            finished = tl.atomic_add(arrivals + 1, 1, sem="acq_rel") + 1
+            if finished == tl.num_programs(0):
+                tl.store(arrivals + 1, 0)
+                for begin in range(0, n_tensors, TENSORS):
+                    t = begin + tl.arange(0, TENSORS)
+                    cell = prediction + PREDICTION_COLUMNS * t + SLOPE_COLUMN
+                    slope = tl.load(sums + 3 * t, mask=t < n_tensors, other=0.0)
+                    slope += tl.load(cell, mask=t < n_tensors, other=0.0).to(tl.float64)
+                    slope = tl.where(rejected, 0.0, slope)
+                    tl.store(cell, slope.to(tl.float32), mask=t < n_tensors)
+                stretch = tl.load(ledger + STRETCH) + 1.0
+                tl.store(ledger + STRETCH, tl.where(rejected, 0.0, stretch))
+                tl.store(ledger + MOVED, tl.where(rejected, 0.0, 1.0))
+                tl.store(ledger + JUMP_SQUARE, tl.where(rejected, 0.0, distance * distance))
+                if rejected:
+                    reject(ledger, cooldown)
+                    if nonfinite:
+                        tl.store(ledger + CAUSE_NONFINITE, tl.load(ledger + CAUSE_NONFINITE) + 1.0)
+                    else:
+                        tl.store(ledger + CAUSE_JUMP, tl.load(ledger + CAUSE_JUMP) + 1.0)
+
+
+def check_move(
+    tensors: TensorSet,
+    scalars: Scalars,
+    *,
+    threshold: float,
+    limit: float,
+    cooldown: float,
+    last: bool,
+) -> None:
+    """Keeps a predicted step, or rolls the stretch back bit for bit. One launch.
+
+    Reads what `predict` measured of all tensors; advances their slopes, and changes the ledger in
+    the launch of the last set.
+
+    Args:
+        tensors: With rows ``param``, ``weight`` and ``snapshot``.
+        scalars: Of all tensors of the device.
+        threshold: As given to `predict`.
+        limit: Largest distance from the snapshot, in usual base updates.
+        cooldown: Real steps that a first rejection forces before the next prediction.
+        last: Whether this is the last set of the device.
+    """
+    addresses, extents = tensors.tables()
+    chunks = tensors.chunks(every=True)
+    with on_device(tensors.device):
+        _check_move_kernel[(tensors.tiling.programs,)](
+            addresses, extents, chunks.places, chunks.count,
+            scalars.sums, scalars.prediction, len(scalars.sums), scalars.ledger, scalars.arrivals,
+            float(threshold), float(limit), float(cooldown),
+            MASTER=tensors.has_master, LAST=last, TENSORS=128, **tensors.layout(), **LAUNCH,
+        )  # fmt: skip
+
+
+def check_move_torch(
+    tensors: TensorSet,
+    scalars: Scalars,
+    *,
+    threshold: float,
+    limit: float,
+    cooldown: float,
+    last: bool,
+) -> None:
+    """`check_move` in plain torch."""
+    ledger, sums, prediction = scalars.ledger, scalars.sums, scalars.prediction
+    moving = gate_torch(ledger, threshold)
+    entries = dict(zip(INDEX, ledger.unbind()))
+    distance = entries["jump_square"].sqrt() + sums[:, 1].sum().sqrt()
+    nonfinite = (sums[:, 2].sum() > 0) | distance.isnan()
+    too_far = (distance > limit * entries["update_square"].sqrt()) & ~nonfinite
+    rejected = moving & (nonfinite | too_far)
+    if ledger.device.type != "cpu" or bool(rejected):
+        for index in range(len(tensors)):
+            whole = slice(0, tensors.lengths[index])
+            w, snapshot = tensors.weight(index, whole), tensors.flat["snapshot"][index]
+            w.copy_(torch.where(rejected, snapshot, w))
+            tensors.put_weight(index, whole, w)
+    if not last:
+        return
+    slope = prediction[:, SLOPE_COLUMN.value]
+    advanced = torch.where(moving, (slope.double() + sums[:, 0]).float(), slope)
+    prediction[:, SLOPE_COLUMN.value] = torch.where(rejected, torch.zeros_like(slope), advanced)
+    zero = torch.zeros_like(distance)
+    kept = moving & ~rejected
+    entries["stretch"] = torch.where(kept, entries["stretch"] + 1.0, entries["stretch"])
+    entries["jump_square"] = torch.where(kept, distance * distance, entries["jump_square"])
+    entries["moved"] = torch.where(kept, zero + 1.0, entries["moved"])
+    for name in ("stretch", "jump_square", "moved"):
+        entries[name] = torch.where(rejected, zero, entries[name])
+    reject_torch(entries, cooldown, rejected)
+    entries["cause_nonfinite"] = entries["cause_nonfinite"] + (rejected & nonfinite)
+    entries["cause_jump"] = entries["cause_jump"] + (rejected & too_far)
+    ledger.copy_(torch.stack(list(entries.values())))
+
+
+@triton.jit
+def _correct_kernel(
+    addresses, extents, places, n_chunks, prediction, ledger,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
+    RESTART: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
+    decided = tl.load(ledger + DECISION) > 0
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
+        fraction = tl.load(prediction + PREDICTION_COLUMNS * tensor + FRACTION_COLUMN).to(STATE)
+        wanted = decided
+        if not RESTART:
+            wanted = decided & (fraction != 1.0)
+        if wanted:
+            if full:
+                _place_chunk(
+                    addresses, tensor, start, CHUNK, length, fraction,
+                    PARAM_TYPE, STATE, MASTER, KEPT, False, RESTART, BLOCK, True,
+                )  # fmt: skip
+            else:
+                _place_chunk(
+                    addresses, tensor, start, remaining(start, length, CHUNK), length, fraction,
+                    PARAM_TYPE, STATE, MASTER, KEPT, False, RESTART, TAIL, False,
+                )  # fmt: skip
+
+
+def correct(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> None:
+    """Places the weights at ``snapshot + fraction · (weight - snapshot)``. One launch.
+
+    Args:
+        tensors: With rows ``param``, ``weight`` and ``snapshot``.
+        scalars: Of these tensors. The step fraction is 0 to roll the move back bit for bit, 1 to
+            leave it; nothing happens without a decision in the ledger.
+        restart: Whether ``snapshot`` becomes the placed weights, the start of a new cycle.
+    """
+    addresses, extents = tensors.tables()
+    chunks = tensors.chunks(every=True)
+    with on_device(tensors.device):
+        _correct_kernel[(tensors.tiling.programs,)](
+            addresses, extents, chunks.places, chunks.count,
+            scalars.prediction[tensors.place], scalars.ledger,
+            MASTER=tensors.has_master, RESTART=restart, **tensors.layout(), **LAUNCH,
+        )  # fmt: skip
+
+
+def correct_torch(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> None:
+    """`correct` in plain torch."""
+    ledger = scalars.ledger
+    decided = ledger[INDEX["decision"]] > 0
+    on_cpu = ledger.device.type == "cpu"
+    if on_cpu and not bool(decided):
+        return
+    column = scalars.prediction[tensors.place, FRACTION_COLUMN.value]
+    fractions = column.to(tensors.compute_dtype)
+    known = fractions.tolist() if on_cpu else [None] * len(tensors)
+    for index, fraction in enumerate(fractions.unbind()):
+        if known[index] == 1.0 and not restart:
+            continue
+        for part in tensors.torch_blocks(index):
+            w = tensors.weight(index, part)
+            start = tensors.flat["snapshot"][index][part]
+            placed = start + fraction * (w - start)
+            placed = torch.where(fraction == 1.0, w, placed)
+            placed = torch.where(fraction == 0.0, start, placed)
+            w.copy_(torch.where(decided, placed, w))
+            tensors.put_weight(index, part, w)
+            if restart:
+                start.copy_(torch.where(decided, w, start))

@@ -1,0 +1,217 @@
+"""The dynamics model on trajectories whose continuation is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import fast_config, make_batches, make_model, train
+from triton_hybrid.kernels.ledger import INDEX
+
+from triton_hybrid import HybridConfig, HybridOptimizer
+
+BACKENDS = ["torch", "triton"]
+
+
+def bound(predictor: str, backend: str, history: int = 4) -> tuple[HybridOptimizer, list[Tensor]]:
+    """An optimizer whose weights the test moves by hand."""
+    params = [nn.Parameter(torch.zeros(40)), nn.Parameter(torch.zeros(3, 7))]
+    config = HybridConfig(
+        predictor=predictor, history=history, confidence_threshold=0.0, full_steps=1
+    )
+    optimizer = HybridOptimizer(params, lr=1e-3, backend=backend, hybrid=config)
+    for param in params:
+        param.grad = torch.full_like(param, 1e-3)
+    optimizer.step()
+    return optimizer, params
+
+
+def place(params: list[Tensor], values: Tensor) -> None:
+    begin = 0
+    for param in params:
+        param.data.copy_(values[begin : begin + param.numel()].view_as(param))
+        begin += param.numel()
+
+
+def flat(params: list[Tensor]) -> Tensor:
+    return torch.cat([param.detach().flatten() for param in params])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_subspace_jumps_to_the_fixed_point_of_a_linear_iteration(backend: str) -> None:
+    """Two decaying modes, four displacements: reduced-rank extrapolation is exact."""
+    optimizer, params = bound("subspace", backend)
+    generator = torch.Generator().manual_seed(0)
+    limit = torch.randn(61, generator=generator)
+    modes = torch.randn(2, 61, generator=generator)
+    model = optimizer._engine.predictor
+    for k in range(5):
+        rates = torch.tensor([0.8, -0.3]) ** k
+        place(params, limit + rates @ modes)
+        model.end_cycle()
+    assert model.ready
+    before = (flat(params) - limit).norm()
+    model.predict(planned=1, first=True, early=False)
+    assert (flat(params) - limit).norm() < 0.02 * before
+    # The recurrence of the older cycles had predicted the newest.
+    assert optimizer.stats().confidence > 0.9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_subspace_ring_forgets_the_oldest(backend: str) -> None:
+    """An erratic past that has left the ring does not disturb the extrapolation."""
+    optimizer, params = bound("subspace", backend, history=3)
+    generator = torch.Generator().manual_seed(0)
+    limit, mode = torch.randn(2, 61, generator=generator)
+    model = optimizer._engine.predictor
+    for k in range(9):
+        wild = torch.randn(61, generator=generator) if k < 5 else 0.5**k * mode
+        place(params, limit + wild)
+        model.end_cycle()
+    before = (flat(params) - limit).norm()
+    model.predict(planned=1, first=True, early=False)
+    assert (flat(params) - limit).norm() < 0.02 * before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_learns_the_ratio_of_successive_displacements(backend: str) -> None:
+    optimizer, params = bound("linear", backend)
+    generator = torch.Generator().manual_seed(0)
+    limit, mode = torch.randn(2, 61, generator=generator)
+    model = optimizer._engine.predictor
+    for k in range(5):
+        place(params, limit + 0.8**k * mode)
+        model.end_cycle()
+    model.predict(planned=1, first=True, early=False)
+    expected = limit + 0.8**5 * mode
+    assert (flat(params) - expected).norm() < 1e-4 * mode.norm()
+    assert optimizer.stats().confidence > 0.99
+
+
+def test_a_random_walk_gives_no_confidence() -> None:
+    optimizer, params = bound("linear", "torch")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        place(params, flat(params) + torch.randn(61, generator=generator))
+        optimizer._engine.predictor.end_cycle()
+    assert optimizer.stats().confidence < 0.4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slow_ema_predicts_a_quarter_adamw_step_at_the_peak_rate(backend: str) -> None:
+    """displacement = lr / 4 · S / (√v̂ + ε), with weights of S that add up to one."""
+    param = nn.Parameter(torch.zeros(50))
+    config = HybridConfig(
+        warmup_steps=1, full_steps=2, predictor="slow_ema", inline=False, confidence_threshold=0.0
+    )
+    optimizer = HybridOptimizer([param], lr=1e-2, backend=backend, hybrid=config)
+    generator = torch.Generator().manual_seed(0)
+    slow, square = torch.zeros(50), torch.zeros(50)
+    for n in range(3):
+        param.grad = torch.randn(50, generator=generator)
+        decay = min(n / (n + 4), 0.99)
+        slow = decay * slow + (1 - decay) * param.grad
+        square = 0.999 * square + 0.001 * param.grad**2
+        optimizer.step()
+    before = param.detach().clone()
+    optimizer.step()
+    expected = before - 0.25e-2 * slow / ((square / (1 - 0.999**3)).sqrt() + 1e-8)
+    assert torch.allclose(param, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noisy_run_is_adamw_plus_the_predicted_steps(backend: str) -> None:
+    """Sixty steps by hand. A corrector that acted on noise once made this run drift."""
+    torch.manual_seed(0)
+    param, twin = (nn.Parameter(torch.linspace(-1, 1, 300)) for _ in range(2))
+    config = fast_config(divergence_threshold=1e6, correction_interval=2, slow_beta=0.9)
+    optimizer = HybridOptimizer([param], lr=1e-2, backend=backend, hybrid=config)
+    adamw = torch.optim.AdamW([twin], lr=1e-2)
+    slow = torch.zeros(300)
+    generator = torch.Generator().manual_seed(0)
+    for n in range(60):
+        param.grad = 0.3 + torch.randn(300, generator=generator)
+        twin.grad = param.grad.clone()
+        seen = optimizer.stats().predicted_steps
+        optimizer.step()
+        adamw.step()
+        slow.lerp_(twin.grad, 1 - min(n / (n + 4), 0.9))
+        square = adamw.state[twin]["exp_avg_sq"] / (1 - 0.999 ** (n + 1))
+        for _ in range(optimizer.stats().predicted_steps - seen):
+            with torch.no_grad():
+                twin -= 0.25e-2 * slow / (square.sqrt() + 1e-8)
+    assert optimizer.stats().predicted_steps > 40
+    assert optimizer.stats().rollbacks == 0
+    assert (param - twin).norm() < 1e-4 * twin.norm()
+
+
+@pytest.mark.parametrize(("noise", "predictor"), [(0.0, "subspace"), (30.0, "slow_ema")])
+def test_auto_chooses_by_gradient_noise(noise: float, predictor: str) -> None:
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(500))
+    target = torch.zeros(500)
+    config = fast_config(predictor="auto", warmup_steps=10)
+    optimizer = HybridOptimizer([param], lr=1e-4, hybrid=config)
+    for _ in range(40):
+        param.grad = param.detach() - target + noise * torch.randn(500)
+        optimizer.step()
+    stats = optimizer.stats()
+    assert stats.predictor == predictor
+    assert (stats.signal > 0.5) is (noise == 0.0)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.8])
+def test_the_signal_share_is_measured_without_bias(share: float) -> None:
+    """A constant mean gradient plus noise of known size."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.zeros(20000))
+    mean = torch.randn(20000) * share**0.5
+    optimizer = HybridOptimizer(
+        [param], lr=0.0, weight_decay=0.0, hybrid=fast_config(predictor="slow_ema")
+    )
+    for _ in range(60):
+        param.grad = mean + torch.randn(20000) * (1 - share) ** 0.5
+        optimizer.step()
+    assert optimizer.stats().signal == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_corrector_finds_the_minimum_along_the_displacement(backend: str) -> None:
+    """On a quadratic, with a noiseless gradient, the secant step fraction is exact."""
+    param = nn.Parameter(torch.ones(64))
+    config = fast_config(inline=False, divergence_threshold=100.0)
+    optimizer = HybridOptimizer([param], lr=1e-2, backend=backend, hybrid=config, weight_decay=0.0)
+    while optimizer.phase.needs_gradient:
+        param.grad = param.detach().clone()
+        optimizer.step()
+    start = param.detach().clone()
+    entry = optimizer.state[param]
+    gradient = start.clone()
+    optimizer.step()
+    displacement = param.detach() - start
+    # The slope before the move is taken from exp_avg; here it is told the true one.
+    entry["prediction"][1] = float(gradient @ displacement)
+    optimizer._engine.scalars.ledger[INDEX["signal"]] = 1.0
+    param.grad = param.detach().clone()
+    optimizer._engine.take_gradients()
+    optimizer._engine.verify()
+    expected = min(2.0, -float(gradient @ displacement) / float(displacement @ displacement))
+    assert entry["prediction"][2].item() == pytest.approx(expected, rel=1e-4)
+    assert torch.allclose(param, start + expected * displacement, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noise_switches_the_corrector_off(backend: str) -> None:
+    model = make_model()
+    config = fast_config(inline=False, divergence_threshold=100.0)
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, backend=backend, hybrid=config)
+    train(model, optimizer, 6, make_batches())
+    optimizer._engine.scalars.ledger[INDEX["signal"]] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer._engine.take_gradients()
+    optimizer._engine.verify()
+    assert optimizer.stats().acceptance_rate == 1.0
+    for old, new in zip(before, model.parameters()):
+        assert torch.equal(old, new)

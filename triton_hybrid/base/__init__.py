@@ -1,1 +1,0 @@
-"""The base update rules: what a gradient step does."""

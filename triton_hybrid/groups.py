@@ -1,0 +1,236 @@
+"""Parameter groups: their checks, and which parameters go to which base rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_hybrid.kernels.multi_tensor import dense_view
+from triton_hybrid.kernels.rows import TRITON_DTYPES
+from triton_hybrid.rules import OPTIONS, RULES
+from triton_hybrid.rules.rule import check_number
+
+HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "unembed", "output_projection")
+"""Last parts of a module's name that make it the output layer."""
+
+FUSED: Mapping[str, int] = {
+    "c_attn": 3,
+    "qkv": 3,
+    "qkv_proj": 3,
+    "wqkv": 3,
+    "in_proj": 3,
+    "kv_proj": 2,
+    "gate_up_proj": 2,
+}
+"""Layers that are several matrices in one, by the last part of their name, and how many.
+Orthogonalised as one they train worse. Only where the outputs divide evenly: query, key and
+value of equal size. Weights interleaved by heads (GPT-NeoX) are left whole."""
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Checks the options of a parameter group.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr has shape {tuple(lr.shape)}: a tensor must have one element")
+        if lr.device.type == "cpu":
+            check_number("lr", float(lr), "a finite number >= 0", 0.0)
+    else:
+        check_number("lr", lr, "a finite number >= 0, or a one-element tensor", 0.0)
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: must be two numbers in [0, 1)")
+    for index, beta in enumerate(betas):
+        check_number(f"betas[{index}]", beta, "a number in [0, 1)", 0.0, 1.0)
+    check_number("eps", group["eps"], "a finite number >= 0", 0.0)
+    check_number("weight_decay", group["weight_decay"], "a finite number >= 0", 0.0)
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize={group['maximize']!r}: must be True or False")
+    base = group["base"]
+    if base not in RULES:
+        raise ValueError(f"base={base!r}: must be one of {tuple(RULES)}")
+    RULES[base].check(group)
+
+
+def check_parameter(group: Mapping[str, Any], index: int, param: Any, masters: str) -> None:
+    """Checks that a parameter can be optimised; leaves wrong types to torch.
+
+    Args:
+        group: Its group, complete.
+        index: Which parameter of the group.
+        param: The parameter.
+        masters: How FP32 masters are kept.
+
+    Raises:
+        ValueError: Wrong dtype, layout or shape.
+        NotImplementedError: A distributed tensor.
+    """
+    if not isinstance(param, Tensor):
+        return
+    if hasattr(param, "placements"):
+        raise NotImplementedError("DTensor parameters (FSDP2, tensor parallel) are not built yet")
+    if param.layout is not torch.strided:
+        raise ValueError(f"params: layout {param.layout}, must be torch.strided")
+    if param.dtype not in TRITON_DTYPES:
+        raise ValueError(f"params: dtype {param.dtype}, must be one of {list(TRITON_DTYPES)}")
+    try:
+        dense_view(param.detach())
+    except ValueError as error:
+        raise ValueError(f"params: {error}") from None
+    if masters == "split" and param.dtype == torch.float16:
+        # Its exponent has 5 bits, that of FP32 8: what is missing is not 16 bits, and small
+        # weights would lose all of it.
+        raise ValueError(
+            "master_weights='split' with an FP16 parameter: allowed for BF16 only, whose bits are "
+            "the upper half of FP32's; use 'auto' (FP32 masters) or BF16"
+        )
+    RULES[group["base"]].check_parameter(group, index, param)
+
+
+def refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Refuses keywords of the optimizer that no base rule has.
+
+    Raises:
+        TypeError: The message names them, and what there is.
+    """
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise TypeError(
+            f"HybridOptimizer got unknown arguments {unknown}; base rules have {sorted(OPTIONS)}"
+        )
+
+
+def split_param_groups(
+    model: nn.Module,
+    *,
+    lr: float | Tensor | None = None,
+    muon_lr: float | Tensor | None = None,
+    weight_decay: float | None = None,
+    exclude: Sequence[str] = (),
+    blocks: Mapping[str, int] | None = None,
+    **muon: Any,
+) -> list[dict[str, Any]]:
+    """Makes the two parameter groups of a model for ``HybridOptimizer``.
+
+    To Muon go the weights of linear layers (``nn.Linear``, GPT-2's ``Conv1D``, the fused
+    projection of ``nn.MultiheadAttention``) inside the model. To AdamW go embeddings and what is
+    tied to them, the output layer, in a model without embeddings the first linear layer too
+    (unless a convolution comes before it), and everything that is not a matrix.
+
+    Args:
+        model: The model.
+        lr: Learning rate of both groups; None leaves it to the optimizer.
+        muon_lr: Learning rate of the Muon group; `lr` when None. With the default
+            ``adjust_lr_fn`` a rate that suits AdamW suits Muon.
+        weight_decay: Of both groups; None leaves it to the optimizer.
+        exclude: Patterns (``fnmatch``) of parameter names that AdamW keeps.
+        blocks: Patterns of parameter names, and into how many equal blocks along its outputs
+            such a matrix is cut; before the names of fused layers that are known.
+        muon: Further options of the Muon group, such as ``momentum``.
+
+    Returns:
+        The Muon group and the AdamW group.
+
+    Raises:
+        ValueError: The model has no hidden matrix, or blocks do not divide a matrix.
+    """
+    found = _hidden_layers(model)
+    matrices: list[Tensor] = []
+    grids: list[tuple[int, int]] = []
+    turned: list[bool] = []
+    rest: list[Tensor] = []
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        inputs_first = found.get(id(param))
+        if inputs_first is None or any(fnmatch(name, pattern) for pattern in exclude):
+            rest.append(param)
+            continue
+        outputs, inputs = param.shape[::-1] if inputs_first else param.shape
+        parts = _parts(name, outputs, inputs, blocks or {})
+        matrices.append(param)
+        grids.append((1, parts) if inputs_first else (parts, 1))
+        turned.append(inputs_first)
+    if not matrices:
+        raise ValueError("model has no hidden matrix for Muon: use base='adamw' for all of it")
+    group: dict[str, Any] = {"params": matrices, "base": "muon"}
+    group |= {"blocks": tuple(grids), "transposed": tuple(turned), **muon}
+    other: dict[str, Any] = {"params": rest, "base": "adamw"}
+    rate = lr if muon_lr is None else muon_lr
+    if rate is not None:
+        group["lr"] = rate
+    if lr is not None:
+        other["lr"] = lr
+    for members in (group, other):
+        if weight_decay is not None:
+            members["weight_decay"] = weight_decay
+    return [group, other] if rest else [group]
+
+
+def _hidden_layers(model: nn.Module) -> dict[int, bool]:
+    """Identities of the hidden matrices, and whether their rows are inputs."""
+    modules = list(model.named_modules())
+    embeddings = [m for _, m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    layers: list[tuple[str, Any]] = []
+    hidden: dict[int, bool] = {}
+    for name, module in modules:
+        if isinstance(module, nn.MultiheadAttention):
+            if module.in_proj_weight is not None:
+                hidden[id(module.in_proj_weight)] = False
+            for part in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
+                if part is not None:
+                    hidden[id(part)] = False
+        elif isinstance(module, nn.Linear) or _is_conv1d(module):
+            layers.append((name, module))
+    for _, module in layers:
+        hidden[id(module.weight)] = _is_conv1d(module)
+    known = getattr(model, "get_output_embeddings", None)
+    output = known() if callable(known) else None
+    outer: list[Any] = [module.weight for module in embeddings]
+    outer += [module.weight for name, module in layers if name.rpartition(".")[2] in HEADS]
+    if isinstance(output, nn.Module) and isinstance(getattr(output, "weight", None), Tensor):
+        outer.append(output.weight)
+    if layers:
+        last = layers[-1][1]
+        sizes = {module.num_embeddings for module in embeddings}
+        if not embeddings or (isinstance(last, nn.Linear) and last.out_features in sizes):
+            outer.append(last.weight)
+    if layers and not embeddings:
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        first = next(m for _, m in modules if isinstance(m, kinds) or _is_conv1d(m))
+        if first is layers[0][1]:
+            outer.append(first.weight)
+    for weight in outer:
+        hidden.pop(id(weight), None)
+    return hidden
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is ``[inputs, outputs]``."""
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+    return named and isinstance(weight, torch.Tensor) and weight.ndim == 2
+
+
+def _parts(name: str, outputs: int, inputs: int, blocks: Mapping[str, int]) -> int:
+    """Into how many blocks along its outputs a matrix is cut."""
+    for pattern, parts in blocks.items():
+        if fnmatch(name, pattern):
+            if parts < 1 or outputs % parts:
+                raise ValueError(
+                    f"blocks[{pattern!r}]={parts}: must divide the {outputs} outputs of {name}"
+                )
+            return parts
+    layer = name.removesuffix(".weight").removesuffix("_weight").rpartition(".")[2].lower()
+    parts = FUSED.get(layer, 1)
+    if parts == 3:
+        return parts if outputs == 3 * inputs else 1
+    return parts if outputs % parts == 0 else 1

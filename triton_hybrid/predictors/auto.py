@@ -1,0 +1,66 @@
+"""``auto``: chooses between two predictors by the noise of the gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from triton_hybrid.config import HybridConfig
+from triton_hybrid.predictors.predictor import Choice, Predictor
+from triton_hybrid.predictors.slow_ema import SlowEMA
+from triton_hybrid.predictors.subspace import Subspace
+from triton_hybrid.rules.rule import Rule
+from triton_hybrid.state import StateRow
+
+if TYPE_CHECKING:
+    from triton_hybrid.engine import Engine
+
+LOW_NOISE = 0.9
+"""Signal share of the squared gradient above which the trajectory is taken. Full-batch runs at a
+good learning rate oscillate, and stay far below it; there the slow EMA is better too."""
+
+
+class Auto(Choice):
+    """Owns one predictor for noisy and one for quiet gradients.
+
+    It leaves Muon's matrices frozen: over a tuned Muon no predicted move along the slow EMA has
+    gained anything (``examples/benchmarks/EXPERIMENTS.md``).
+
+    Args:
+        config: The phase machine's configuration.
+    """
+
+    name = "auto"
+
+    def __init__(self, config: HybridConfig) -> None:
+        self._noisy = SlowEMA(config, along_matrices=False)
+        self._quiet = Subspace(config)
+        self._chosen: Predictor = self._noisy
+
+    @property
+    def active(self) -> Predictor:
+        return self._chosen
+
+    @property
+    def lends_moments(self) -> bool:
+        return self._quiet.lends_moments
+
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
+        rows = (*self._noisy.rows_for(rule), *self._quiet.rows_for(rule))
+        return tuple(dict.fromkeys(rows))
+
+    def bind(self, engine: Engine) -> None:
+        self._noisy.bind(engine)
+        self._quiet.bind(engine)
+
+    def choose(self, signal: float) -> None:
+        wanted = self._quiet if signal > LOW_NOISE else self._noisy
+        if wanted is not self._chosen:
+            self._chosen = wanted
+            self._quiet.forget()
+
+    def state(self) -> dict[str, int]:
+        return {**self._quiet.state(), "quiet": int(self._chosen is self._quiet)}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self._quiet.restore(state)
+        self._chosen = self._quiet if state.get("quiet") else self._noisy

@@ -1,0 +1,31 @@
+"""``none``: nothing is predicted, and the optimizer is its base rule."""
+
+from __future__ import annotations
+
+from triton_hybrid.predictors.predictor import Predictor
+from triton_hybrid.rules.rule import Rule
+from triton_hybrid.state import StateRow
+
+
+class Nothing(Predictor):
+    """Keeps no state and is never ready."""
+
+    name = "none"
+    predicts = False
+
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
+        return ()
+
+    @property
+    def ready(self) -> bool:
+        return False
+
+    @property
+    def refit_steps(self) -> int:
+        return self.config.full_steps
+
+    def share(self, planned: int) -> float:
+        return 0.0
+
+    def jump_limit(self, steps_in_row: int) -> float:
+        return 0.0

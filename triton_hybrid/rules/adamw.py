@@ -1,0 +1,142 @@
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+
+exp_avg    ← β1 · exp_avg    + (1 - β1) · gradient
+exp_avg_sq ← β2 · exp_avg_sq + (1 - β2) · gradient²
+update     = exp_avg / (1 - β1ᵗ) / (√(exp_avg_sq / (1 - β2ᵗ)) + ε)
+weight     ← (1 - lr · weight_decay) · weight - lr · update
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_hybrid.kernels.rows import EXP_AVG, address_row, load_row, store_row
+from triton_hybrid.kernels.scalars import (
+    BETA1,
+    BETA2,
+    EPS,
+    LOG_BETA1,
+    LOG_BETA2,
+    precise_div,
+    precise_sqrt,
+)
+from triton_hybrid.kernels.update_rule import Block, UpdateRule
+from triton_hybrid.rules.rule import Rule
+from triton_hybrid.state import Home, StateRow, StepPlan
+
+EXP_AVG_SQ = address_row("exp_avg_sq")
+
+
+def _when(plan: StepPlan) -> bool:
+    # A trajectory's slope is measured by the first prediction in a row.
+    return plan.gradient or plan.first or not plan.trajectory
+
+
+FIRST_MOMENT = StateRow("exp_avg", home=Home.LENT, when=_when)
+SECOND_MOMENT = StateRow("exp_avg_sq", home=Home.LENT, when=_when)
+
+
+@triton.jit
+def _constants(row, step, rate, STATE: tl.constexpr):
+    correction1 = 1.0 - tl.exp(step * tl.load(row + LOG_BETA1))
+    correction2 = 1.0 - tl.exp(step * tl.load(row + LOG_BETA2))
+    size = (rate / correction1).to(STATE)
+    beta1 = tl.load(row + BETA1).to(STATE)
+    beta2 = tl.load(row + BETA2).to(STATE)
+    return size, beta1, beta2, tl.sqrt(correction2).to(STATE), tl.load(row + EPS).to(STATE)
+
+
+@triton.jit
+def _direction(
+    addresses, tensor, begin, length, g, beta1, beta2, root_correction2, eps,
+    STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    # Ones beyond the end keep the quotients finite there, also where eps is 0.
+    v = load_row(addresses, EXP_AVG_SQ, tensor, begin, length, STATE, STATE, BLOCK, FULL, 1.0)
+    m = m + (1.0 - beta1) * (g - m)
+    v = v * beta2 + (1.0 - beta2) * (g * g)
+    denominator = precise_div(precise_sqrt(v), root_correction2) + eps
+    store_row(addresses, EXP_AVG, tensor, begin, length, m, STATE, STATE, BLOCK, FULL)
+    store_row(addresses, EXP_AVG_SQ, tensor, begin, length, v, STATE, STATE, BLOCK, FULL)
+    return precise_div(m, denominator), denominator
+
+
+@triton.jit
+def _denominator(
+    addresses, tensor, begin, length, beta1, beta2, root_correction2, eps,
+    STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    v = load_row(addresses, EXP_AVG_SQ, tensor, begin, length, STATE, STATE, BLOCK, FULL, 1.0)
+    return precise_div(precise_sqrt(v), root_correction2) + eps
+
+
+@triton.jit
+def _along(
+    addresses, tensor, begin, length, x, denominator,
+    STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    return precise_div(x, denominator)
+
+
+class _Torch:
+    """AdamW in plain torch.
+
+    On the CPU by torch's own fused operator. Measured on 2 cores with GPT-2 small: it takes 0.09 s,
+    plain operations block by block 0.31 s, ``AdamW(foreach=True)`` 0.38 s.
+    """
+
+    def update(self, block: Block) -> None:
+        numbers = block.numbers
+        m, v = block.rows["exp_avg"], block.rows["exp_avg_sq"]
+        if isinstance(numbers.lr, float):
+            torch._fused_adamw_(
+                [block.w], [block.g], [m], [v], [], [block.step],
+                lr=numbers.lr, beta1=numbers.beta1, beta2=numbers.beta2,
+                weight_decay=numbers.weight_decay, eps=numbers.eps,
+                amsgrad=False, maximize=False,
+            )  # fmt: skip
+            return
+        g = block.g
+        m.add_((1.0 - numbers.beta1) * (g - m))
+        v.mul_(numbers.beta2).add_((1.0 - numbers.beta2) * (g * g))
+        denominator = v.sqrt() / numbers.root_correction2 + numbers.eps
+        block.w.mul_(numbers.decay).sub_(numbers.size * (m / denominator))
+
+    def compare(self, block: Block) -> tuple[Tensor, Tensor, Any]:
+        rows, numbers, out = block.rows, block.numbers, block.scratch
+        eps = numbers.eps * numbers.root_correction2
+        denominator = torch.sqrt(rows["exp_avg_sq"], out=out[0]).add_(eps)
+        ahead = torch.div(rows["slow_ema"], denominator, out=out[1])
+        update = torch.div(rows["exp_avg"], denominator, out=denominator)
+        return update, ahead, (numbers.size * numbers.root_correction2) ** 2
+
+    def along(self, rows: Mapping[str, Tensor], x: Tensor, eps: Any, out: Tensor) -> Tensor:
+        denominator = torch.sqrt(rows["exp_avg_sq"], out=out[1]).add_(eps)
+        return torch.div(x, denominator, out=out[0])
+
+    def unit(self, root_correction2: Tensor) -> Tensor:
+        # s / (√v / root + ε) is root · s / (√v + root · ε): one operation less a block.
+        return root_correction2
+
+
+ADAMW = Rule(
+    name="adamw",
+    kernels=UpdateRule(
+        constants=_constants,
+        direction=_direction,
+        denominator=_denominator,
+        along=_along,
+        torch=_Torch(),
+        reads=("exp_avg", "exp_avg_sq"),
+        writes=("exp_avg", "exp_avg_sq"),
+        reads_along=("exp_avg_sq",),
+    ),
+    rows=(FIRST_MOMENT, SECOND_MOMENT),
+)
