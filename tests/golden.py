@@ -37,7 +37,7 @@ from triton_hybrid import HybridConfig, HybridOptimizer, Phase, offload
 
 RECORD = Path(__file__).with_suffix(".json")
 STEPS = 60
-PREDICTORS = ("auto", "slow_ema", "subspace", "linear", "none")
+PREDICTORS = ("auto", "slow_ema", "linear", "none")
 DTYPES = {
     "fp32": (torch.float32, "auto"),
     "fp64": (torch.float64, "auto"),

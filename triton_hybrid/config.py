@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from triton_hybrid.kernels.gram import MAX_HISTORY
-
 OFFLOADS = ("none", "cpu", "pinned")
 
 
@@ -29,7 +27,7 @@ class HybridConfig:
         warmup_steps: Gradient steps before anything else; they collect the baseline of
             loss, gradient norm and update size. At least 0.
         full_steps: Gradient steps of a Full phase: before the first prediction, and, for the
-            trajectory models ``subspace`` and ``linear``, in every cycle. A first rejection
+            trajectory of ``linear``, in every cycle. A first rejection
             costs a quarter of it, and each further one in a row doubles that. The slow EMA
             is refitted by every gradient; while its predictions hold, one Full step
             separates two stretches. At least 1.
@@ -38,11 +36,11 @@ class HybridConfig:
         divergence_threshold: Standard deviations above their running mean that gradient
             norm and loss may have at the predicted point. Positive.
         confidence_threshold: Least confidence at which the weights are moved, in [0, 1].
-        predictor: The dynamics model: ``"slow_ema"``, ``"subspace"``, ``"linear"``,
-            ``"none"`` (the base rule alone), or ``"auto"``, which takes ``subspace`` where
-            the gradient is mostly signal and ``slow_ema`` where it is mostly noise.
-        history: Cycle displacements that ``subspace`` (and so ``auto``) keeps: 4 bytes a
-            parameter each. In [3, 8].
+        predictor: The dynamics model: ``"slow_ema"``, ``"linear"``, ``"none"`` (the base rule
+            alone), or ``"auto"``, which takes ``linear`` where the gradient is mostly signal and
+            ``slow_ema`` where it is mostly noise.
+        history: Pairs of moves and gradient changes that a quasi-Newton predictor keeps; no
+            predictor reads it at present. In [1, 32].
         slow_beta: Largest decay of the slow gradient EMA, in (0, 1). Its window is a
             quarter of the run so far until this is reached.
         inline: True: the Predict steps run inside the `step()` that ends a gradient part,
@@ -52,7 +50,7 @@ class HybridConfig:
             memory, from which copies do not hold the host up. It visits the device for the steps
             that touch it; what a gradient step touches comes back while the backward pass before
             it runs. In a stretch of more than four predictions without a gradient that do not
-            read the moments (stepped drive, ``subspace`` or ``linear``), these leave too. The
+            read the moments (stepped drive, ``linear``), these leave too. The
             results are the same bits. Parameters on the CPU have one memory only, and nothing is
             copied. Not for steps captured in a CUDA graph.
 
@@ -67,7 +65,7 @@ class HybridConfig:
     divergence_threshold: float = 3.0
     confidence_threshold: float = 0.1
     predictor: str = "auto"
-    history: int = 4
+    history: int = 10
     slow_beta: float = 0.99
     inline: bool = True
     offload: str = "none"
@@ -77,7 +75,7 @@ class HybridConfig:
         self._check_int("full_steps", 1)
         self._check_int("max_predict_steps", 1)
         self._check_int("correction_interval", 1)
-        self._check_int("history", 3, MAX_HISTORY)
+        self._check_int("history", 1, 32)
         self._check_float("divergence_threshold", "a positive finite number", lambda x: x > 0)
         self._check_float("confidence_threshold", "in [0, 1]", lambda x: 0 <= x <= 1)
         self._check_float("slow_beta", "in (0, 1)", lambda x: 0 < x < 1)

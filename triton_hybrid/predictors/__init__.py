@@ -10,9 +10,8 @@ from triton_hybrid.predictors.linear import Linear
 from triton_hybrid.predictors.nothing import Nothing
 from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.predictors.slow_ema import SlowEMA
-from triton_hybrid.predictors.subspace import Subspace
 
 PREDICTORS: dict[str, Callable[[HybridConfig], Choice]] = {
-    predictor.name: predictor for predictor in (Auto, SlowEMA, Subspace, Linear, Nothing)
+    predictor.name: predictor for predictor in (Auto, SlowEMA, Linear, Nothing)
 }
 """Every predictor by its value of ``HybridConfig.predictor``."""

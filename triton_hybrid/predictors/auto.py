@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from triton_hybrid.config import HybridConfig
+from triton_hybrid.predictors.linear import Linear
 from triton_hybrid.predictors.predictor import Choice, Predictor
 from triton_hybrid.predictors.slow_ema import SlowEMA
-from triton_hybrid.predictors.subspace import Subspace
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import StateRow
 
@@ -33,7 +33,7 @@ class Auto(Choice):
 
     def __init__(self, config: HybridConfig) -> None:
         self._noisy = SlowEMA(config, along_matrices=False)
-        self._quiet = Subspace(config)
+        self._quiet = Linear(config)
         self._chosen: Predictor = self._noisy
 
     @property
