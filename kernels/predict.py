@@ -32,7 +32,7 @@ from triton_hybrid.kernels.rows import (
     store_row,
     store_weight,
 )
-from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_BETA1, Scalars
+from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars
 
 MOVE_COLUMNS = 3
 """Sums of a move: slope, squared displacement, non-finite results."""
@@ -114,7 +114,7 @@ def _move_chunk(
     slope = tl.full((), 0.0, tl.float32)
     square = tl.full((), 0.0, tl.float32)
     bad = tl.full((), 0.0, tl.float32)
-    inverse_correction1 = (1.0 / (1.0 - tl.exp(step * tl.load(row + LOG_BETA1)))).to(STATE)
+    inverse_correction1 = (1.0 / (1.0 - tl.exp(step * tl.load(row + LOG_EXP_AVG)))).to(STATE)
     # The step size is not used, whatever the rate.
     _, a, b, c, d = CONSTANTS(row, step, step, STATE)
     for inner in range(0, count, BLOCK):
@@ -272,9 +272,9 @@ def predict_torch(
     if displacement.along_rule and rule.prepare_along_torch is not None:
         rule.prepare_along_torch(tensors, scalars)
     compute = tensors.compute_dtype
-    log_beta1 = scalars.hyperparameters[tensors.group.long(), HYPER["log_beta1"]]
+    decay = scalars.hyperparameters[tensors.group.long(), HYPER["log_exp_avg"]]
     step = tensors.steps.double().clamp(min=1.0)
-    inverse_correction1 = 1.0 / (1.0 - (step * log_beta1).exp())
+    inverse_correction1 = 1.0 / (1.0 - (step * decay).exp())
     prediction = scalars.prediction[tensors.place]
     factor = prediction[:, FACTOR_COLUMN.value].double() * ledger[INDEX["horizon"]] * share
     pulled = pull and displacement.along_rule and tensors.has("weight_ema")

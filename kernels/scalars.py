@@ -29,7 +29,7 @@ def _column(name: str) -> tl.constexpr:
 LR = _column("lr")
 BETA1 = _column("beta1")  # of a Muon group the momentum
 BETA2 = _column("beta2")
-LOG_BETA1 = _column("log_beta1")
+LOG_EXP_AVG = _column("log_exp_avg")  # logarithm of the decay of exp_avg
 LOG_BETA2 = _column("log_beta2")
 EPS = _column("eps")
 WEIGHT_DECAY = _column("weight_decay")

@@ -127,7 +127,7 @@ def update_numbers(tensors: TensorSet, scalars: Scalars, clip: Tensor) -> Tensor
         beta2=rows[:, HYPER["beta2"]],
         root_correction2=(1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt(),
         eps=rows[:, HYPER["eps"]],
-        size=rate / (1.0 - (step * rows[:, HYPER["log_beta1"]]).exp()),
+        size=rate / (1.0 - (step * rows[:, HYPER["log_exp_avg"]]).exp()),
         lr=rate,
         weight_decay=rows[:, HYPER["weight_decay"]],
     )

@@ -57,21 +57,25 @@ class Hyperparameters:
 
 
 def _row(group: dict[str, Any], lr: float, largest: float, last: float) -> list[float]:
-    beta1, beta2, nesterov_mix = RULES[group["base"]].betas(group)
+    betas = RULES[group["base"]].betas(group)
     values = {
         "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "log_beta1": math.log(beta1) if beta1 > 0 else -math.inf,
-        "log_beta2": math.log(beta2) if beta2 > 0 else -math.inf,
+        "beta1": betas.beta1,
+        "beta2": betas.beta2,
+        "log_exp_avg": _log(betas.exp_avg),
+        "log_beta2": _log(betas.beta2),
         "eps": group["eps"],
         "weight_decay": group["weight_decay"],
         "sign": -1.0 if group["maximize"] else 1.0,
         "horizon": steps_ahead(1.0 - lr / largest if largest > 0 else 0.0),
         "pull_share": PULL_SHARE_AT_CONSTANT_RATE * (lr == last),
-        "nesterov_mix": nesterov_mix,
+        "nesterov_mix": betas.nesterov_mix,
     }
     return [values[name] for name in HYPER]
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
 
 
 def _take_from_device(group: dict[str, Any], row: Tensor, lr: Tensor) -> None:

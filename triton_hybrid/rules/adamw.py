@@ -21,8 +21,8 @@ from triton_hybrid.kernels.scalars import (
     BETA1,
     BETA2,
     EPS,
-    LOG_BETA1,
     LOG_BETA2,
+    LOG_EXP_AVG,
     precise_div,
     precise_sqrt,
 )
@@ -44,7 +44,7 @@ SECOND_MOMENT = StateRow("exp_avg_sq", home=Home.LENT, when=_when)
 
 @triton.jit
 def _constants(row, step, rate, STATE: tl.constexpr):
-    correction1 = 1.0 - tl.exp(step * tl.load(row + LOG_BETA1))
+    correction1 = 1.0 - tl.exp(step * tl.load(row + LOG_EXP_AVG))
     correction2 = 1.0 - tl.exp(step * tl.load(row + LOG_BETA2))
     size = (rate / correction1).to(STATE)
     beta1 = tl.load(row + BETA1).to(STATE)

@@ -27,7 +27,7 @@ from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.update_rule import Block, UpdateRule
 from triton_hybrid.rules.adamw import FIRST_MOMENT
-from triton_hybrid.rules.rule import Rule, check_number
+from triton_hybrid.rules.rule import Betas, Rule, check_number
 from triton_hybrid.state import Home, Member, StateRow, StepPlan
 
 SCALES = ("match_rms_adamw", "original")
@@ -106,9 +106,10 @@ def _bind(tensors: TensorSet, members: Sequence[Member]) -> None:
     tensors.rate_factors = scales.to(tensors.device)
 
 
-def _betas(group: Mapping[str, Any]) -> tuple[float, float, float]:
+def _betas(group: Mapping[str, Any]) -> Betas:
     momentum = group["momentum"]
-    return momentum, group["betas"][1], momentum if group["nesterov"] else 1.0
+    mix = momentum if group["nesterov"] else 1.0
+    return Betas(momentum, group["betas"][1], exp_avg=momentum, nesterov_mix=mix)
 
 
 def _batch_key(group: Mapping[str, Any]) -> Hashable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,9 +22,25 @@ def _accept_parameter(group: Mapping[str, Any], index: int, param: Tensor) -> No
     """Refuses nothing."""
 
 
-def _betas(group: Mapping[str, Any]) -> tuple[float, float, float]:
+class Betas(NamedTuple):
+    """The decays of a rule's moments.
+
+    Attributes:
+        beta1: As the rule's formula has it.
+        beta2: As the rule's formula has it.
+        exp_avg: That of ``exp_avg``, for its bias correction.
+        nesterov_mix: Weight of the momentum against the gradient.
+    """
+
+    beta1: float
+    beta2: float
+    exp_avg: float
+    nesterov_mix: float = 1.0
+
+
+def _betas(group: Mapping[str, Any]) -> Betas:
     beta1, beta2 = group["betas"]
-    return beta1, beta2, 1.0
+    return Betas(beta1, beta2, exp_avg=beta1)
 
 
 def _nothing(group: Mapping[str, Any]) -> Hashable:
@@ -43,8 +59,7 @@ class Rule:
         defaults: Options of a group beyond AdamW's, with their defaults.
         check: Refuses bad options of a group, by name.
         check_parameter: Refuses a parameter that it cannot update: group, index, parameter.
-        betas: Of a group: decay of the first and the second moment, and the weight of the momentum
-            against the gradient.
+        betas: Of a group.
         bind: Prepares the tensors of a batch, such as matrices; None where nothing is needed.
         batch_key: What parameters of one batch share, besides dtype and rule.
         settings: Of a group: what must stay the same for its parameters to stay bound.
@@ -58,7 +73,7 @@ class Rule:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any]], None] = _accept
     check_parameter: Callable[[Mapping[str, Any], int, Tensor], None] = _accept_parameter
-    betas: Callable[[Mapping[str, Any]], tuple[float, float, float]] = _betas
+    betas: Callable[[Mapping[str, Any]], Betas] = _betas
     bind: Callable[[TensorSet, Sequence[Member]], None] | None = None
     batch_key: Callable[[Mapping[str, Any]], Hashable] = _nothing
     settings: Callable[[Mapping[str, Any]], Hashable] = _nothing
