@@ -25,7 +25,7 @@ from triton_hybrid.stats import HybridStats
 
 
 class HybridOptimizer(Optimizer):
-    """AdamW, or Muon, that needs fewer backward passes.
+    """AdamW, Lion or Muon that needs fewer backward passes.
 
     It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the
     training run, moves the weights ahead without a gradient, verifies the move by the next
@@ -39,8 +39,8 @@ class HybridOptimizer(Optimizer):
         betas: Decay of the two moments, each in [0, 1).
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        base: Base rule, ``"adamw"`` or, for matrices, ``"muon"``; mostly set by group
-            (`split_param_groups`). Muon groups ignore ``betas``.
+        base: Base rule, ``"adamw"``, ``"lion"`` or, for matrices, ``"muon"``; mostly set by group
+            (`split_param_groups`). Muon groups ignore ``betas``; Lion's are (0.9, 0.99).
         hybrid: The phase machine's configuration; None takes the defaults.
         max_grad_norm: Global-norm clipping inside the fused step, or None.
         master_weights: ``"auto"``: FP32 masters behind 16-bit parameters. ``"split"``: beside a

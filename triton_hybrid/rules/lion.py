@@ -1,0 +1,105 @@
+"""Lion (Chen et al., arXiv 2302.06675).
+
+    update  = sign(β1 · exp_avg + (1 - β1) · gradient)
+    exp_avg ← β2 · exp_avg + (1 - β2) · gradient
+    weight  ← (1 - lr · weight_decay) · weight - lr · update
+
+Its authors use betas of (0.9, 0.99), a third to a tenth of AdamW's learning rate, and as many times
+its weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_hybrid.kernels.rows import EXP_AVG, load_row, store_row
+from triton_hybrid.kernels.scalars import BETA1, BETA2
+from triton_hybrid.kernels.update_rule import Block, UpdateRule
+from triton_hybrid.rules.adamw import FIRST_MOMENT
+from triton_hybrid.rules.rule import Betas, Rule
+
+
+def _betas(group: Mapping[str, Any]) -> Betas:
+    beta1, beta2 = group["betas"]
+    return Betas(beta1, beta2, exp_avg=beta2)
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
+def _constants(row, step, rate, STATE: tl.constexpr):
+    size = rate.to(STATE)
+    return size, tl.load(row + BETA1).to(STATE), tl.load(row + BETA2).to(STATE), size, size
+
+
+@triton.jit
+def _direction(
+    addresses, tensor, begin, length, g, beta1, beta2, c, d,
+    STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    direction = _sign(m + (1.0 - beta1) * (g - m))
+    m = m + (1.0 - beta2) * (g - m)
+    store_row(addresses, EXP_AVG, tensor, begin, length, m, STATE, STATE, BLOCK, FULL)
+    return direction, direction
+
+
+@triton.jit
+def _denominator(
+    addresses, tensor, begin, length, beta1, beta2, c, d,
+    STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    return c
+
+
+@triton.jit
+def _along(
+    addresses, tensor, begin, length, x, denominator,
+    STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    return _sign(x)
+
+
+class _Torch:
+    """Lion in plain torch; its direction waits in the block's scratch memory for `compare`."""
+
+    def update(self, block: Block) -> None:
+        numbers, m, direction = block.numbers, block.rows["exp_avg"], block.scratch[0]
+        direction.copy_(torch.lerp(m, block.g, 1.0 - numbers.beta1)).sign_()
+        m.lerp_(block.g, 1.0 - numbers.beta2)
+        block.w.mul_(numbers.decay).sub_(numbers.lr * direction)
+
+    def compare(self, block: Block) -> tuple[Tensor, Tensor, Any]:
+        ahead = torch.sign(block.rows["slow_ema"], out=block.scratch[1])
+        return block.scratch[0], ahead, block.numbers.lr**2
+
+    def along(self, rows: Mapping[str, Tensor], x: Tensor, eps: Any, out: Tensor) -> Tensor:
+        return torch.sign(x, out=out[0])
+
+    def unit(self, root_correction2: Tensor) -> Tensor:
+        return torch.ones_like(root_correction2)
+
+
+LION = Rule(
+    name="lion",
+    kernels=UpdateRule(
+        constants=_constants,
+        direction=_direction,
+        denominator=_denominator,
+        along=_along,
+        torch=_Torch(),
+        reads=("exp_avg",),
+        writes=("exp_avg",),
+    ),
+    rows=(FIRST_MOMENT,),
+    betas=_betas,
+)
