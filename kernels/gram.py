@@ -1,9 +1,8 @@
 """Per-tensor inner products, in two fixed-order stages.
 
-The bandwidth kernels leave a few partial sums for each chunk; `reduce_partials` adds those
-of a tensor up, in FP64. `gram` is the bandwidth kernel of the trajectory: at the end of a
-cycle it forms the displacement of that cycle, stores it, and multiplies it with every
-stored one, which is the row of the Gram matrix that changed.
+The bandwidth kernels leave a few partial sums for each chunk; `reduce_partials` adds those of a
+tensor up, in FP64. `gram` is the bandwidth kernel of a trajectory: at the end of a cycle it forms
+the displacement of that cycle, multiplies it with itself and with the one before, and stores it.
 """
 
 from __future__ import annotations
@@ -13,22 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.launch import LAUNCH, on_device
-from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet, chunk_at
+from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import (
     SNAPSHOT,
     TAIL_SHARE,
     address_row,
     load_row,
     load_weight,
-    remaining,
     store_row,
 )
 
-MAX_HISTORY = 8
-"""Most displacements of a trajectory that the address table has rows for."""
-HISTORY = address_row("history_0")
-for _j in range(1, MAX_HISTORY):
-    address_row(f"history_{_j}")  # the kernels count on from the first
+DISPLACEMENT = address_row("displacement")
 
 
 @triton.jit
@@ -64,92 +58,79 @@ def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: i
 
 @triton.jit
 def _gram_chunk(
-    addresses, tensor, start, count, length, slot,
+    addresses, tensor, start, length,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
-    N: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Stores a chunk's newest displacement; returns its inner products with all of them."""
-    column = tl.arange(0, COLUMNS)
-    partial = tl.zeros([COLUMNS], tl.float32)
-    for inner in range(0, count, BLOCK):
+    """Replaces a chunk's displacement; returns the new one's products with itself and the old."""
+    square = tl.full((), 0.0, tl.float32)
+    cross = tl.full((), 0.0, tl.float32)
+    for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        last = load_row(addresses, DISPLACEMENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         newest = w - origin
-        store_row(
-            addresses, HISTORY + slot, tensor, begin, length, newest, STATE, STATE, BLOCK, FULL
-        )
+        store_row(addresses, DISPLACEMENT, tensor, begin, length, newest, STATE, STATE, BLOCK, FULL)
         store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
-        for j in tl.static_range(N):
-            other = newest
-            if j != slot:
-                other = load_row(
-                    addresses, HISTORY + j, tensor, begin, length, STATE, STATE, BLOCK, FULL
-                )
-            product = tl.sum((newest * other).to(tl.float32), axis=0)
-            partial = partial + tl.where(column == j, product, 0.0)
-    return partial
+        square += tl.sum((newest * newest).to(tl.float32), axis=0)
+        cross += tl.sum((newest * last).to(tl.float32), axis=0)
+    return square, cross
 
 
 @triton.jit
 def _gram_kernel(
-    addresses, extents, places, n_chunks, slot, partials,
+    addresses, extents, places, n_chunks, partials,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
-    N: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
-    column = tl.arange(0, COLUMNS)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
         if full:
-            partial = _gram_chunk(
-                addresses, tensor, start, CHUNK, length, slot,
-                PARAM_TYPE, STATE, KEPT, N, COLUMNS, BLOCK, True,
-            )  # fmt: skip
+            square, cross = _gram_chunk(
+                addresses, tensor, start, length, PARAM_TYPE, STATE, KEPT, BLOCK, CHUNK, True
+            )
         else:
-            partial = _gram_chunk(
-                addresses, tensor, start, remaining(start, length, CHUNK), length, slot,
-                PARAM_TYPE, STATE, KEPT, N, COLUMNS, TAIL, False,
-            )  # fmt: skip
-        tl.store(partials + tl.cast(chunk, tl.int64) * N + column, partial, mask=column < N)
+            square, cross = _gram_chunk(
+                addresses, tensor, start, length, PARAM_TYPE, STATE, KEPT, TAIL, CHUNK, False
+            )
+        cell = partials + tl.cast(chunk, tl.int64) * 2
+        tl.store(cell, square)
+        tl.store(cell + 1, cross)
 
 
-def gram(tensors: TensorSet, history: int, slot: int, sums: Tensor) -> None:
-    """Ends a cycle: newest displacement, and its inner products. Two launches.
+def gram(tensors: TensorSet, sums: Tensor) -> None:
+    """Ends a cycle: its displacement, and the inner products. Two launches.
 
-    ``history_slot ← weight - snapshot``; ``snapshot ← weight``;
-    ``sums[t, j] ← <history_slot[t], history_j[t]>``.
+    ``newest = weight - snapshot``; ``sums[t] ← <newest, newest>, <newest, displacement>``;
+    ``displacement ← newest``; ``snapshot ← weight``.
 
     Args:
-        tensors: With rows ``weight``, ``snapshot`` and ``history_0`` to ``history_{n-1}``.
-        history: How many displacements are stored, n.
-        slot: Which of them the newest one replaces.
-        sums: FP64 ``[tensors, history]``, written.
+        tensors: With rows ``weight``, ``snapshot`` and ``displacement``.
+        sums: FP64 ``[tensors, 2]``, written.
     """
     addresses, extents = tensors.tables()
     chunks = tensors.chunks(every=True)
-    partials = tensors.room_for(history)
+    partials = tensors.room_for(2)
     with on_device(tensors.device):
         _gram_kernel[(tensors.tiling.programs,)](
-            addresses, extents, chunks.places, chunks.count, slot, partials,
-            N=history, COLUMNS=triton.next_power_of_2(history), **tensors.layout(), **LAUNCH,
+            addresses, extents, chunks.places, chunks.count, partials,
+            **tensors.layout(), **LAUNCH,
         )  # fmt: skip
     reduce_partials(partials, chunks, sums)
 
 
-def gram_torch(tensors: TensorSet, history: int, slot: int, sums: Tensor) -> None:
+def gram_torch(tensors: TensorSet, sums: Tensor) -> None:
     """`gram` in plain torch."""
-    totals = []
+    totals = torch.zeros_like(sums)
     for index in range(len(tensors)):
-        total = torch.zeros(history, dtype=torch.float64, device=tensors.device)
         for part in tensors.torch_blocks(index):
-            here = tensors.block_rows(index, part)
-            rows = [here[f"history_{j}"] for j in range(history)]
+            rows = tensors.block_rows(index, part)
             weight = tensors.weight(index, part)
-            torch.sub(weight, here["snapshot"], out=rows[slot])
-            here["snapshot"].copy_(weight)
-            total += torch.stack([rows[slot].dot(row) for row in rows])
-        totals.append(total)
-    sums.copy_(torch.stack(totals))
+            newest = weight - rows["snapshot"]
+            totals[index, 0] += newest.dot(newest)
+            totals[index, 1] += newest.dot(rows["displacement"])
+            rows["displacement"].copy_(newest)
+            rows["snapshot"].copy_(weight)
+    sums.copy_(totals)

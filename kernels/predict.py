@@ -107,7 +107,7 @@ def _move_chunk(
     DISPLACEMENT: tl.constexpr, CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr,
     ALONG: tl.constexpr, PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr, PULL: tl.constexpr,
-    N: tl.constexpr, SAVE: tl.constexpr, SLOPES: tl.constexpr,
+    SAVE: tl.constexpr, SLOPES: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Moves a chunk; returns slope, squared displacement, and 1 where it is not finite."""
@@ -122,7 +122,7 @@ def _move_chunk(
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         displacement = DISPLACEMENT(
             addresses, tensor, begin, length, w, factor, pull, a, b, c, d, coefficients,
-            DENOMINATOR, ALONG, STATE, UPDATE_TYPE, PULL, N, BLOCK, FULL,
+            DENOMINATOR, ALONG, STATE, UPDATE_TYPE, PULL, BLOCK, FULL,
         )  # fmt: skip
         if SLOPES:
             m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
@@ -151,7 +151,7 @@ def _predict_kernel(
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, FACTORED: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
     MASTER: tl.constexpr, KEPT: tl.constexpr, PULL: tl.constexpr,
-    N: tl.constexpr, SAVE: tl.constexpr, SLOPES: tl.constexpr,
+    SAVE: tl.constexpr, SLOPES: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     TAIL: tl.constexpr = BLOCK // TAIL_SHARE
@@ -177,14 +177,14 @@ def _predict_kernel(
                 slope, square, bad = _move_chunk(
                     addresses, tensor, start, CHUNK, length, row, step, factor, pull,
                     coefficients, DISPLACEMENT, CONSTANTS, DENOMINATOR, ALONG, PARAM_TYPE, STATE,
-                    UPDATE_TYPE, MASTER, KEPT, PULL, N, SAVE, SLOPES, BLOCK, True,
+                    UPDATE_TYPE, MASTER, KEPT, PULL, SAVE, SLOPES, BLOCK, True,
                 )  # fmt: skip
             else:
                 slope, square, bad = _move_chunk(
                     addresses, tensor, start, remaining(start, length, CHUNK), length,
                     row, step, factor, pull,
                     coefficients, DISPLACEMENT, CONSTANTS, DENOMINATOR, ALONG, PARAM_TYPE, STATE,
-                    UPDATE_TYPE, MASTER, KEPT, PULL, N, SAVE, SLOPES, TAIL, False,
+                    UPDATE_TYPE, MASTER, KEPT, PULL, SAVE, SLOPES, TAIL, False,
                 )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
         tl.store(cell, slope)
@@ -215,7 +215,7 @@ def predict(
         scalars: Of these tensors. The table of predictions scales each tensor; the ledger decides
             whether anything moves, and is not changed.
         displacement: What the weights are moved by.
-        coefficients: FP32 ``[tensors, n]`` of its basis; None where it has none.
+        coefficients: FP32 ``[tensors]``, if the displacement takes a number of each tensor.
         threshold: Confidence below which nothing moves.
         share: Part of the whole displacement that this step makes.
         save: Whether to keep the weights in ``snapshot`` first.
@@ -241,7 +241,7 @@ def predict(
             FACTORED=tensors.rate_factors is not None,
             UPDATE_TYPE=tensors.dtype_of("direction"), MASTER=tensors.has_master,
             PULL=pull and displacement.along_rule and tensors.has("weight_ema"),
-            N=0 if coefficients is None else coefficients.shape[1], SAVE=save,
+            SAVE=save,
             SLOPES=with_slopes, **tensors.layout(), **LAUNCH,
         )  # fmt: skip
     reduce_partials(partials, chunks, scalars.sums[tensors.place], begin=0 if with_slopes else 1)

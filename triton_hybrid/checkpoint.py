@@ -21,8 +21,8 @@ from triton_hybrid.state import State
 PROGRESS = "hybrid_progress"
 """Key of every parameter group that carries phase, counters and ledger in checkpoints."""
 
-OLD_ENTRIES = {"verdict": "decision"}
-"""Entries of the ledger that had other names in version 0.1.0."""
+OLD_ENTRIES = {"verdict": "decision", "subspace": "quiet"}
+"""What was called otherwise in version 0.1.0, in the ledger and in the predictor's state."""
 
 
 @dataclass
@@ -79,9 +79,7 @@ class Progress:
         ledger = {name: float(value) for name, value in saved["ledger"].items()}
         progress.ledger = {OLD_ENTRIES.get(name, name): ledger[name] for name in ledger}
         progress.known_skips = int(progress.ledger.get("skipped", 0))
-        model = dict(saved["model"])
-        if "subspace" in model:
-            model["quiet"] = model.pop("subspace")
+        model = {OLD_ENTRIES.get(name, name): saved["model"][name] for name in saved["model"]}
         progress.predictor = model or None
         return progress
 
@@ -123,13 +121,39 @@ def restore_rows(
         hosted: Whether rows of a name belong in host memory.
     """
     names = {old: new for rule in RULES.values() for old, new in rule.checkpoint_names.items()}
+    slot = _trajectory_slot(state_dict)
     saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [param for group in groups for param in group["params"]]
     for index, param in zip(saved_ids, params):
         for old in names:
             state[param].pop(old, None)
-        for key, value in state_dict["state"].get(index, {}).items():
+        for key in [key for key in state[param] if slot is not None and key in OLD_ROWS]:
+            del state[param][key]
+        for key, value in _converted(state_dict["state"].get(index, {}), slot).items():
             if isinstance(value, Tensor):
                 key = names.get(key, key)
                 place = torch.device("cpu") if hosted(key) else param.device
                 state[param][key] = value.detach().to(device=place, copy=True)
+
+
+OLD_ROWS = {"gram", "coefficients", *(f"history_{slot}" for slot in range(8))}
+"""Rows of version 0.1.0, which kept a ring of displacements and all their inner products."""
+
+
+def _trajectory_slot(state_dict: Mapping[str, Any]) -> int | None:
+    """The place of the newest displacement in a checkpoint of version 0.1.0; None in others."""
+    groups = state_dict["param_groups"]
+    model = (groups[0].get(PROGRESS) or {}).get("model", {}) if groups else {}
+    return int(model["slot"]) if "subspace" in model else None
+
+
+def _converted(entry: Mapping[str, Any], slot: int | None) -> dict[str, Any]:
+    """A parameter's state with its newest displacement under its present name."""
+    if slot is None:
+        return dict(entry)
+    found = {key: value for key, value in entry.items() if key not in OLD_ROWS}
+    if slot >= 0 and f"history_{slot}" in entry:
+        found["displacement"] = entry[f"history_{slot}"]
+        found["ratio"] = entry["coefficients"][slot]
+        found["regression"] = torch.cat([entry["regression"], entry["gram"][slot, slot].view(1)])
+    return found

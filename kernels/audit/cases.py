@@ -21,15 +21,15 @@ from triton_hybrid.kernels.audit.launches import (
     launches,
 )
 from triton_hybrid.kernels.audit.targets import TYPE_NAMES, Launch, Target
-from triton_hybrid.kernels.gram import MAX_HISTORY, gram, reduce_partials
+from triton_hybrid.kernels.gram import gram, reduce_partials
 from triton_hybrid.kernels.ledger import decide
 from triton_hybrid.kernels.newton_schulz import orthogonalise
 from triton_hybrid.kernels.predict import Displacement, predict
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.verify import check_move, correct, slopes
 
+from triton_hybrid.predictors.linear import Linear
 from triton_hybrid.predictors.slow_ema import SlowEMA
-from triton_hybrid.predictors.trajectory import Trajectory
 from triton_hybrid.rules import RULES
 from triton_hybrid.rules.rule import Rule
 
@@ -143,7 +143,6 @@ def _predict_case(
     displacement: Displacement,
     words: str,
     *,
-    basis: int = 0,
     again: bool = False,
     shapes: Shapes | None = None,
 ) -> Case:
@@ -152,14 +151,14 @@ def _predict_case(
 
     def launch(target: Target) -> Launch:
         problem = Problem(target, precision, rule, shapes)
-        coefficients = torch.zeros(len(problem.tensors), basis) if basis else None
+        alone = torch.zeros(len(problem.tensors))
         found = launches(
             target,
             predict,
             problem.tensors,
             problem.scalars,
             displacement,
-            coefficients,
+            None if displacement.along_rule else alone,
             threshold=0.5,
             share=0.5,
             save=not again,
@@ -169,7 +168,7 @@ def _predict_case(
 
     # The slow EMA itself is not read where the rule has prepared its direction.
     uses_gradient = rule.kernels.uses_gradient
-    vectors = (wide,) * basis if basis else (wide,) * uses_gradient
+    vectors = (wide,) * (uses_gradient or not displacement.along_rule)
     if displacement.along_rule:
         vectors += tuple(itemsize(rule, row, precision) for row in rule.kernels.reads_along)
     average = (wide,) * (displacement.along_rule and not rule.along_rows)
@@ -212,16 +211,13 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
     wide, narrow = precision.weight.itemsize, precision.param.itemsize
     name = precision.name + (", one chunk" if shapes is SINGLE else "")
     common = (precision, shapes)
-    size = MAX_HISTORY
     limits: dict[str, Any] = {"threshold": 0.5, "limit": 10.0, "cooldown": 5.0, "last": True}
-    slow, basis = SlowEMA.displacement, Trajectory.displacement
-    words = f"predict {name}, trajectory of {size}"
+    slow, last = SlowEMA.displacement, Linear.displacement
+    words = f"predict {name}, linear"
     return [
         _predict_case(ADAMW, precision, slow, f"predict {name}, slow EMA", shapes=shapes),
-        _predict_case(ADAMW, precision, basis, words, basis=size, shapes=shapes),
-        _predict_case(
-            ADAMW, precision, basis, f"{words} again", basis=size, again=True, shapes=shapes
-        ),
+        _predict_case(ADAMW, precision, last, words, shapes=shapes),
+        _predict_case(ADAMW, precision, last, f"{words} again", again=True, shapes=shapes),
         _pass_case(
             f"check {name} (when it rolls back)",
             "check",
@@ -235,6 +231,14 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
             f"slopes {name}", "slopes", slopes, (narrow, *precision.weights, wide), (), *common
         ),
         _pass_case(
+            f"gram {name}",
+            "gram",
+            lambda tensors, scalars: gram(tensors, scalars.sums[:, :2]),
+            (*precision.weights, wide, wide),
+            (wide, wide),
+            *common,
+        ),
+        _pass_case(
             f"correct {name}, restart",
             "correct",
             correct,
@@ -244,29 +248,6 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
             restart=True,
         ),
     ]
-
-
-def _gram_case(slot: int, shapes: Shapes = MANY, precision: Precision = FP32) -> Case:
-    # The load of each row lies in a branch, but for the row known to be written; of a row
-    # that is only known at run time, one branch is not taken.
-    wide = FP32.weight.itemsize
-    known = slot == 1
-
-    def launch(target: Target) -> Launch:
-        problem = Problem(target, precision, ADAMW, shapes)
-        sums = torch.zeros(len(problem.tensors), MAX_HISTORY, dtype=torch.float64)
-        return launches(target, gram, problem.tensors, MAX_HISTORY, slot, sums)[0]
-
-    return Case(
-        f"gram {precision.name}, history of {MAX_HISTORY}"
-        + (", one chunk" if shapes is SINGLE else ""),
-        "gram",
-        launch,
-        precision.weights + (wide,) * (1 + MAX_HISTORY - known),
-        (wide, wide),
-        untaken=0 if known else wide,
-        floor=(1 + MAX_HISTORY - 1 + 2) * wide + sum(precision.weights),
-    )
 
 
 def _orthogonalise_case(
@@ -367,9 +348,6 @@ def cases() -> list[Case]:
         found.append(_step_case(ADAMW, precision, clip=True, slow=True))
         found.append(_step_case(ADAMW, precision, "update", clip=True))
         found.extend(_move_cases(precision))
-    found.append(_gram_case(slot=2))
-    found.append(_gram_case(slot=2, precision=WITHOUT_MASTERS[0]))
-    found.append(_gram_case(slot=1, shapes=SINGLE))
     found.extend(_muon_cases())
     for rule in RULES.values():
         if rule not in (ADAMW, MUON):

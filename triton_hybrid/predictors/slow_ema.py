@@ -89,8 +89,7 @@ def _factors(ledger, row, rate, factor, PULLED: tl.constexpr):
 def _block(
     addresses, tensor, begin, length, w, factor, pull, a, b, c, d, coefficients,
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
-    UPDATE_TYPE: tl.constexpr, PULLED: tl.constexpr, N: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr,
+    UPDATE_TYPE: tl.constexpr, PULLED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     denominator = DENOMINATOR(addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL)
     s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
