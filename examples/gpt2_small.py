@@ -1,7 +1,11 @@
 """Trains GPT-2 small twice, with AdamW and with HybridOptimizer, and compares the two.
 
-Without flags: 50 steps of 4 x 64 tokens of real text at a learning rate of 6e-4, from the same
-seed and on the same batches. Nothing is downloaded. ``--help`` lists what can be changed.
+Both start from the same random weights and see the same batches; HybridOptimizer predicts some of
+its steps instead of computing a gradient for them. Without flags: 50 steps of 4 x 64 tokens of
+real text at a learning rate of 6e-4; nothing is downloaded. Prints a table of both, and of AdamW
+stopped after as many gradients as HybridOptimizer used, and writes the same as JSON beside a plot
+of the loss. With --base muon there is a third run: Muon without prediction, to tell the rule's
+share from prediction's.
 
     python examples/gpt2_small.py
     python examples/gpt2_small.py --model tiny --steps 200 --seeds 0 1 2
@@ -11,148 +15,93 @@ seed and on the same batches. Nothing is downloaded. ``--help`` lists what can b
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 # Where Python is told not to add a script's folder to the path, its neighbours are not found.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpt2_options import Options, parse_options
-from host_memory import keep_freed_memory, release_memory
-from reporting import progress, result_table, seeds_table
 from rich.console import Console
-from run_files import environment, seed_summary, write_json, write_plot
-from run_records import (
-    ADAMW,
-    ALONE,
-    BASELINE,
-    BASES,
-    CONTROL,
-    HYBRID,
-    RunRecord,
-    SeedRecord,
-)
-from text_data import Corpus, TokenizedText, check_length, load_corpus, tokenize
-from training_run import HYBRIDS, parameter_count, train, use_device
+from tyro import conf
 
-INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
-REFUSED = 2
+from lib.files import write_json
+from lib.flags import INTERRUPTED, LARGEST_SEED, parse, refuse, several_seeds, whole_number
+from lib.gpt2_options import Options, resolved
+from lib.gpt2_records import ADAMW, ALONE, BASELINE, BASES, CONTROL, HYBRID, HYBRIDS, RunRecord
+from lib.gpt2_report import SeedRecord, result_table, seeds_table, title_of, write_plot
+from lib.gpt2_training import follow, prepare, train
+from lib.progress import progress
+from lib.text_data import TokenizedText
+
+ONE_OF = conf.create_mutex_group(required=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(Options):
+    """The flags of this example.
+
+    Attributes:
+        seed: Random seed.
+        seeds: Several seeds, one by one.
+        only: Leave the other run out.
+        controls: Train AdamW for exactly as many gradients as HybridOptimizer used in a run of
+            its own, its schedule compressed to it; without this the control is the baseline on
+            its way, which is the same thing for a constant learning rate.
+    """
+
+    seed: Annotated[int, whole_number(0, LARGEST_SEED), ONE_OF] = 0
+    seeds: Annotated[tuple[int, ...], several_seeds(), ONE_OF] = ()
+    only: Literal["baseline", "hybrid"] | None = None
+    controls: bool = False
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Flags:
+    """Reads the command line; a bad flag ends the program with a message that names it."""
+    flags: Flags = parse(Flags, arguments, description=__doc__)
+    if flags.controls and flags.only:
+        refuse("--controls", f"with --only {flags.only} it", "without --only: it is a comparison")
+    return resolved(replace(flags, seeds=flags.seeds or (flags.seed,)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the example.
-
-    Args:
-        arguments: The flags; None for those of this process.
-
-    Returns:
-        The exit status.
-    """
+    """Runs the example with some flags, or those of this process, and returns the exit status."""
     options = parse_options(arguments)
     console = Console()
-    use_device(options)
-    kept = keep_freed_memory(options.device)
     records: list[SeedRecord] = []
     interrupted = False
     try:
-        try:
-            corpus, text = prepare_text(options)
-            options.output.mkdir(parents=True, exist_ok=True)
-        except (ValueError, OSError) as error:
-            print(f"gpt2_small.py: error: {error}", file=sys.stderr)
-            return REFUSED
-        content = describe(options, corpus, text, kept)
+        text, content = prepare("gpt2_small", options)
+        content["options"] = options.to_dict()
         introduce(console, options, content)
         for seed in options.seeds:
-            record = SeedRecord(seed)
-            records.append(record)
+            records.append(SeedRecord(seed))
             try:
-                run_seed(
-                    record,
-                    options,
-                    text,
-                    console,
-                    save_all=lambda: save(content, records, options, complete=False),
-                )
+                run_seed(records, options, text, console, content)
             finally:
-                if any(run.steps for run in record.runs):
-                    console.print(result_table(record, options.device))
+                if any(run.steps for run in records[-1].runs.values()):
+                    console.print(result_table(records[-1], options.device))
         save(content, records, options, complete=True)
     except KeyboardInterrupt:
         interrupted = True
     if len(records) > 1:
         console.print(seeds_table(records))
-    if any(run.hybrid and run.baseline and not run.control for run in records) and not interrupted:
+    compared = any({HYBRID, BASELINE} <= x.runs.keys() and CONTROL not in x.runs for x in records)
+    if compared and not interrupted:
         console.print("AdamW with as many gradients, its schedule compressed to them: --controls")
     if records:
         console.print(f"Results: {options.output}", highlight=False, soft_wrap=True)
     if interrupted:
         console.print("Interrupted; this is what was done until then.")
-        return INTERRUPTED
-    return 0
-
-
-def prepare_text(options: Options) -> tuple[Corpus, TokenizedText]:
-    """Reads and tokenizes the text, and sees that there is enough of it.
-
-    Args:
-        options: Says which text.
-
-    Returns:
-        The text, and its tokens.
-    """
-    corpus = load_corpus(options.data)
-    text = tokenize(corpus, options.vocabulary, options.tokenizer)
-    check_length(text, options.length)
-    return corpus, text
-
-
-def describe(
-    options: Options, corpus: Corpus, text: TokenizedText, freed_memory_kept: bool
-) -> dict[str, Any]:
-    """Returns what the JSON file says beside the runs.
-
-    Args:
-        options: The flags.
-        corpus: The text.
-        text: Its tokens.
-        freed_memory_kept: What `keep_freed_memory` returned.
-    """
-    surroundings = environment(options.device)
-    # Times with and without are not comparable.
-    surroundings["hardware"]["freed_memory_kept"] = freed_memory_kept
-    return {
-        "example": "gpt2_small",
-        **surroundings,
-        "options": options.to_dict(),
-        "parameters": parameter_count(options, text),
-        "data": {
-            "description": corpus.description,
-            "split": corpus.split,
-            "sha256": corpus.digest(),
-            "tokenizer": text.description,
-            "vocabulary": text.vocabulary,
-            "training_files": len(corpus.training),
-            "training_tokens": len(text.training),
-            "held_out_files": len(corpus.held_out),
-            "held_out_tokens": len(text.held_out),
-        },
-    }
+    return INTERRUPTED if interrupted else 0
 
 
 def introduce(console: Console, options: Options, content: dict[str, Any]) -> None:
-    """Says what is about to happen.
-
-    Args:
-        console: Where to say it.
-        options: The flags.
-        content: What the JSON file says beside the runs.
-    """
+    """Says what is about to happen."""
     data, hardware = content["data"], content["hardware"]
-    rule = ""
-    if options.base != ADAMW:
-        rule = f", base rule {BASES[options.base]} at {options.muon_learning_rate:g}"
+    rate = options.muon_learning_rate
+    rule = "" if rate is None else f", base rule {BASES[options.base]} at {rate:g}"
     console.print(
         f"GPT-2 {options.model}, {content['parameters']:,} parameters, {options.precision} on "
         f"{hardware.get('gpu', hardware['processor'])}\n"
@@ -165,99 +114,65 @@ def introduce(console: Console, options: Options, content: dict[str, Any]) -> No
 
 
 def run_seed(
-    record: SeedRecord,
-    options: Options,
+    records: Sequence[SeedRecord],
+    options: Flags,
     text: TokenizedText,
     console: Console,
-    save_all: Callable[[], None],
+    content: dict[str, Any],
 ) -> None:
-    """Runs everything for one seed and fills in its record.
+    """Runs everything for one seed; files are written after every run, also one cut short.
 
     HybridOptimizer goes first, since the control needs to know how many gradients it used.
 
     Args:
-        record: Takes the runs.
+        records: Of all seeds so far; the last takes the runs.
         options: The flags.
         text: What to train on.
         console: Where to show progress.
-        save_all: Writes what there is; called after every run, also one that was cut short.
+        content: What the JSON file says beside the runs.
     """
+    record = records[-1]
 
-    def new(name: str, steps: int) -> RunRecord:
+    def run(name: str, steps: int, evaluate_after: Collection[int] = ()) -> RunRecord:
         base = options.base if name in HYBRIDS else ADAMW
-        return RunRecord(name, record.seed, steps, options.batch * options.length, base)
-
-    def run(run_record: RunRecord, evaluate_after: Collection[int] = ()) -> None:
-        title = f"Seed {record.seed}: {run_record.title}"
+        found = RunRecord(name, record.seed, steps, options.batch * options.length, base)
+        title = f"Seed {record.seed}: {title_of(record.add(found))}"
         try:
-            with progress(console, title, run_record.planned_steps) as report:
-                train(run_record, options, text, evaluate_after=evaluate_after, report=report)
+            with progress(console, steps, "steps") as show:
+                report = follow(show, title)
+                train(found, options, text, evaluate_after=evaluate_after, report=report)
         finally:
-            release_memory()
-            if run_record is record.baseline and gradients is not None and not options.controls:
-                add_free_control(record, options, gradients)
-            save_all()
+            if name == BASELINE and gradients is not None and not options.controls and stops_alike:
+                control = found.stopped_after(gradients)
+                if control is not None:
+                    record.control_source = "baseline on its way"
+                    record.add(control)
+            save(content, records, options, complete=False)
+        return found
 
-    gradients = None
+    gradients, stops_alike = None, False
     if options.only != BASELINE:
-        record.hybrid = new(HYBRID, options.steps)
-        run(record.hybrid)
-        gradients = record.hybrid.gradients
+        gradients = run(HYBRID, options.steps).gradients
+        # A run of all steps, stopped on its way, is one planned for so few, unless its learning
+        # rate has not decayed yet where it stops.
+        stops_alike = options.schedule == "constant" or gradients == options.steps
     if options.only == HYBRID:
         return
-    record.baseline = new(BASELINE, options.steps)
-    run(record.baseline, evaluate_after=() if gradients is None else {gradients})
+    run(BASELINE, options.steps, () if gradients is None else {gradients})
     if options.controls and gradients is not None:
-        record.control = new(CONTROL, gradients)
         record.control_source = "own run"
-        run(record.control)
+        run(CONTROL, gradients)
     if options.base != ADAMW:
-        record.alone = new(ALONE, options.steps)
-        comparable = set()
-        if gradients is not None and stops_alike(options, gradients):
-            comparable = {gradients}
-        run(record.alone, evaluate_after=comparable)
-
-
-def add_free_control(record: SeedRecord, options: Options, gradients: int) -> None:
-    """Takes the control from the baseline on its way, where that is the same thing.
-
-    Args:
-        record: Takes the control.
-        options: The flags.
-        gradients: How many gradients HybridOptimizer used.
-    """
-    if stops_alike(options, gradients) and record.baseline is not None:
-        record.control = record.baseline.stopped_after(gradients)
-        record.control_source = "baseline on its way" if record.control else "none"
-
-
-def stops_alike(options: Options, gradients: int) -> bool:
-    """Whether a run of all steps, stopped on its way, is one planned for so few.
-
-    Args:
-        options: The flags.
-        gradients: After how many gradients it is stopped.
-    """
-    # With another schedule the learning rate has not decayed yet where it stops.
-    return options.schedule == "constant" or gradients == options.steps
+        run(ALONE, options.steps, {gradients} if gradients is not None and stops_alike else ())
 
 
 def save(
     content: dict[str, Any], records: Sequence[SeedRecord], options: Options, complete: bool
 ) -> None:
-    """Writes the JSON file and the plot.
-
-    Args:
-        content: What the JSON file says beside the runs.
-        records: The runs so far.
-        options: The flags.
-        complete: Whether there are no more to come.
-    """
-    summaries = [seed_summary(record) for record in records]
-    write_json(
-        options.output / "results.json", {**content, "complete": complete, "seeds": summaries}
-    )
+    """Writes the JSON file and the plot of the runs so far; `complete`: no more are to come."""
+    seeds = [record.to_dict() for record in records]
+    path = options.output / "results.json"
+    write_json(path, {**content, "complete": complete, "seeds": seeds})
     title = f"GPT-2 {options.model}, {options.batch} x {options.length} tokens a gradient"
     if options.base != ADAMW:
         title += f", base rule {BASES[options.base]}"

@@ -1,9 +1,13 @@
 """Compares three configurations on GPT-2: AdamW, HybridOptimizer, and that with less memory.
 
-Beside them run two controls: AdamW with exactly as many gradients as HybridOptimizer used, its
-learning-rate schedule compressed to them; and AdamW in 16 bits without prediction. Without flags:
-the tiny model, three seeds, under five minutes on a CPU, nothing downloaded. Finished runs are
-kept; the same command goes on from there.
+From the same seeds and on the same batches: torch.optim.AdamW in FP32; HybridOptimizer with
+HybridConfig.quick_validation(), which is the source's run; and the same with 16-bit parameters,
+FP32 masters, accumulated gradients and offloaded state. Beside them two controls: AdamW with
+exactly as many gradients as HybridOptimizer used, its learning-rate schedule compressed to them;
+and AdamW in 16 bits, which shows what these come to without any prediction. Without flags: the
+tiny model, three seeds, under five minutes on a CPU, nothing downloaded. Prints a table with the
+source's figures beside these, intervals and t-tests paired by seed, and writes JSON and a plot.
+Finished runs are kept in the output folder; the same command goes on from there.
 
     python examples/three_configurations.py
     python examples/three_configurations.py --model small --seeds 0 1 2 3 4
@@ -12,158 +16,230 @@ kept; the same command goes on from there.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 # Where Python is told not to add a script's folder to the path, its neighbours are not found.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from configurations_options import CONFIGURATIONS, Plan, parse_options
-from configurations_plots import write_plot
-from configurations_report import TITLES, complete_seeds, print_tables, write_results
-from configurations_runs import (
-    ConfigurationRun,
-    DivergedError,
-    RunStore,
-    order,
-    run_configuration,
-)
-from gpt2_small import INTERRUPTED, REFUSED, describe, prepare_text
-from host_memory import keep_freed_memory
-from reporting import progress
 from rich.console import Console
-from run_records import CONTROL, HYBRID
-from text_data import TokenizedText
-from training_run import use_device
+from tyro import conf
 
-RUNS_FILE = "runs.jsonl"
+from lib import configurations_report as report
+from lib import gpt2_options as gpt2
+from lib.choices import OFFLOADS
+from lib.configurations_report import CONFIGURATIONS, TITLES
+from lib.flags import INTERRUPTED, choice, fail, parse, refuse, refuse_others, several_seeds
+from lib.gpt2_records import CONTROL, HYBRID, MEMORY_OPTIMISED, SIXTEEN_BIT, RecordStore, RunRecord
+from lib.gpt2_training import follow, prepare, train
+from lib.progress import progress
+from lib.text_data import TokenizedText
+from triton_hybrid import HybridConfig
+
+SIXTEEN_BIT_PARAMETERS = (MEMORY_OPTIMISED, SIXTEEN_BIT)
+ALL_ADAMW = "all configurations have AdamW as their rule"
+FORBIDDEN = {
+    "--seed": "--seeds",
+    "--base": ALL_ADAMW,
+    "--muon-lr": ALL_ADAMW,
+    "--drive": "the drive is stepped, as in the source",
+    "--only": "all configurations are run",
+    "--controls": "the control is always run",
+}
+# What a model trains with where nothing is said: steps, learning rate, schedule. The source's own
+# run, and for the smallest model one in which AdamW's learning rate is tuned and decays to zero:
+# over an AdamW whose rate is too low or never decays, gains are cheap.
+SOURCE_PRESET = 50, 6e-4, "constant"
+PRESETS = {"tiny": (200, 2e-3, "linear")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(gpt2.Gpt2Flags):
+    """The flags of this example.
+
+    Attributes:
+        threads: CPU threads; None: 1 for tiny, which is too small to share, else torch's choice.
+        steps: Calls of step() in each run; None: 200 for tiny, else the source's 50.
+        learning_rate: Learning rate; None: 0.002 for tiny, where AdamW was tuned, else the
+            source's 0.0006.
+        schedule: Learning rate over the steps; None: linear for tiny, else the source's constant.
+        seeds: Random seeds.
+        precision: Parameters of the 16-bit configurations; fp16 comes with dynamic loss scaling.
+        accumulation: Micro-batches that these accumulate; a batch is divided, so that every
+            configuration has equally many tokens a step.
+        offload: Where the memory-optimised one's state lives that AdamW does not have.
+    """
+
+    model: Annotated[str, gpt2.MODELS] = "tiny"
+    output: Path = Path("runs/three_configurations_MODEL")
+    hybrid: Annotated[HybridConfig, gpt2.phase_machine("offload")] = gpt2.QUICK
+    steps: Annotated[int | None, gpt2.COUNT] = None
+    learning_rate: Annotated[float | None, gpt2.POSITIVE, conf.arg(name="lr")] = None
+    schedule: gpt2.Schedule | None = None
+    seeds: Annotated[tuple[int, ...], several_seeds()] = (0, 1, 2)
+    precision: Literal["bf16", "fp16"] = "bf16"
+    accumulation: Annotated[int, gpt2.COUNT] = 4
+    offload: Annotated[str, choice(OFFLOADS)] = "cpu"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the comparison depends on.
+
+    Attributes:
+        flags: The flags.
+        base: Options of the runs in FP32, with nothing offloaded.
+    """
+
+    flags: Flags
+    base: gpt2.Options
+
+    def options(self, configuration: str) -> gpt2.Options:
+        """Returns the options of one configuration's runs."""
+        if configuration not in SIXTEEN_BIT_PARAMETERS:
+            return self.base
+        predicts = configuration == MEMORY_OPTIMISED
+        change: Any = {"offload": self.flags.offload} if predicts else {"predictor": "none"}
+        config = replace(self.base.hybrid, **change)
+        return replace(self.base, precision=self.flags.precision, hybrid=config)
+
+    def windows(self, configuration: str) -> dict[str, Any]:
+        """Returns the parts that each batch is divided into, and the loss scaling."""
+        if configuration not in SIXTEEN_BIT_PARAMETERS:
+            return {"micro_batches": 1, "loss_scale": None}
+        # Only FP16 underflows without.
+        scale = "dynamic" if self.flags.precision == "fp16" else None
+        return {"micro_batches": self.flags.accumulation, "loss_scale": scale}
+
+    def settings(self, configuration: str) -> dict[str, Any]:
+        """Returns what decides a configuration's runs, beside their seeds."""
+        return {**self.options(configuration).to_dict(), **self.windows(configuration)}
+
+    def key(self, configuration: str, seed: int, steps: int) -> dict[str, Any]:
+        """Returns what decides a run, beside its surroundings."""
+        own = {"name": configuration, "seed": seed, "steps": steps}
+        return {**self.settings(configuration), **own}
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Plan:
+    """Reads the command line; a bad flag ends the program with a message that names it."""
+    refuse_others(sys.argv[1:] if arguments is None else arguments, FORBIDDEN)
+    flags: Flags = parse(Flags, arguments, description=__doc__)
+    steps, rate, schedule = PRESETS.get(flags.model, SOURCE_PRESET)
+    base = gpt2.options_of(
+        flags,
+        steps=flags.steps or steps,
+        learning_rate=flags.learning_rate or rate,
+        schedule=flags.schedule or schedule,
+        threads=flags.threads or (1 if flags.model == "tiny" else None),
+        precision="fp32",
+    )
+    if base.batch % flags.accumulation:
+        divisors = ", ".join(str(n) for n in range(1, base.batch + 1) if base.batch % n == 0)
+        allowed = f"{divisors}, which divide --batch {base.batch}"
+        refuse("--accumulation", flags.accumulation, allowed)
+    return Plan(flags, base)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the comparison.
-
-    Args:
-        arguments: The flags; None for those of this process.
-
-    Returns:
-        The exit status.
-    """
+    """Runs the comparison with some flags, or those of this process; returns the exit status."""
     plan = parse_options(arguments)
-    base = plan.base
+    base, flags = plan.base, plan.flags
     console = Console()
-    use_device(base)
-    kept = keep_freed_memory(base.device)
-    runs: list[ConfigurationRun] = []
+    runs: list[RunRecord] = []
+    title = f"GPT-2 {base.model}, {base.steps} steps of {base.batch} x {base.length} tokens"
+    interrupted = False
     try:
-        try:
-            corpus, text = prepare_text(base)
-            base.output.mkdir(parents=True, exist_ok=True)
-        except (ValueError, OSError) as error:
-            return refuse(error)
-        content = content_of(plan, describe(base, corpus, text, kept))
-        store = RunStore(base.output / RUNS_FILE, surroundings(content))
-        for index, seed in enumerate(base.seeds):
-            run_seed(index, seed, plan, text, store, runs, console)
-            save(plan, content, runs, complete=index + 1 == len(base.seeds))
+        text, content = prepare("three_configurations", base)
+        content["options"] = {**base.to_dict(), "seeds": flags.seeds}
+        content["configurations"] = {name: plan.settings(name) for name in CONFIGURATIONS}
+        content["seeds"] = flags.seeds
+        content["statistics"] = f"scipy {metadata.version('scipy')}"
+        # Times of other machines do not mix.
+        surroundings = {name: content[name] for name in ("hardware", "versions", "data")}
+        store = RecordStore(base.output / "finished.jsonl", surroundings)
+        for index, seed in enumerate(flags.seeds):
+            runs += run_seed(order(index), seed, plan, text, store, console)
+            complete = index + 1 == len(flags.seeds)
+            report.write_results(base.output / "results.json", content, runs, complete)
+            seeds = ", ".join(map(str, flags.seeds))
+            report.write_plot(base.output / "plot.png", runs, f"{title}, seeds {seeds}")
     except KeyboardInterrupt:
-        print_tables(console, complete_seeds(runs), plan)
+        interrupted = True
+    except NotImplementedError as error:
+        fail(error)
+    sixteen_bit = (
+        f"16-bit: {flags.precision.upper()} parameters, FP32 masters, {flags.accumulation} "
+        f"micro-batches; memory-optimised: offload {flags.offload} too"
+    )
+    report.print_tables(console, runs, (title, sixteen_bit), on_cpu=base.device.type == "cpu")
+    if interrupted:
         console.print("Interrupted; the same command goes on from here.")
         return INTERRUPTED
-    except (DivergedError, NotImplementedError) as error:
-        return refuse(error)
-    print_tables(console, complete_seeds(runs), plan)
     console.print(f"Results: {base.output}", highlight=False, soft_wrap=True)
     return 0
 
 
-def refuse(error: Exception) -> int:
-    """Says what is wrong, and returns the exit status for it."""
-    print(f"three_configurations.py: error: {error}", file=sys.stderr)
-    return REFUSED
+def order(index: int) -> list[str]:
+    """Returns the order in which the configurations of the index-th seed run.
 
-
-def content_of(plan: Plan, description: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the JSON file says beside the runs.
-
-    Args:
-        plan: The settings.
-        description: What gpt2_small.py says about hardware, versions and data.
+    It rotates from seed to seed, so that none of them always runs first; the control, which
+    needs to know how many gradients HybridOptimizer used, is always last.
     """
-    return {
-        **description,
-        "example": "three_configurations",
-        "configurations": {name: plan.settings(name) for name in CONFIGURATIONS},
-        "seeds": list(plan.base.seeds),
-        "statistics": f"scipy {metadata.version('scipy')}",
-    }
-
-
-def surroundings(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a run depends on beside its settings: times of other machines do not mix.
-
-    Args:
-        content: What `content_of` returns.
-    """
-    return {name: content[name] for name in ("hardware", "versions", "data")}
+    first = [name for name in CONFIGURATIONS if name != CONTROL]
+    start = index % len(first)
+    return [*first[start:], *first[:start], CONTROL]
 
 
 def run_seed(
-    index: int,
+    configurations: Sequence[str],
     seed: int,
     plan: Plan,
     text: TokenizedText,
-    store: RunStore,
-    runs: list[ConfigurationRun],
+    store: RecordStore,
     console: Console,
-) -> None:
-    """Runs every configuration from one seed, except those that are finished.
-
-    Args:
-        index: The place of the seed among the seeds.
-        seed: The seed.
-        plan: The settings.
-        text: What to train on.
-        store: Has the finished runs and takes new ones.
-        runs: Takes all of this seed's.
-        console: Where to show progress.
-    """
-    done: dict[str, ConfigurationRun] = {}
-    for configuration in order(index):
+) -> list[RunRecord]:
+    """Runs every configuration from one seed, except those that are finished."""
+    done: dict[str, RunRecord] = {}
+    for configuration in configurations:
         steps = done[HYBRID].gradients if configuration == CONTROL else plan.base.steps
-        key = store.key(plan, configuration, seed, steps)
+        key = plan.key(configuration, seed, steps)
         run = store.get(key)
         title = f"Seed {seed}: {TITLES[configuration]}"
-        if run is None:
-            with progress(console, title, steps) as report:
-                run = run_configuration(configuration, seed, steps, plan, text, report)
-            store.add(key, run)
-        else:
+        if run is not None:
             console.print(f"{title}: kept from before", highlight=False)
+        else:
+            with progress(console, steps, "steps") as show:
+                after_step = follow(show, title)
+                run = run_configuration(configuration, seed, steps, plan, text, after_step)
+            run = store.add(key, run)
         done[configuration] = run
-        runs.append(run)
+    return list(done.values())
 
 
-def save(
-    plan: Plan, content: dict[str, Any], runs: Sequence[ConfigurationRun], complete: bool
-) -> None:
-    """Writes the JSON file and the plot.
-
-    Args:
-        plan: The settings.
-        content: What `content_of` returns.
-        runs: The runs so far.
-        complete: Whether there are no more to come.
-    """
-    base = plan.base
-    write_results(base.output / "results.json", content, runs, complete)
-    title = (
-        f"GPT-2 {base.model}, {base.steps} steps of {base.batch} x {base.length} tokens, seeds "
-        f"{', '.join(map(str, base.seeds))}"
-    )
-    write_plot(base.output / "plot.png", runs, title)
+def run_configuration(
+    configuration: str,
+    seed: int,
+    steps: int,
+    plan: Plan,
+    text: TokenizedText,
+    after_step: Callable[[RunRecord], None] = lambda record: None,
+) -> RunRecord:
+    """Trains once; a loss at the end that could not be compared ends the program."""
+    options = plan.options(configuration)
+    record = RunRecord(configuration, seed, steps, options.batch * options.length)
+    train(record, options, text, report=after_step, **plan.windows(configuration))
+    if record.held_out_end is None or not math.isfinite(record.held_out_end):
+        fail(
+            f"{configuration}, seed {seed}: the held-out loss after {steps} steps is "
+            f"{record.held_out_end}, not a finite number; a lower --lr may help"
+        )
+    return record
 
 
 if __name__ == "__main__":

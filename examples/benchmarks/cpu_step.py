@@ -8,69 +8,38 @@ all of them; the ratios are of the same round. Gradients are random, the same fo
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from flag_types import whole_number
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from run_files import environment
 from suite_gpt2_shapes import PARAMETERS, gpt2_small_shapes
 from torch import nn
 
+from lib.environment import environment
+from lib.files import write_json
+from lib.flags import parse, whole_number
+from lib.progress import progress
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 
 REFERENCE = "AdamW(foreach=True)"
-LIMIT = 1.15
-"""What a Full step may take, as a multiple of `REFERENCE`."""
-GRADIENT_SCALE = 1e-2
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What one kind of step took.
-
-    Attributes:
-        optimizer: Which, and its options.
-        phase: Of the step; empty for torch's own.
-        seconds: Of each round.
-        ratios: To `REFERENCE` in the same round.
-    """
-
-    optimizer: str
-    phase: str
-    seconds: list[float]
-    ratios: list[float]
-
-    def summary(self) -> dict[str, Any]:
-        """Medians and the range, for the JSON file."""
-        return {
-            "optimizer": self.optimizer,
-            "phase": self.phase,
-            "rounds": len(self.seconds),
-            "seconds_median": statistics.median(self.seconds),
-            "seconds_range": [min(self.seconds), max(self.seconds)],
-            "ratio_median": statistics.median(self.ratios),
-            "ratio_range": [min(self.ratios), max(self.ratios)],
-        }
+LIMIT = 1.15  # what a Full step may take, as a multiple of `REFERENCE`
+WARM_UP = 2  # rounds before, in which state is made
 
 
 def contenders(shapes: Sequence[tuple[int, ...]]) -> dict[str, torch.optim.Optimizer]:
     """Every optimizer with parameters of its own and one set of gradients for all."""
     generator = torch.Generator().manual_seed(0)
-    gradients = [GRADIENT_SCALE * torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [1e-2 * torch.randn(shape, generator=generator) for shape in shapes]
 
     def parameters() -> list[nn.Parameter]:
         made = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
@@ -94,33 +63,40 @@ def contenders(shapes: Sequence[tuple[int, ...]]) -> dict[str, torch.optim.Optim
     }
 
 
-def measure(rounds: int, progress: Callable[[range], Any], warm_up: int = 2) -> list[Row]:
-    """Lets every optimizer step in turn.
-
-    Args:
-        rounds: How often.
-        progress: Wraps the range of rounds, to show how far it is.
-        warm_up: Rounds before, in which state is made.
-    """
+def measure(count: int, report: Callable[[int, str], None]) -> list[dict[str, Any]]:
+    """Lets every optimizer step in turn; returns a row for each of its kinds of steps."""
     optimizers = contenders(gpt2_small_shapes())
-    samples: dict[tuple[str, str], list[float]] = {}
-    ratios: dict[tuple[str, str], list[float]] = {}
-    for number in progress(range(warm_up + rounds)):
+    samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for number in range(WARM_UP + count):
         taken = {}
         for name, optimizer in optimizers.items():
             for phase in one_round(optimizer):
                 started = time.perf_counter()
                 optimizer.step()
                 taken[name, phase] = time.perf_counter() - started
-        if number >= warm_up:
+        if number >= WARM_UP:
             for key, seconds in taken.items():
-                samples.setdefault(key, []).append(seconds)
-                ratios.setdefault(key, []).append(seconds / taken[REFERENCE, ""])
-    return [Row(*key, samples[key], ratios[key]) for key in samples]
+                samples.setdefault(key, []).append((seconds, seconds / taken[REFERENCE, ""]))
+        report(number + 1, "Steps")
+    return [summary(*key, *rounds) for key, rounds in samples.items()]
 
 
-def one_round(optimizer: torch.optim.Optimizer) -> Any:
-    """Yields the phase of each coming step of a round: one of each phase there is."""
+def summary(optimizer: str, phase: str, *rounds: tuple[float, float]) -> dict[str, Any]:
+    """Medians and ranges of seconds, and of ratios to `REFERENCE` in the same round."""
+    seconds, ratios = zip(*rounds)
+    return {
+        "optimizer": optimizer,
+        "phase": phase,
+        "rounds": len(seconds),
+        "seconds_median": statistics.median(seconds),
+        "seconds_range": [min(seconds), max(seconds)],
+        "ratio_median": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
+
+
+def one_round(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    """Yields the phase of each coming step of a round: one of each there is, "" for torch's."""
     if not isinstance(optimizer, HybridOptimizer):
         yield ""
         return
@@ -130,36 +106,35 @@ def one_round(optimizer: torch.optim.Optimizer) -> Any:
         yield optimizer.phase.value
 
 
+@dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    rounds: Annotated[int, whole_number(1)] = 15  # steps of each kind
+    output: Path | None = None  # the JSON file
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; the exit status says whether a Full step is within the limit."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=whole_number(1), default=15, help="(default: 15)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the JSON")
-    options = parser.parse_args(arguments)
+    options: Options = parse(Options, arguments, prog="cpu_step.py", description=__doc__)
     console = Console()
-    rows = measure(options.rounds, lambda numbers: track(numbers, "Steps", console=console))
+    with progress(console, WARM_UP + options.rounds, "rounds") as report:
+        rows = measure(options.rounds, report)
     table = Table(title=f"One step, {PARAMETERS:,} parameters, FP32, CPU")
-    for head in ("optimizer", "phase", "seconds", "times the first row"):
-        table.add_column(head)
+    for name in ("optimizer", "phase", "seconds", "times the first row"):
+        table.add_column(name, overflow="fold")
     for row in rows:
-        values = row.summary()
-        low, high = values["ratio_range"]
+        low, high = row["ratio_range"]
         table.add_row(
-            row.optimizer, row.phase, f"{values['seconds_median']:.3f}",
-            f"{values['ratio_median']:.2f} ({low:.2f} to {high:.2f})",
+            row["optimizer"], row["phase"], f"{row['seconds_median']:.3f}",
+            f"{row['ratio_median']:.2f} ({low:.2f} to {high:.2f})",
         )  # fmt: skip
     console.print(table)
     if options.output is not None:
-        content = {
-            "benchmark": "cpu_step",
-            **environment(torch.device("cpu")),
-            "parameters": PARAMETERS,
-            "limit": LIMIT,
-            "rows": [row.summary() for row in rows],
-        }
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    full = [row for row in rows if row.phase == Phase.FULL.value]
-    return int(max(statistics.median(row.ratios) for row in full) > LIMIT)
+        content = {"benchmark": "cpu_step", **environment(torch.device("cpu"))}
+        content |= {"parameters": PARAMETERS, "limit": LIMIT, "rows": rows}
+        write_json(options.output, content)
+    return int(max(x["ratio_median"] for x in rows if x["phase"] == Phase.FULL.value) > LIMIT)
 
 
 if __name__ == "__main__":

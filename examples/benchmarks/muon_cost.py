@@ -9,12 +9,8 @@ multiplication is, and how long a launch takes, is for ``gpu_suite.py`` to tell.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib.metadata
-import json
 import math
-import platform
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,26 +18,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from suite_gpt2_shapes import GPT2_SIZES, Gpt2Size, Matrix
-from suite_records import grid
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from triton_hybrid.base.muon import MUON_DEFAULTS, schedule
-from triton_hybrid.kernels.chunks import TensorSet, Tiling
+from triton_hybrid.kernels.launch import Tiling
 from triton_hybrid.kernels.matrices import FIELD, SCRATCH_BYTES, MatrixSet, MatrixTiling, Wave
+from triton_hybrid.kernels.multi_tensor import TensorSet
+
+from lib.environment import versions
+from lib.files import write_json
+from lib.flags import parse
+
+# Internals of the library, all there are here: the tables of the launches are counted.
+from triton_hybrid.rules.muon import MUON, schedule
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "muon_cost.json"
 META, CPU = torch.device("meta"), torch.device("cpu")
 SEQUENCES, LENGTH = 16, 1024
-LAUNCHES_BEFORE = 2
-"""Of `orthogonalise` for each wave, before the three of each step: gathering, and dividing by
-the norms."""
-LAUNCHES_BESIDE = 2
-"""Of `adamw_step` for a set of Muon: the statistics and the update."""
+COLUMNS = ("matrices", "launches", "TFLOP", "of dense", "of forward+backward", "scratch MiB")
+LAUNCHES_BEFORE = 2  # the three of each step, in each wave: gathering, and dividing by the norms
+LAUNCHES_BESIDE = 2  # of `step` for a set of Muon: the statistics and the update
 FORMULAS = {
     "flops": "a multiplication and an addition are two",
     "ours": "2 tile^2 inner for each tile that a launch computes, padding included",
@@ -54,80 +57,52 @@ FORMULAS = {
 
 @dataclass(frozen=True)
 class OurCost:
-    """What one step of ours launches and computes.
+    """What one step of ours launches and computes."""
 
-    Attributes:
-        blocks: Matrices that are orthogonalised.
-        waves: Groups of them that share launches.
-        launches: Of kernels, all together.
-        flops: Of the tiles that are computed.
-        padded_flops: Of all tiles, as many as without the symmetric saving.
-        dense_flops: Of the blocks, without padding and without the saving.
-        scratch_bytes: What the products need at a time.
-        update_bytes: Of the orthogonalised momentum, kept until the update has read it.
-    """
-
-    blocks: int
-    waves: int
-    launches: int
-    flops: int
-    padded_flops: int
-    dense_flops: int
-    scratch_bytes: int
-    update_bytes: int
+    blocks: int  # matrices that are orthogonalised
+    waves: int  # groups of them that share launches
+    launches: int  # of kernels, all together
+    flops: int  # of the tiles that are computed
+    padded_flops: int  # of all tiles, as many as without the symmetric saving
+    dense_flops: int  # of the blocks, without padding and without the saving
+    scratch_bytes: int  # what the products need at a time
+    update_bytes: int  # of the orthogonalised momentum, kept until the update has read it
 
 
 @dataclass(frozen=True)
 class TorchCost:
-    """What one step of ``torch.optim.Muon`` launches and computes.
+    """What one step of ``torch.optim.Muon`` launches and computes."""
 
-    Attributes:
-        matrices: Its parameters.
-        launches: Operations that are no views.
-        flops: Of the matrix products.
-        operations: How often each is called.
-    """
-
-    matrices: int
-    launches: int
-    flops: int
-    operations: dict[str, int]
+    matrices: int  # its parameters
+    launches: int  # operations that are no views
+    flops: int  # of the matrix products
+    operations: dict[str, int]  # how often each is called
 
 
 def our_cost(
     matrices: Sequence[Matrix], tiling: MatrixTiling | None = None, limit: int = SCRATCH_BYTES
 ) -> OurCost:
-    """Counts what our kernels do, by the tables that they are launched with.
-
-    Args:
-        matrices: The matrices.
-        tiling: How products are cut; that of BF16 on a GPU when None.
-        limit: Bytes of scratch memory.
-    """
+    """Counts what our kernels do; the tiling is that of BF16 on a GPU if None, `limit` in bytes."""
     params = [torch.empty(matrix.shape, device=META) for matrix in matrices]
     rows = {"param": params, "exp_avg": params, "update": [p.bfloat16() for p in params]}
-    steps = schedule(MUON_DEFAULTS)
+    steps = schedule(MUON.defaults)
     # No chunk is ever made here: any tiling of the element-wise kernels serves.
     tensors = TensorSet(rows, Tiling(1024, 1024, 1))
     grids = [matrix.grid for matrix in matrices]
     count = len(matrices)
-    bound = MatrixSet(tensors, grids, [steps] * count, [1.0] * count, tiling, limit)
-    flops = padded_flops = launches = 0
-    for planned in bound.waves:
-        # The same tables again, where they can be read.
-        wave = Wave(planned.blocks, planned.coefficients, bound.tiling, CPU)
-        computed, padded = wave_flops(wave, bound.tiling.tile)
-        flops += computed
-        padded_flops += padded
-        launches += LAUNCHES_BEFORE + 3 * len(wave.coefficients)
-    blocks = [block for wave in bound.waves for block in wave.blocks]
+    bound = MatrixSet(tensors, grids, [steps] * count, tiling, limit)
+    # The same tables again, where they can be read.
+    waves = [Wave(wave.blocks, wave.coefficients, bound.tiling, CPU) for wave in bound.waves]
+    flops = [wave_flops(wave, bound.tiling.tile) for wave in waves]
+    launches = [LAUNCHES_BEFORE + 3 * len(wave.coefficients) for wave in waves]
+    blocks = [block for wave in waves for block in wave.blocks]
     dense = sum(4 * h * h * w + 2 * h**3 for h, w in (block.shape for block in blocks))
     return OurCost(
         blocks=len(blocks),
-        waves=len(bound.waves),
-        launches=launches + LAUNCHES_BESIDE,
-        flops=flops,
-        padded_flops=padded_flops,
+        waves=len(waves),
+        launches=sum(launches) + LAUNCHES_BESIDE,
+        flops=sum(computed for computed, _ in flops),
+        padded_flops=sum(padded for _, padded in flops),
         dense_flops=len(steps) * dense,
         scratch_bytes=sum(part.nbytes for part in bound.scratch()),
         update_bytes=sum(view.nbytes for view in rows["update"]),
@@ -135,12 +110,7 @@ def our_cost(
 
 
 def wave_flops(wave: Wave, tile: int) -> tuple[int, int]:
-    """FLOPs of the tiles that a wave's products compute, and of all their tiles.
-
-    Args:
-        wave: With tables that can be read.
-        tile: Rows and columns of a tile.
-    """
+    """FLOPs of the tiles that a wave's products compute, and of all their tiles."""
 
     def inner(programs: Tensor, length: str) -> int:
         return int(wave.table[programs[:, 0].long(), FIELD[length]].sum())
@@ -154,11 +124,11 @@ def wave_flops(wave: Wave, tile: int) -> tuple[int, int]:
     return scale * (symmetric + product), scale * (square + product)
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations that launch something."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -171,11 +141,7 @@ class Operations(TorchDispatchMode):
 
 
 def torch_cost(shapes: Sequence[tuple[int, int]]) -> TorchCost | None:
-    """Counts what ``torch.optim.Muon`` does; None where torch has none.
-
-    Args:
-        shapes: Of its parameters.
-    """
+    """Counts what ``torch.optim.Muon`` does to parameters; None where torch has none."""
     muon = getattr(torch.optim, "Muon", None)
     if muon is None:
         return None
@@ -193,13 +159,7 @@ def torch_cost(shapes: Sequence[tuple[int, int]]) -> TorchCost | None:
 
 
 def training_flops(size: Gpt2Size, tokens: int = SEQUENCES * LENGTH, length: int = LENGTH) -> int:
-    """FLOPs of a forward and a backward pass.
-
-    Args:
-        size: Of the model.
-        tokens: In the batch.
-        length: Of a sequence.
-    """
+    """FLOPs of a forward and a backward pass over some tokens in sequences of a length."""
     attention = 12 * size.layers * size.width * length * tokens
     return 6 * size.parameters * tokens + attention
 
@@ -225,60 +185,54 @@ def model_cost(size: Gpt2Size) -> dict[str, Any]:
     }
 
 
-def table(models: Sequence[dict[str, Any]]) -> str:
-    """The counts, as text."""
-    head = (
-        "model", "step", "matrices", "launches", "TFLOP", "of dense", "of forward+backward",
-        "scratch MiB",
-    )  # fmt: skip
-    lines = []
+def table(models: Sequence[dict[str, Any]]) -> Table:
+    """The counts, as a table."""
+    shown = Table(title="One step of Muon for the hidden matrices, counted and not measured")
+    for name in ("model", "step"):
+        shown.add_column(name)
+    for name in COLUMNS:
+        shown.add_column(name, justify="right")
     for model in models:
         dense, training = model["ours"]["dense_flops"], model["forward_backward_flops"]
         for name in ("ours", "torch.optim.Muon, same blocks", "torch.optim.Muon, c_attn whole"):
             cost = model[name]
-            if cost is None:
-                continue
-            scratch = cost.get("scratch_bytes")
-            flops = cost["flops"]
-            lines.append((
-                model["model"], name, str(cost.get("blocks", cost.get("matrices"))),
-                str(cost["launches"]), f"{flops / 1e12:.3f}", f"{flops / dense:.3f}",
-                f"{100 * flops / training:.1f}%", f"{scratch / 2**20:.0f}" if scratch else "-",
-            ))  # fmt: skip
-    return grid(head, lines)
+            if cost is not None:
+                scratch, flops = cost.get("scratch_bytes"), cost["flops"]
+                shown.add_row(
+                    model["model"], name, str(cost.get("blocks", cost.get("matrices"))),
+                    str(cost["launches"]), f"{flops / 1e12:.3f}", f"{flops / dense:.3f}",
+                    f"{flops / training:.1%}", f"{scratch / 2**20:.0f}" if scratch else "-",
+                )  # fmt: skip
+    return shown
 
 
 def report() -> dict[str, Any]:
     """Counts for every model, with what they depend on."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "triton"):
-        versions[package] = importlib.metadata.version(package)
     return {
         "benchmark": "muon_cost",
         "kind": "a count of launches and multiplications, not a measurement: nothing ran on a GPU",
         "gpu": None,
-        "versions": versions,
-        "ns_steps": MUON_DEFAULTS["ns_steps"],
+        "versions": versions(("torch", "triton")),
+        "ns_steps": MUON.defaults["ns_steps"],
         "batch": {"sequences": SEQUENCES, "length": LENGTH},
         "formulas": FORMULAS,
         "models": [model_cost(size) for size in GPT2_SIZES],
     }
 
 
+@dataclass(frozen=True)
+class Options:
+    """The flags."""
+
+    output: Path = OUTPUT  # the JSON file
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Counts, prints the table and writes the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--output", type=Path, default=OUTPUT, metavar="FILE",
-        help="the JSON file (default: muon_cost.json among the results)",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
+    options: Options = parse(Options, arguments, prog="muon_cost.py", description=__doc__)
     content = report()
-    print("One step of Muon for the hidden matrices, counted and not measured")
-    print(table(content["models"]))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    options.output.write_text(text, encoding="utf-8")
+    Console(width=130).print(table(content["models"]))  # also where the output is no terminal
+    write_json(options.output, content)
     return 0
 
 

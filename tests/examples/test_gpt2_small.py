@@ -1,0 +1,256 @@
+"""The main job's example: AdamW and HybridOptimizer on GPT-2."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import GPT2LMHeadModel
+
+import gpt2_small
+from gpt2_small import parse_options
+from lib import gpt2_training, text_data
+from lib.gpt2_records import RunRecord, StepRecord
+from lib.gpt2_report import SeedRecord, seeds_table
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
+
+STEPS = 24
+TEXT = text_data.TokenizedText(torch.zeros(1), torch.zeros(1), 300, 0, "")
+
+
+def flags(text_folder: Path, output: Path, *more: str) -> list[str]:
+    # One thread: several are slower here, and much slower beside other work.
+    tiny = "--model tiny --device cpu --threads 1 --batch 2 --length 16 --held-out-windows 4"
+    tiny += f" --vocabulary 300 --steps {STEPS} --data {text_folder} --output {output}"
+    return [*tiny.split(), *more]
+
+
+def results(output: Path) -> Any:
+    return json.loads((output / "results.json").read_text(encoding="utf-8"))
+
+
+def test_gpt2_small_has_the_size_of_gpt2_small() -> None:
+    text = replace(TEXT, vocabulary=50_257)
+    assert gpt2_training.parameter_count(parse_options([]), text) == 124_439_808
+
+
+def test_both_runs_see_the_same_batches_and_leave_results(
+    text_folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    samplers: list[list[torch.Tensor]] = []
+
+    class Recorder(text_data.WindowSampler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.drawn: list[torch.Tensor] = []
+            samplers.append(self.drawn)
+
+        def draw(self) -> torch.Tensor:
+            self.drawn.append(super().draw())
+            return self.drawn[-1]
+
+    monkeypatch.setattr(gpt2_training, "WindowSampler", Recorder)
+    assert gpt2_small.main(flags(text_folder, tmp_path, "--controls")) == 0
+
+    content = results(tmp_path)
+    assert content["complete"]
+    (seed,) = content["seeds"]
+    assert list(seed["runs"]) == ["baseline", "hybrid", "control"]
+    assert {run["base"] for run in seed["runs"].values()} == {content["options"]["base"]}
+    assert content["options"]["base"] == "adamw"
+    hybrid, baseline, control = (seed["runs"][name] for name in ("hybrid", "baseline", "control"))
+    # Each run draws from its own sampler, and once from another to warm up.
+    hybrid_batches, hybrid_warm_up, baseline_batches, baseline_warm_up = samplers[:4]
+    assert len(baseline_batches) == baseline["gradient_evaluations"] == STEPS
+    assert len(hybrid_batches) == hybrid["gradient_evaluations"] < STEPS
+    for one, other in zip(hybrid_batches, baseline_batches, strict=False):
+        assert torch.equal(one, other)
+    assert torch.equal(hybrid_warm_up[0], baseline_warm_up[0])
+    assert len(hybrid_warm_up) == len(baseline_warm_up) == 1
+
+    assert control["gradient_evaluations"] == hybrid["gradient_evaluations"]
+    assert seed["control_source"] == "own run"
+    assert hybrid["stats"]["gradient_evaluations"] == hybrid["gradient_evaluations"]
+    assert baseline["stats"] is None
+    for run in (hybrid, baseline, control):
+        assert run["held_out_loss_start"] == baseline["held_out_loss_start"]
+        assert run["training_loss_first"] == baseline["training_loss_first"]
+        assert run["held_out_loss_end"] < run["held_out_loss_start"]
+        assert run["memory_peak_bytes"] > 0
+        assert len(run["steps"]) == run["steps_taken"] == run["planned_steps"]
+    for step in hybrid["steps"]:
+        assert (step["loss"] is None) == (step["phase"] == "predict")
+    assert {step["phase"] for step in hybrid["steps"]} >= {"warmup", "full", "predict"}
+    assert seed["speed_up_wall_clock"] == pytest.approx(baseline["seconds"] / hybrid["seconds"])
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["options"]["hybrid"]["warmup_steps"] == 5
+    assert content["data"]["split"] == "by file"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    printed = capsys.readouterr().out
+    for words in ("Gradient evaluations", "Held-out loss, end", "Rollbacks", "Speed-up", "Predict"):
+        assert words in printed
+    assert len(printed.splitlines()) < 60
+
+
+def test_the_baseline_on_its_way_is_the_control(text_folder: Path, tmp_path: Path) -> None:
+    outcomes = []
+    for name, more in (("free", ()), ("own", ("--controls",))):
+        assert gpt2_small.main(flags(text_folder, tmp_path / name, *more)) == 0
+        (seed,) = results(tmp_path / name)["seeds"]
+        outcomes.append(seed["runs"]["control"]["held_out_loss_end"])
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-5)
+
+
+def test_muon_is_shown_beside_muon_alone(
+    text_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    more = ("--base", "muon", "--muon-lr", "0.001")
+    assert gpt2_small.main(flags(text_folder, tmp_path, *more)) == 0
+    content = results(tmp_path)
+    assert content["options"]["base"] == "muon"
+    assert content["options"]["muon_learning_rate"] == 0.001
+    (seed,) = content["seeds"]
+    runs = seed["runs"]
+    bases = {name: run["base"] for name, run in runs.items()}
+    assert bases == {"baseline": "adamw", "base_alone": "muon", "hybrid": "muon",
+                     "control": "adamw"}  # fmt: skip
+    assert all("Muon" in runs[name]["optimizer"] for name in ("base_alone", "hybrid"))
+
+    alone, hybrid = runs["base_alone"], runs["hybrid"]
+    assert alone["gradient_evaluations"] == runs["baseline"]["gradient_evaluations"] == STEPS
+    assert alone["stats"]["predictor"] == "none"
+    assert hybrid["gradient_evaluations"] < STEPS
+    # Until something is predicted the two are the same thing, and not AdamW.
+    losses = {name: [step["loss"] for step in run["steps"]] for name, run in runs.items()}
+    first = losses["hybrid"].index(None)
+    assert losses["base_alone"][:first] == losses["hybrid"][:first]
+    assert losses["base_alone"][1:first] != losses["baseline"][1:first]
+
+    end = hybrid["held_out_loss_end"]
+    on_its_way = alone["held_out_loss_after_gradients"][str(hybrid["gradient_evaluations"])]
+    for key, other in (
+        ("held_out_percent_above_base_alone", alone["held_out_loss_end"]),
+        ("held_out_percent_above_base_alone_as_many_gradients", on_its_way),
+    ):
+        assert seed[key] == pytest.approx(100 * (end / other - 1))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for words in ("on Muon", "Muon alone", "against Muon after", "base rule"):
+        assert words in printed
+    table = printed[printed.index("\nSeed 0 ") :].splitlines()
+    assert max(len(line.rstrip()) for line in table if str(tmp_path) not in line) <= 80
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ("--drive inline --only hybrid --schedule linear --precision bf16", "hybrid"),
+        ("--base muon --only baseline", "baseline base_alone"),
+        ("--base muon --only hybrid --drive inline", "hybrid"),
+        ("--base muon --schedule linear --precision bf16", "baseline base_alone hybrid"),
+        (
+            "--base muon --schedule linear --controls --max-predict-steps 1",
+            "baseline base_alone hybrid control",
+        ),
+    ],
+)
+def test_other_flags(text_folder: Path, tmp_path: Path, more: str, names: str) -> None:
+    assert gpt2_small.main(flags(text_folder, tmp_path, *more.split())) == 0
+    (seed,) = results(tmp_path)["seeds"]
+    assert list(seed["runs"]) == names.split()
+    for name, run in seed["runs"].items():
+        assert run["complete"]
+        assert run["held_out_loss_end"] < run["held_out_loss_start"]
+        assert name != "hybrid" or (run["gradient_evaluations"] == STEPS) == ("inline" in more)
+    # The rate of a run of all steps has not decayed yet where it would be compared.
+    assert seed["held_out_percent_above_base_alone_as_many_gradients"] is None
+
+
+def test_only_runs_of_hybrid_optimizer_have_a_muon_group() -> None:
+    muon = [("muon", 0.01), ("adamw", 0.01)]
+    own_rate = [("muon", 0.02), ("adamw", 0.01)]
+    for more, hybrids in (
+        ("", [("adamw", 0.01)]),
+        ("--base muon", muon),
+        ("--base muon --muon-lr 0.02", own_rate),
+    ):
+        options = parse_options(f"--model tiny --lr 0.01 {more}".split())
+        model = GPT2LMHeadModel(gpt2_training.model_config(options, TEXT))
+        for name in ("baseline", "control", "base_alone", "hybrid"):
+            groups = gpt2_training.parameter_groups(name, model, options)
+            found = gpt2_training.build_optimizer(name, groups, options)[0].param_groups
+            trained = {id(param) for group in found for param in group["params"]}
+            assert trained == {id(param) for param in model.parameters()}
+            expected = hybrids if name in ("base_alone", "hybrid") else [("torch", 0.01)]
+            assert [(group.get("base", "torch"), group["lr"]) for group in found] == expected
+
+
+def test_rehearsal_leaves_the_model_alone() -> None:
+    options = parse_options(["--model", "tiny", "--device", "cpu", "--base", "muon"])
+    model = GPT2LMHeadModel(gpt2_training.model_config(options, TEXT))
+    before = [param.detach().clone() for param in model.parameters()]
+    for name in ("baseline", "base_alone", "hybrid"):
+        gpt2_training.rehearse(name, model, options)
+    assert all(param.grad is None for param in model.parameters())
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_interruption_leaves_what_was_done(
+    text_folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    counter = itertools.count()
+    original = gpt2_training.train
+    before: list[dict[str, Any]] = []
+
+    def train(record: RunRecord, *arguments: Any, **keywords: Any) -> None:
+        if record.name == "baseline":
+            before.append(results(tmp_path))
+
+            def report(record: RunRecord) -> None:
+                if next(counter) == 3:
+                    raise KeyboardInterrupt
+
+            keywords["report"] = report
+        original(record, *arguments, **keywords)
+
+    monkeypatch.setattr(gpt2_small, "train", train)
+    assert gpt2_small.main(flags(text_folder, tmp_path, "--seeds", "1", "2")) == 130
+    content = results(tmp_path)
+    assert not content["complete"]
+    (seed,) = content["seeds"]
+    assert seed["runs"]["hybrid"]["complete"]
+    assert before[0]["seeds"][0]["runs"]["hybrid"] == seed["runs"]["hybrid"]
+    assert not before[0]["complete"]
+    assert seed["runs"]["baseline"]["steps_taken"] == 4
+    assert seed["runs"]["baseline"]["held_out_loss_end"] is None
+    assert seed["speed_up_wall_clock"] is None
+    assert (tmp_path / "loss.png").is_file()
+    assert f"4 of {STEPS}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+def test_seeds_table_has_a_row_for_each_seed_and_the_mean(base: str) -> None:
+    records = []
+    for seed, loss in ((3, 2.0), (4, 4.0)):
+        records.append(SeedRecord(seed))
+        step = StepRecord("full", 1.0, 1.0, 0, 1, loss)
+        for name, end in (("baseline", loss), ("hybrid", loss), ("base_alone", 2 * loss)):
+            if name != "base_alone" or base == "muon":
+                run = RunRecord(name, seed, 1, 32, base, steps=[step], held_out_end=end)
+                records[-1].add(run)
+    console = Console(width=80)
+    text = "".join(segment.text for segment in console.render(seeds_table(records)))
+    assert "…" not in text
+    mean = next(line for line in text.splitlines() if "mean" in line)
+    assert "3.0000" in mean
+    assert "1.00x" in mean
+    assert ("6.0000" in mean and "-50.00 %" in mean) == (base == "muon")

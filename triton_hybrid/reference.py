@@ -1,0 +1,284 @@
+"""The whole method in plain torch: the place to start reading, and the oracle of the tests.
+
+`Reference.step` is `HybridOptimizer.step` in the inline drive, on the tensors of one group, in FP32
+or FP64. Nothing is fused, cut, offloaded or kept on a device. Scalars have the names that they have
+in the ledger; ``kernels/ledger.py`` says what each of them means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_hybrid.config import HybridConfig
+from triton_hybrid.phases import Phase, PhaseController, Report
+
+LEDGER = """norm_count norm_mean norm_variance loss_count loss_mean loss_variance gradients pull
+    update_square update_count gradient_square slow_count slow_noise update_slow update_update
+    slow_slow confidence signal moved stretch jump_square rejections cooldown blocked nonfinite
+    accepted rejected largest_lr"""
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    """The inner product of two tensors."""
+    return float(x.flatten().double().dot(y.flatten().double()))
+
+
+def orthogonalised(x: Tensor) -> Tensor:
+    """A matrix with singular values near one, by five Newton-Schulz steps."""
+    x = x / x.norm().clamp(min=1e-8)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+class Reference:
+    """The optimizer, for reading and checking.
+
+    Args:
+        weights: One tensor for each parameter, changed in place.
+        config: Of the phases; ``predictor`` is ``"slow_ema"``, ``"linear"`` or ``"none"``.
+        base: ``"adamw"``, ``"lion"`` or, for wide matrices, ``"muon"``.
+        options: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``momentum``, ``max_grad_norm``.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], config: HybridConfig, base: str = "adamw", **options: Any
+    ) -> None:
+        defaults = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+        defaults |= {"momentum": 0.95, "max_grad_norm": math.inf}
+        self.options = SimpleNamespace(**{**defaults, **options})
+        self.config, self.base, self.phases = config, base, PhaseController(config)
+        self.linear, self.cycles, self.last_lr = config.predictor == "linear", -1, math.nan
+        self.averages = config.predictor == "slow_ema" and base != "muon"
+        self.ledger = SimpleNamespace(**dict.fromkeys(LEDGER.split(), 0.0), horizon=1.0)
+        self.ledger.loss_previous = math.nan
+        self.tensors = [
+            SimpleNamespace(w=w, m=0.0 * w, v=0.0 * w, slow=0.0 * w, average=w.clone(),
+                            start=0.0 * w, last=0.0 * w, ratio=0.0, cross=0.0, past=0.0,
+                            square=0.0, steps=0, factor=1.0, slope=0.0)
+            for w in weights
+        ]  # fmt: skip
+
+    # ------------------------------------------------------------------ one step, all phases
+
+    def step(self, gradients: Sequence[Tensor], loss: float = math.nan) -> None:
+        """One gradient step, and the predictions that follow it."""
+        o, ledger, phases = self.options, self.ledger, self.phases
+        ledger.largest_lr = max(ledger.largest_lr, o.lr)
+        self.constant, self.last_lr = self.last_lr in (o.lr, math.nan), o.lr
+        norm = math.sqrt(sum(dot(g, g) for g in gradients))
+        ledger.nonfinite = not all(bool(g.isfinite().all()) for g in gradients)
+        correct, decision = phases.phase is Phase.CORRECT, "none"
+        if correct:
+            decision = self.verify(gradients, norm, loss)
+        if not ledger.nonfinite and decision != "rejected":
+            self.update(gradients, norm, loss)
+        ledger.gradients += not (ledger.nonfinite and decision != "rejected")
+        if phases.ends_gradients and self.linear:
+            self.end_cycle()
+        if correct and decision == "accepted":
+            self.cycles = 0
+        report = Report(
+            skipped=bool(ledger.nonfinite) and decision != "rejected",
+            rejected=correct and decision != "accepted",
+            confident=ledger.confidence >= self.config.confidence_threshold,
+            cooldown=int(ledger.cooldown),
+        )
+        ready = self.cycles >= 2 if self.linear else self.config.predictor != "none"
+        phases.after_gradient(report, ready, self.config.full_steps if self.linear else 2)
+        while phases.phase is Phase.PREDICT:
+            self.predict(first=phases.in_row == 0)
+            phases.after_prediction()
+
+    # ----------------------------------------------------- Warmup, Full, Correct: base update
+
+    def update(self, gradients: Sequence[Tensor], norm: float, loss: float) -> None:
+        """The base update, the slow EMA, and what is measured of both."""
+        o, ledger, n = self.options, self.ledger, self.ledger.slow_count
+        clip = min(o.max_grad_norm / (norm + 1e-6), 1.0)
+        usual = 2.0 * math.exp(ledger.norm_mean) / (norm + 1e-30)
+        steady = min(clip, usual) / clip if ledger.norm_count else 1.0  # outliers count double
+        beta, average_beta = min(n / (n + 4), self.config.slow_beta), min(n / (n + 2), 0.85)
+        uu = us = ss = ee = pull = 0.0
+        for p, g in zip(self.tensors, (clip * g for g in gradients)):
+            p.steps += 1
+            pull += steady * dot(g, p.w - p.average)
+            size, direction = self.size(p), self.direction(p, g)
+            update, ahead = size * direction, size * self.along(p, p.slow)
+            p.w.mul_(1.0 - o.lr * o.weight_decay).sub_(update)
+            p.slow += (1.0 - beta) * (steady * g - p.slow)
+            if self.averages and ledger.gradients < 256:
+                p.average += (1.0 - average_beta) * (p.w - p.average)
+            if not (self.linear and self.base == "muon"):  # which orthogonalises no slow EMA then
+                uu, us = uu + dot(update, update), us + dot(update, ahead)
+                ss += dot(ahead, ahead)
+            ee += dot(p.slow, p.slow)
+        self.observe(norm, loss)
+        if self.phases.measures:  # the confidence is the cosine of update and slow direction
+            rate = max(1.0 / (ledger.update_count + 1.0), 0.05)
+            ledger.update_square += rate * (uu - ledger.update_square)
+            ledger.update_count += 1
+            for name, value in (("update_slow", us), ("update_update", uu), ("slow_slow", ss)):
+                setattr(ledger, name, 0.8 * getattr(ledger, name) + 0.2 * value)
+            product = math.sqrt(ledger.update_update * ledger.slow_slow + 1e-300)
+            ledger.confidence = min(max(ledger.update_slow / product, 0.0), 1.0)
+        used = norm * clip * steady
+        ledger.gradient_square += (1.0 - beta) * (used**2 - ledger.gradient_square)
+        noise = ledger.slow_noise = beta**2 * ledger.slow_noise + (1.0 - beta) ** 2
+        if self.phases.measures:  # E|g|² = s + n, E|slow EMA|² = s + noise · n
+            share = ee / (ledger.gradient_square + 1e-300) - noise
+            ledger.signal = min(max(share / max(1.0 - noise, 1e-9), 0.0), 1.0) * (noise < 0.999)
+        ledger.pull += 0.2 * (pull - ledger.pull) if self.averages else 0.0
+        ledger.slow_count += 1
+        ledger.cooldown = max(ledger.cooldown - 1.0, 0.0)
+
+    def size(self, p: SimpleNamespace) -> float:
+        """What a direction is multiplied with."""
+        if self.base == "adamw":
+            return float(self.options.lr / (1.0 - self.options.betas[0] ** p.steps))
+        factor = 0.2 * math.sqrt(max(p.w.shape)) if self.base == "muon" else 1.0
+        return float(self.options.lr) * factor
+
+    def direction(self, p: SimpleNamespace, g: Tensor) -> Tensor:
+        """Updates the moments; the direction of the base rule's step."""
+        (beta1, beta2), momentum = self.options.betas, self.options.momentum
+        if self.base == "muon":
+            p.m.lerp_(g, 1.0 - momentum)
+            return orthogonalised(torch.lerp(g, p.m, momentum))
+        if self.base == "lion":
+            sign = torch.lerp(p.m, g, 1.0 - beta1).sign()
+            p.m.lerp_(g, 1.0 - beta2)
+            return sign
+        p.m.lerp_(g, 1.0 - beta1)
+        p.v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+        return self.along(p, p.m)
+
+    def along(self, p: SimpleNamespace, x: Tensor) -> Tensor:
+        """The direction that the base rule would take for a gradient ``x``."""
+        if self.base != "adamw":
+            return orthogonalised(x) if self.base == "muon" else x.sign()
+        correction2 = 1.0 - self.options.betas[1] ** max(p.steps, 1)
+        scaled: Tensor = x / ((p.v / correction2).sqrt() + self.options.eps)
+        return scaled
+
+    def observe(self, norm: float, loss: float) -> None:
+        """Running mean and variance of the gradient's logarithmic norm and the loss's change."""
+        ledger, change = self.ledger, loss - self.ledger.loss_previous
+        for name, value in (("norm", math.log(norm + 1e-30)), ("loss", change)):
+            count, mean = getattr(ledger, f"{name}_count"), getattr(ledger, f"{name}_mean")
+            if math.isfinite(value):
+                rate = max(1.0 / (count + 1.0), 0.05)
+                variance = getattr(ledger, f"{name}_variance") + rate * (value - mean) ** 2
+                setattr(ledger, f"{name}_mean", mean + rate * (value - mean))
+                setattr(ledger, f"{name}_variance", (1.0 - rate) * variance)
+                setattr(ledger, f"{name}_count", count + 1)
+        ledger.loss_previous = loss if math.isfinite(loss) else ledger.loss_previous
+
+    # ------------------------------------------------------------------------------- Predict
+
+    def end_cycle(self) -> None:
+        """Notes how far the weights came in this cycle, and fits the ratio of `linear`."""
+        begins, known, total = self.cycles < 0, 0.0, 0.0
+        self.cycles = min(self.cycles + 1, 2)
+        for p in self.tensors:
+            newest, square = p.w - p.start, p.square
+            cross, p.square = dot(newest, p.last), dot(newest, newest)
+            p.last, p.start = newest, p.w.clone()
+            total += p.square
+            if self.cycles < 2:
+                p.cross = p.past = p.ratio = 0.0
+                continue
+            ratio = p.cross / p.past if p.past > 0 else 1.0
+            known += 2.0 * ratio * cross - ratio**2 * square
+            p.cross, p.past = 0.5 * p.cross + cross, 0.5 * p.past + square
+            p.ratio = p.cross / max(p.past, 1e-300)
+        if not begins:
+            self.ledger.confidence = math.sqrt(min(max(known / max(total, 1e-300), 0.0), 1.0))
+
+    def predict(self, first: bool) -> None:
+        """Moves the weights by one predicted step, unless the ledger forbids it."""
+        o, ledger, config = self.options, self.ledger, self.config
+        sure = ledger.confidence >= config.confidence_threshold
+        fresh = not ledger.stretch and not ledger.cooldown and not ledger.nonfinite and sure
+        if not (fresh or (ledger.stretch and ledger.moved)):
+            return
+        fading = min(64.0 / max(ledger.slow_count, 1.0), 1.0) ** 2
+        decayed = 1.0 - o.lr / ledger.largest_lr if ledger.largest_lr else 0.0
+        square, slopes, decay = 0.0, [], o.betas[self.base == "lion"]
+        decay = o.momentum if self.base == "muon" else decay
+        for p in self.tensors:
+            factor = ledger.horizon * p.factor
+            if self.linear:
+                move = factor / config.full_steps * p.ratio * p.last
+            else:
+                p.start = p.w.clone() if first else p.start
+                rate = o.lr * (0.2 * math.sqrt(max(p.w.shape)) if self.base == "muon" else 1.0)
+                move = -factor * rate * (0.25 + 3.0 * decayed) * self.along(p, p.slow)
+                if self.averages and self.constant and ledger.gradients < 256 and ledger.pull > 0:
+                    move += min(0.5 * fading * factor, 1.0) * (p.average - p.w)
+            p.w += move
+            square += dot(move, move)
+            slopes.append(dot(p.m, move) / (1.0 - decay ** max(p.steps, 1)))
+        distance = math.sqrt(ledger.jump_square) + math.sqrt(square)
+        limit = config.divergence_threshold * 10.0 * (self.phases.in_row + 1)
+        if not math.isfinite(distance) or distance > limit * math.sqrt(ledger.update_square):
+            return self.reject()
+        for p, slope in zip(self.tensors, slopes):
+            p.slope += slope
+        ledger.moved, ledger.stretch, ledger.jump_square = 1, ledger.stretch + 1, distance**2
+
+    # ------------------------------------------------------------------------------- Correct
+
+    def verify(self, gradients: Sequence[Tensor], norm: float, loss: float) -> str:
+        """Accepts the prediction and corrects it, or rolls it back."""
+        ledger, threshold = self.ledger, self.config.divergence_threshold
+        blocked = ledger.blocked + 1 if ledger.nonfinite else 0
+        if not ledger.moved:
+            ledger.blocked = 0
+            return "none"
+        deviation = max(math.sqrt(ledger.norm_variance), 0.4)
+        spread = max(math.sqrt(ledger.loss_variance), 1e-3 * abs(ledger.loss_previous))
+        excess = loss - (ledger.loss_previous + ledger.loss_mean)
+        too_long = math.log(norm + 1e-30) - ledger.norm_mean > threshold * deviation
+        too_high = ledger.loss_count > 1.5 and excess > threshold * spread
+        bad = (too_long and ledger.norm_count > 1.5) or too_high or math.isinf(loss)
+        if blocked >= 2 if ledger.nonfinite else bad:
+            self.reject()
+            return "rejected"
+        ledger.blocked = blocked
+        if ledger.nonfinite:
+            return "none"
+        trust = min(max(2.0 * ledger.signal - 1.0, 0.0), 1.0)
+        for p, g in zip(self.tensors, gradients):
+            after, fraction = dot(g, p.w - p.start), 1.0
+            if p.slope < 0 and after > p.slope:  # where the slope along the move vanishes
+                secant = p.slope / (p.slope - after)
+                fraction = 1.0 + trust * (min(max(secant, 0.1), 2.0) - 1.0)
+            if abs(fraction - 1.0) >= 1e-3:
+                p.w.copy_(p.start + fraction * (p.w - p.start))
+            else:
+                fraction = 1.0
+            p.factor = min(max((1.0 + 0.9 * (p.factor - 1.0)) * fraction, 0.125), 4.0)
+            p.slope, p.start = 0.0, p.w.clone() if self.linear else p.start
+        ledger.horizon, ledger.rejections = min(1.25 * ledger.horizon, 1.0), 0
+        ledger.moved = ledger.stretch = ledger.jump_square = 0
+        ledger.accepted += 1
+        return "accepted"
+
+    def reject(self) -> None:
+        """Rolls back; halves the horizon, and waits twice as long with each rejection in a row."""
+        ledger = self.ledger
+        for p in self.tensors:
+            p.w.copy_(p.start)
+            p.slope = 0.0
+        ledger.cooldown = math.ceil(self.config.full_steps / 4) * 2.0 ** min(ledger.rejections, 10)
+        ledger.horizon, ledger.rejections = 0.5 * ledger.horizon, ledger.rejections + 1
+        ledger.moved = ledger.stretch = ledger.jump_square = ledger.blocked = 0
+        ledger.rejected += 1
