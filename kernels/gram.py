@@ -57,6 +57,18 @@ def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: i
 
 
 @triton.jit
+def totals(sums, n_tensors, TENSORS: tl.constexpr):
+    """Of a move or a gradient: its square, and whether it is not finite anywhere."""
+    squares = tl.zeros([TENSORS], tl.float64)
+    flags = tl.zeros([TENSORS], tl.float64)
+    for begin in range(0, n_tensors, TENSORS):
+        t = begin + tl.arange(0, TENSORS)
+        squares += tl.load(sums + 3 * t + 1, mask=t < n_tensors, other=0.0)
+        flags += tl.load(sums + 3 * t + 2, mask=t < n_tensors, other=0.0)
+    return tl.sum(squares, axis=0), tl.sum(flags, axis=0) > 0
+
+
+@triton.jit
 def _gram_chunk(
     addresses, tensor, start, length,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
@@ -84,17 +96,16 @@ def _gram_kernel(
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
-        if full:
-            square, cross = _gram_chunk(
-                addresses, tensor, start, length, PARAM_TYPE, STATE, KEPT, BLOCK, CHUNK, True
-            )
-        else:
-            square, cross = _gram_chunk(
-                addresses, tensor, start, length, PARAM_TYPE, STATE, KEPT, TAIL, CHUNK, False
-            )
+        zero = tl.full((), 0.0, tl.float32)
+        square, cross = zero, zero
+        for FULL in tl.static_range(2):
+            if full == FULL:
+                square, cross = _gram_chunk(
+                    addresses, tensor, start, length,
+                    PARAM_TYPE, STATE, KEPT, BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 2
         tl.store(cell, square)
         tl.store(cell + 1, cross)
@@ -110,27 +121,21 @@ def gram(tensors: TensorSet, sums: Tensor) -> None:
         tensors: With rows ``weight``, ``snapshot`` and ``displacement``.
         sums: FP64 ``[tensors, 2]``, written.
     """
-    addresses, extents = tensors.tables()
-    chunks = tensors.chunks(every=True)
     partials = tensors.room_for(2)
-    with on_device(tensors.device):
-        _gram_kernel[(tensors.tiling.programs,)](
-            addresses, extents, chunks.places, chunks.count, partials,
-            **tensors.layout(), **LAUNCH,
-        )  # fmt: skip
-    reduce_partials(partials, chunks, sums)
+    tensors.launch(_gram_kernel, partials, every=True)
+    reduce_partials(partials, tensors.chunks(every=True), sums)
 
 
 def gram_torch(tensors: TensorSet, sums: Tensor) -> None:
     """`gram` in plain torch."""
-    totals = torch.zeros_like(sums)
+    products = torch.zeros_like(sums)
     for index in range(len(tensors)):
         for part in tensors.torch_blocks(index):
             rows = tensors.block_rows(index, part)
             weight = tensors.weight(index, part)
             newest = weight - rows["snapshot"]
-            totals[index, 0] += newest.dot(newest)
-            totals[index, 1] += newest.dot(rows["displacement"])
+            products[index, 0] += newest.dot(newest)
+            products[index, 1] += newest.dot(rows["displacement"])
             rows["displacement"].copy_(newest)
             rows["snapshot"].copy_(weight)
-    sums.copy_(totals)
+    sums.copy_(products)

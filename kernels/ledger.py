@@ -8,6 +8,7 @@ in FP64; `ledger_torch` has the same in plain torch.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -16,18 +17,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.gram import totals
 from triton_hybrid.kernels.launch import LAUNCH, on_device
+from triton_hybrid.kernels.rows import number
 
 if TYPE_CHECKING:
     from triton_hybrid.kernels.scalars import Scalars
 
 INDEX: dict[str, int] = {}
 """Place of each entry in the ledger, by name."""
-
-
-def _entry(name: str) -> tl.constexpr:
-    return tl.constexpr(INDEX.setdefault(name, len(INDEX)))
-
+_entry = functools.partial(number, INDEX)
 
 # The last real gradient.
 NORM = _entry("norm")  # global L2 norm before clipping
@@ -36,32 +35,22 @@ SKIPPED = _entry("skipped")  # how many gradients were skipped for that
 APPLIED = _entry("applied")  # how many base updates were applied
 HOLD = _entry("hold")  # 1: the next base update is left out (its point was rolled back)
 LOSS_SCALE = _entry("loss_scale")  # what the coming gradient was multiplied with
-GROWTH_TRACKER = _entry(
-    "growth_tracker"
-)  # finite gradients since the scale last changed; -1: it never does
+# Finite gradients since the scale last changed; -1: it never does.
+GROWTH_TRACKER = _entry("growth_tracker")
 FOUND_INF = _entry("found_inf")  # 1: a GradScaler found the coming gradient not finite
 # Running statistics over real steps: logarithm of the norm, change of the loss.
-NORM_COUNT = _entry("norm_count")
-NORM_MEAN = _entry("norm_mean")
-NORM_VARIANCE = _entry("norm_variance")
+NORM_COUNT, NORM_MEAN, NORM_VARIANCE = map(_entry, ("norm_count", "norm_mean", "norm_variance"))
 LOSS = _entry("loss")  # observed for the coming step; NaN when none was
 LOSS_PREVIOUS = _entry("loss_previous")
-LOSS_COUNT = _entry("loss_count")
-LOSS_MEAN = _entry("loss_mean")
-LOSS_VARIANCE = _entry("loss_variance")
-# Size and direction of base updates.
-UPDATE_COUNT = _entry("update_count")
-UPDATE_SQUARE = _entry("update_square")  # running mean of the squared norm of a base update
-GRADIENT_SQUARE = _entry(
-    "gradient_square"
-)  # running mean of the squared gradient norm, at the slow EMA's rate
+LOSS_COUNT, LOSS_MEAN, LOSS_VARIANCE = map(_entry, ("loss_count", "loss_mean", "loss_variance"))
+# Size and direction of base updates: running means of squares and of inner products.
+UPDATE_COUNT, UPDATE_SQUARE = map(_entry, ("update_count", "update_square"))
+GRADIENT_SQUARE = _entry("gradient_square")  # at the slow EMA's rate
 SLOW_COUNT = _entry("slow_count")  # gradients in the slow EMA
 SLOW_NOISE = _entry("slow_noise")  # sum of their squared weights: the share of noise that is left
-UPDATE_SLOW = _entry("update_slow")  # running inner product of base update and slow direction
-UPDATE_UPDATE = _entry("update_update")
-SLOW_SLOW = _entry("slow_slow")
-CONFIDENCE = _entry("confidence")
-PULL = _entry("pull")  # running inner product of gradient and weight minus weight EMA
+UPDATE_SLOW, UPDATE_UPDATE, SLOW_SLOW = map(_entry, ("update_slow", "update_update", "slow_slow"))
+CONFIDENCE = _entry("confidence")  # cosine of base update and slow direction, at least 0
+PULL = _entry("pull")  # of gradient and weight minus weight EMA
 SIGNAL = _entry("signal")  # share of the squared gradient that is signal; the rest is noise
 # The prediction under way and its past.
 MOVED = _entry("moved")  # 1: the weights are away from the snapshot
@@ -69,27 +58,22 @@ STRETCH = _entry("stretch")  # predicted steps since the snapshot
 JUMP_SQUARE = _entry("jump_square")  # squared distance from the snapshot
 DECISION = _entry("decision")  # on the last prediction: 0 none, 1 accepted, 2 rolled back
 HORIZON = _entry("horizon")  # factor on every displacement; halved by a rejection
-REJECTIONS = _entry("rejections")  # rejections in a row
+REJECTIONS = _entry("rejections")  # in a row
 COOLDOWN = _entry("cooldown")  # real steps before the next prediction is allowed
 BLOCKED = _entry("blocked")  # non-finite gradients in a row at the predicted point
 STEP_FRACTION = _entry("step_fraction")  # mean secant step fraction of the last correction
 # Counters.
-ACCEPTED = _entry("accepted")
-REJECTED = _entry("rejected")
-CAUSE_NONFINITE = _entry("cause_nonfinite")
-CAUSE_JUMP = _entry("cause_jump")
-CAUSE_NORM = _entry("cause_norm")
-CAUSE_LOSS = _entry("cause_loss")
+ACCEPTED, REJECTED = map(_entry, ("accepted", "rejected"))
+CAUSE_NONFINITE, CAUSE_JUMP = map(_entry, ("cause_nonfinite", "cause_jump"))
+CAUSE_NORM, CAUSE_LOSS = map(_entry, ("cause_norm", "cause_loss"))
+
 
 START = {
-    "loss": math.nan,
-    "loss_previous": math.nan,
-    "horizon": 1.0,
-    "step_fraction": 1.0,
-    "loss_scale": 1.0,
+    **dict.fromkeys(("horizon", "step_fraction", "loss_scale"), 1.0),
+    **dict.fromkeys(("loss", "loss_previous"), math.nan),
     "growth_tracker": -1.0,
 }
-"""Entries that do not begin at zero."""
+"""Entries of a fresh ledger that are not zero."""
 
 
 def new_ledger(device: torch.device) -> Tensor:
@@ -104,9 +88,8 @@ def read_ledger(ledger: Tensor) -> dict[str, float]:
 
 def write_ledger(values: Mapping[str, float], device: torch.device) -> Tensor:
     """A ledger with the given entries, zero elsewhere."""
-    return torch.tensor([float(values.get(name, 0.0)) for name in INDEX], dtype=torch.float64).to(
-        device
-    )
+    entries = [float(values.get(name, 0.0)) for name in INDEX]
+    return torch.tensor(entries, dtype=torch.float64).to(device)
 
 
 FACTOR_COLUMN = tl.constexpr(0)
@@ -115,6 +98,19 @@ FRACTION_COLUMN = tl.constexpr(2)
 PREDICTION_COLUMNS = tl.constexpr(3)
 """Columns of the table of predictions: a tensor's own factor on the horizon, the slope before the
 move, and where verification placed the weights along it."""
+
+
+@triton.jit
+def add(cell, amount):
+    """Adds to an entry."""
+    tl.store(cell, tl.load(cell) + amount)
+
+
+@triton.jit
+def between(x, low, high):
+    """The number of an interval that is nearest to x."""
+    return tl.minimum(tl.maximum(x, low), high)
+
 
 # ------------------------------------------------------------------------------- running statistics
 
@@ -135,93 +131,91 @@ WEIGHT_EMA_BETA = tl.constexpr(0.85)
 
 
 @triton.jit
-def slow_decay(ledger, slow_beta):
-    """Decay of the slow EMA for the coming gradient: n/(n+4) after n gradients, up to slow_beta.
+def decay(ledger, WARMUP: tl.constexpr, largest):
+    """Decay of an average after n gradients: n / (n + WARMUP), at most ``largest``.
 
     The window grows with the run, as AdEMAMix warms its slow momentum, and the weights of
     the gradients always add up to one, so no bias correction is needed.
     """
     count = tl.load(ledger + SLOW_COUNT)
-    return tl.minimum(count / (count + SLOW_WARMUP), slow_beta)
+    return tl.minimum(count / (count + WARMUP), largest)
 
 
 @triton.jit
-def slow_clip(ledger, norm, coefficient):
-    """What the slow EMA multiplies a gradient with: like clipping, at `OUTLIER` usual norms."""
+def slow_share(ledger, norm, clip):
+    """What the slow EMA takes of a gradient that was clipped: 1 but for an `OUTLIER`."""
     usual = OUTLIER * tl.exp(tl.load(ledger + NORM_MEAN))
-    limited = tl.minimum(coefficient, usual / (norm + 1e-30))
-    return tl.where(tl.load(ledger + NORM_COUNT) > 0.5, limited, coefficient)
+    limited = tl.minimum(clip, usual / (norm + 1e-30))
+    return tl.where(tl.load(ledger + NORM_COUNT) > 0.5, limited, clip) / tl.maximum(clip, 1e-300)
 
 
 @triton.jit
-def weight_ema_decay(ledger):
-    """Decay of the weight EMA for the coming update; 0 for the first."""
-    count = tl.load(ledger + SLOW_COUNT)
-    return tl.minimum(count / (count + WEIGHT_EMA_WARMUP), WEIGHT_EMA_BETA)
+def _total(partials, row, COLUMNS: tl.constexpr):
+    """One first-stage sum over all programs."""
+    columns = row * COLUMNS + tl.arange(0, COLUMNS)
+    return tl.sum(tl.load(partials + columns, cache_modifier=".cg").to(tl.float64), axis=0)
+
+
+@triton.jit
+def _average(cells, value):
+    """Takes a number into a count, a mean and a variance that lie side by side."""
+    count = tl.load(cells)
+    mean = tl.load(cells + 1)
+    rate = tl.maximum(1.0 / (count + 1.0), SLOWEST_RATE)
+    deviation = value - mean
+    variance = (1.0 - rate) * (tl.load(cells + 2) + rate * deviation * deviation)
+    tl.store(cells, count + 1.0)
+    tl.store(cells + 1, mean + rate * deviation)
+    tl.store(cells + 2, variance)
 
 
 @triton.jit
 def observe(
-    ledger, norm, used, update_square, update_slow, slow_slow, slow_ema_square, pull, slow_beta,
-    SLOW: tl.constexpr, MEASURE: tl.constexpr,
+    ledger, partials, norm, clip, slow_beta,
+    SLOW: tl.constexpr, MEASURE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Takes one applied base update into the running statistics (see `observe_torch`)."""
-    count = tl.load(ledger + NORM_COUNT)
-    rate = tl.maximum(1.0 / (count + 1.0), SLOWEST_RATE)
-    deviation = tl.log(norm + 1e-30) - tl.load(ledger + NORM_MEAN)
-    variance = tl.load(ledger + NORM_VARIANCE)
-    tl.store(ledger + NORM_MEAN, tl.load(ledger + NORM_MEAN) + rate * deviation)
-    tl.store(ledger + NORM_VARIANCE, (1.0 - rate) * (variance + rate * deviation * deviation))
-    tl.store(ledger + NORM_COUNT, count + 1.0)
-
+    share = slow_share(ledger, norm, clip) if SLOW else 1.0
+    _average(ledger + NORM_COUNT, tl.log(norm + 1e-30))
     loss = tl.load(ledger + LOSS)
     previous = tl.load(ledger + LOSS_PREVIOUS)
     if tl.abs(loss) < float("inf"):
         if tl.abs(previous) < float("inf"):
-            loss_count = tl.load(ledger + LOSS_COUNT)
-            loss_rate = tl.maximum(1.0 / (loss_count + 1.0), SLOWEST_RATE)
-            change = loss - previous - tl.load(ledger + LOSS_MEAN)
-            loss_variance = tl.load(ledger + LOSS_VARIANCE)
-            tl.store(ledger + LOSS_MEAN, tl.load(ledger + LOSS_MEAN) + loss_rate * change)
-            tl.store(
-                ledger + LOSS_VARIANCE,
-                (1.0 - loss_rate) * (loss_variance + loss_rate * change * change),
-            )
-            tl.store(ledger + LOSS_COUNT, loss_count + 1.0)
+            _average(ledger + LOSS_COUNT, loss - previous)
         tl.store(ledger + LOSS_PREVIOUS, loss)
 
     if MEASURE:
+        update_square = _total(partials, 2, COLUMNS)
         updates = tl.load(ledger + UPDATE_COUNT)
-        update_rate = tl.maximum(1.0 / (updates + 1.0), SLOWEST_RATE)
         mean = tl.load(ledger + UPDATE_SQUARE)
-        tl.store(ledger + UPDATE_SQUARE, mean + update_rate * (update_square - mean))
+        rate = tl.maximum(1.0 / (updates + 1.0), SLOWEST_RATE)
+        tl.store(ledger + UPDATE_SQUARE, mean + rate * (update_square - mean))
         tl.store(ledger + UPDATE_COUNT, updates + 1.0)
         keep = 1.0 - DIRECTION_RATE
-        us = keep * tl.load(ledger + UPDATE_SLOW) + DIRECTION_RATE * update_slow
+        us = keep * tl.load(ledger + UPDATE_SLOW) + DIRECTION_RATE * _total(partials, 3, COLUMNS)
         uu = keep * tl.load(ledger + UPDATE_UPDATE) + DIRECTION_RATE * update_square
-        ss = keep * tl.load(ledger + SLOW_SLOW) + DIRECTION_RATE * slow_slow
+        ss = keep * tl.load(ledger + SLOW_SLOW) + DIRECTION_RATE * _total(partials, 4, COLUMNS)
         tl.store(ledger + UPDATE_SLOW, us)
         tl.store(ledger + UPDATE_UPDATE, uu)
         tl.store(ledger + SLOW_SLOW, ss)
-        cosine = us / tl.sqrt(uu * ss + 1e-300)
-        tl.store(ledger + CONFIDENCE, tl.minimum(tl.maximum(cosine, 0.0), 1.0))
+        tl.store(ledger + CONFIDENCE, between(us / tl.sqrt(uu * ss + 1e-300), 0.0, 1.0))
     if SLOW:
-        beta = slow_decay(ledger, slow_beta)
+        used = norm * clip * share
+        beta = decay(ledger, SLOW_WARMUP, slow_beta)
         gradients = tl.load(ledger + GRADIENT_SQUARE)
         gradients = gradients + (1.0 - beta) * (used * used - gradients)
-        noise = tl.load(ledger + SLOW_NOISE)
-        noise = beta * beta * noise + (1.0 - beta) * (1.0 - beta)
-        ratio = slow_ema_square / (gradients + 1e-300)
-        signal = (ratio - noise) / tl.maximum(1.0 - noise, 1e-9)
-        signal = tl.where(noise < 0.999, tl.minimum(tl.maximum(signal, 0.0), 1.0), 0.0)
+        noise = beta * beta * tl.load(ledger + SLOW_NOISE) + (1.0 - beta) * (1.0 - beta)
         # Before the first update the weight EMA is the weights, and the product is zero.
-        pulls = tl.load(ledger + PULL)
-        tl.store(ledger + PULL, pulls + DIRECTION_RATE * (pull - pulls))
-        tl.store(ledger + SLOW_COUNT, tl.load(ledger + SLOW_COUNT) + 1.0)
+        pull = tl.load(ledger + PULL)
+        pull_now = _total(partials, 6, COLUMNS) * share
+        tl.store(ledger + PULL, pull + DIRECTION_RATE * (pull_now - pull))
+        add(ledger + SLOW_COUNT, 1.0)
         tl.store(ledger + SLOW_NOISE, noise)
         tl.store(ledger + GRADIENT_SQUARE, gradients)
         if MEASURE:
-            tl.store(ledger + SIGNAL, signal)
+            ratio = _total(partials, 5, COLUMNS) / (gradients + 1e-300)
+            signal = between((ratio - noise) / tl.maximum(1.0 - noise, 1e-9), 0.0, 1.0)
+            tl.store(ledger + SIGNAL, tl.where(noise < 0.999, signal, 0.0))
     tl.store(ledger + COOLDOWN, tl.maximum(tl.load(ledger + COOLDOWN) - 1.0, 0.0))
 
 
@@ -237,7 +231,7 @@ after one that is not."""
 
 @triton.jit
 def move_loss_scale(ledger, nonfinite):
-    """Takes a gradient into account; see `move_loss_scale_torch`."""
+    """Takes a gradient into account, where the scale is dynamic; it is an FP32 number."""
     tracker = tl.load(ledger + GROWTH_TRACKER)
     if tracker >= 0:
         scale = tl.load(ledger + LOSS_SCALE)
@@ -247,6 +241,20 @@ def move_loss_scale(ledger, nonfinite):
         shrunk = (scale * BACKOFF).to(tl.float32).to(tl.float64)
         tl.store(ledger + LOSS_SCALE, tl.where(nonfinite, shrunk, grown))
         tl.store(ledger + GROWTH_TRACKER, tl.where(nonfinite | passed, 0.0, tracker + 1.0))
+
+
+@triton.jit
+def close_gradient(ledger, norm, nonfinite, applied):
+    """Enters a gradient that is done with, and makes room for the next."""
+    if nonfinite == 0:
+        tl.store(ledger + NORM, norm)
+    tl.store(ledger + NONFINITE, nonfinite.to(tl.float64))
+    add(ledger + SKIPPED, nonfinite.to(tl.float64))
+    add(ledger + APPLIED, applied.to(tl.float64))
+    tl.store(ledger + LOSS, float("nan"))
+    tl.store(ledger + HOLD, 0.0)
+    tl.store(ledger + FOUND_INF, 0.0)
+    move_loss_scale(ledger, nonfinite)
 
 
 # ---------------------------------------------------------------------------------------- decisions
@@ -289,36 +297,22 @@ def gate(ledger, threshold):
 @triton.jit
 def reject(ledger, cooldown):
     """Enters a rejection: halved horizon, and a Full phase that doubles with each in a row."""
-    rejections = tl.load(ledger + REJECTIONS)
-    doublings = tl.minimum(rejections, LONGEST_COOLDOWN)
+    doublings = tl.minimum(tl.load(ledger + REJECTIONS), LONGEST_COOLDOWN)
     tl.store(ledger + COOLDOWN, cooldown * tl.exp2(doublings))
-    tl.store(ledger + REJECTIONS, rejections + 1.0)
-    tl.store(ledger + REJECTED, tl.load(ledger + REJECTED) + 1.0)
+    add(ledger + REJECTIONS, 1.0)
+    add(ledger + REJECTED, 1.0)
     tl.store(ledger + HORIZON, 0.5 * tl.load(ledger + HORIZON))
 
 
 @triton.jit
 def _decide_kernel(
-    ledger,
-    sums,
-    prediction,
-    n_tensors,
-    threshold,
-    cooldown,
-    TENSORS: tl.constexpr,
-):
-    square = tl.zeros([TENSORS], dtype=tl.float64)
-    bad = tl.zeros([TENSORS], dtype=tl.float64)
-    for begin in range(0, n_tensors, TENSORS):
-        t = begin + tl.arange(0, TENSORS)
-        square += tl.load(sums + 3 * t + 1, mask=t < n_tensors, other=0.0)
-        bad += tl.load(sums + 3 * t + 2, mask=t < n_tensors, other=0.0)
-    norm = tl.sqrt(tl.sum(square, axis=0))
-    nonfinite = (tl.sum(bad, axis=0) > 0) | (tl.load(ledger + FOUND_INF) > 0)
-
+    ledger, sums, prediction, n_tensors, threshold, cooldown, TENSORS: tl.constexpr
+):  # fmt: skip
+    square, nonfinite = totals(sums, n_tensors, TENSORS)
+    norm = tl.sqrt(square)
+    nonfinite = nonfinite | (tl.load(ledger + FOUND_INF) > 0)
     moved = tl.load(ledger + MOVED) > 0
-    blocked = tl.load(ledger + BLOCKED)
-    blocked = tl.where(nonfinite, blocked + 1.0, 0.0)
+    blocked = tl.where(nonfinite, tl.load(ledger + BLOCKED) + 1.0, 0.0)
     point_to_blame = nonfinite & (blocked >= BLOCKED_LIMIT)
 
     deviation = tl.maximum(tl.sqrt(tl.load(ledger + NORM_VARIANCE)), NORM_DEVIATION_FLOOR)
@@ -327,63 +321,55 @@ def _decide_kernel(
     by_norm = by_norm & (nonfinite == 0)
     loss = tl.load(ledger + LOSS)
     previous = tl.load(ledger + LOSS_PREVIOUS)
-    expected = previous + tl.load(ledger + LOSS_MEAN)
-    spread = tl.maximum(
-        tl.sqrt(tl.load(ledger + LOSS_VARIANCE)), LOSS_DEVIATION_FLOOR * tl.abs(previous)
-    )
+    floor = LOSS_DEVIATION_FLOOR * tl.abs(previous)
+    spread = tl.maximum(tl.sqrt(tl.load(ledger + LOSS_VARIANCE)), floor)
     known = (previous == previous) & (tl.load(ledger + LOSS_COUNT) > 1.5)
-    by_loss = known & (loss - expected > threshold * spread) & (nonfinite == 0)
-    observed_inf = (tl.abs(loss) == float("inf")) & (nonfinite == 0)
-    by_loss = by_loss | observed_inf
+    by_loss = known & (loss - (previous + tl.load(ledger + LOSS_MEAN)) > threshold * spread)
+    by_loss = (by_loss | (tl.abs(loss) == float("inf"))) & (nonfinite == 0)
 
     rejected = moved & (point_to_blame | by_norm | by_loss)
     accepted = moved & (rejected == 0) & (nonfinite == 0)
-    trust = tl.minimum(tl.maximum(2.0 * tl.load(ledger + SIGNAL) - 1.0, 0.0), 1.0)
     n_accepted = tl.where(accepted, n_tensors, 0)
     n_decided = tl.where(accepted | rejected, n_tensors, 0)
-
+    trust = between(2.0 * tl.load(ledger + SIGNAL) - 1.0, 0.0, 1.0)
     total = tl.zeros([TENSORS], dtype=tl.float64)
     for begin in range(0, n_tensors, TENSORS):
         t = begin + tl.arange(0, TENSORS)
         here = t < n_tensors
+        cell = prediction + PREDICTION_COLUMNS * t
         after = tl.load(sums + 3 * t, mask=here, other=0.0)
-        slope_cell = prediction + PREDICTION_COLUMNS * t + SLOPE_COLUMN
-        before = tl.load(slope_cell, mask=here, other=0.0).to(tl.float64)
+        before = tl.load(cell + SLOPE_COLUMN, mask=here, other=0.0).to(tl.float64)
         curved = (before < 0) & (after > before)
         secant = tl.where(curved, before / tl.where(curved, before - after, 1.0), 1.0)
-        secant = tl.minimum(tl.maximum(secant, SMALLEST_FRACTION), LARGEST_FRACTION)
-        fraction = 1.0 + trust * (secant - 1.0)
+        fraction = 1.0 + trust * (between(secant, SMALLEST_FRACTION, LARGEST_FRACTION) - 1.0)
         fraction = tl.where(tl.abs(fraction - 1.0) < FRACTION_TOLERANCE, 1.0, fraction)
         fraction = tl.where(accepted, fraction, tl.where(rejected, 0.0, 1.0))
-        scale_cell = prediction + PREDICTION_COLUMNS * t + FACTOR_COLUMN
-        scale = tl.load(scale_cell, mask=here, other=1.0).to(tl.float64)
+        scale = tl.load(cell + FACTOR_COLUMN, mask=here, other=1.0).to(tl.float64)
         scale = (1.0 + SCALE_MEMORY * (scale - 1.0)) * fraction
-        scale = tl.minimum(tl.maximum(scale, SMALLEST_SCALE), LARGEST_SCALE)
-        fraction_cell = prediction + PREDICTION_COLUMNS * t + FRACTION_COLUMN
-        tl.store(fraction_cell, fraction.to(tl.float32), mask=t < n_decided)
-        tl.store(scale_cell, scale.to(tl.float32), mask=t < n_accepted)
-        tl.store(slope_cell, tl.zeros([TENSORS], tl.float32), mask=t < n_decided)
+        scale = between(scale, SMALLEST_SCALE, LARGEST_SCALE)
+        tl.store(cell + FRACTION_COLUMN, fraction.to(tl.float32), mask=t < n_decided)
+        tl.store(cell + FACTOR_COLUMN, scale.to(tl.float32), mask=t < n_accepted)
+        tl.store(cell + SLOPE_COLUMN, tl.zeros([TENSORS], tl.float32), mask=t < n_decided)
         total += tl.where(here, fraction, 0.0)
 
     # One thread writes the ledger; first every thread must have read what it decides by.
     tl.debug_barrier()
     tl.store(ledger + BLOCKED, tl.where(moved & (rejected == 0), blocked, 0.0))
     if accepted:
-        tl.store(ledger + ACCEPTED, tl.load(ledger + ACCEPTED) + 1.0)
+        add(ledger + ACCEPTED, 1.0)
         tl.store(ledger + REJECTIONS, 0.0)
-        horizon = tl.minimum(tl.load(ledger + HORIZON) * HORIZON_GROWTH, 1.0)
-        tl.store(ledger + HORIZON, horizon)
+        tl.store(ledger + HORIZON, tl.minimum(tl.load(ledger + HORIZON) * HORIZON_GROWTH, 1.0))
         tl.store(ledger + STEP_FRACTION, tl.sum(total, axis=0) / n_tensors)
     if rejected:
         reject(ledger, cooldown)
         tl.store(ledger + HOLD, 1.0)
         tl.store(ledger + LOSS, float("nan"))
         if point_to_blame:
-            tl.store(ledger + CAUSE_NONFINITE, tl.load(ledger + CAUSE_NONFINITE) + 1.0)
+            add(ledger + CAUSE_NONFINITE, 1.0)
         if by_norm:
-            tl.store(ledger + CAUSE_NORM, tl.load(ledger + CAUSE_NORM) + 1.0)
+            add(ledger + CAUSE_NORM, 1.0)
         if by_loss:
-            tl.store(ledger + CAUSE_LOSS, tl.load(ledger + CAUSE_LOSS) + 1.0)
+            add(ledger + CAUSE_LOSS, 1.0)
     tl.store(ledger + DECISION, tl.where(accepted, 1.0, tl.where(rejected, 2.0, 0.0)))
     if accepted | rejected:
         tl.store(ledger + MOVED, 0.0)

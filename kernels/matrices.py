@@ -13,32 +13,33 @@ wave.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.launch import require_power_of_two
 from triton_hybrid.kernels.multi_tensor import TensorSet
+from triton_hybrid.kernels.rows import number
 
 SCRATCH_BYTES = 1 << 28
 """Scratch memory of a wave. GPT-2 small takes two waves of it, GPT-2 xl 39; a wave
 of this size is some hundred tiles for each multiprocessor, so the last round of a launch costs
 little."""
+SCRATCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Dtypes in which matrices can be orthogonalised; products accumulate in FP32."""
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
 FIELD: dict[str, int] = {}
 """Columns of the table of matrices, int64, by name."""
-
-
-def _field(name: str) -> tl.constexpr:
-    return tl.constexpr(FIELD.setdefault(name, len(FIELD)))
-
-
+_field = functools.partial(number, FIELD)
 TENSOR = _field("tensor")  # index in the tensor set
 OFFSET = _field("offset")  # element of the tensor at which the block begins
-ROWS_IN_MEMORY = _field("rows")  # in memory
+ROWS_IN_MEMORY = _field("rows")
 COLUMNS_IN_MEMORY = _field("columns")
 PITCH = _field("pitch")  # elements from one row to the next
 TALL = _field("tall")  # 1: scratch holds the transpose
@@ -51,31 +52,70 @@ FIRST_TILE = _field("first_tile")  # in the table of tiles
 TILES = _field("tiles")
 MATRIX_COLUMNS = tl.constexpr(len(FIELD))
 
-SCRATCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-"""Dtypes in which matrices can be orthogonalised; products accumulate in FP32."""
+
+@triton.jit
+def tile_at(matrices, tiles):
+    """The matrix of this program's tile, and the tile's row and column in it."""
+    entry = tiles + 3 * tl.program_id(0)
+    return matrices + tl.load(entry) * MATRIX_COLUMNS, tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def in_scratch(matrix, TILE: tl.constexpr):
+    """Where a matrix begins in scratch memory, its height and its width."""
+    place = tl.multiple_of(tl.load(matrix + PLACE), TILE)
+    height = tl.multiple_of(tl.load(matrix + HEIGHT), TILE)
+    return place, height, tl.multiple_of(tl.load(matrix + WIDTH), TILE)
+
+
+@triton.jit
+def gram_place(matrix, TILE: tl.constexpr):
+    """Where the Gram matrix of a matrix begins."""
+    return tl.multiple_of(tl.load(matrix + GRAM_PLACE), TILE)
+
+
+@triton.jit
+def in_memory(matrix, WHOLE: tl.constexpr):
+    """Where a matrix begins in its tensor, the distance of its rows, and its rows and columns.
+
+    Loaded where they are used: a hint belongs to the load, and so to all who use it.
+    """
+    offset = tl.load(matrix + OFFSET)
+    pitch = tl.load(matrix + PITCH)
+    if WHOLE:
+        offset = tl.multiple_of(offset, 8)
+        pitch = tl.multiple_of(pitch, 8)
+    return offset, pitch, tl.load(matrix + ROWS_IN_MEMORY), tl.load(matrix + COLUMNS_IN_MEMORY)
+
+
+@triton.jit
+def tile_in_memory(matrix, i, j, extents, TILE: tl.constexpr):
+    """Of a tile: its tensor, first row and column in memory, whether scratch holds it turned.
+
+    Last, whether it is whole: all its elements are there, in lines of 16 aligned bytes.
+    """
+    tensor = tl.load(matrix + TENSOR)
+    tall = tl.load(matrix + TALL) != 0
+    row = tl.where(tall, j, i) * TILE
+    column = tl.where(tall, i, j) * TILE
+    _, _, rows, columns = in_memory(matrix, False)
+    whole = (row + TILE <= rows) & (column + TILE <= columns)
+    whole = whole & (tl.load(matrix + EVEN) != 0) & ((tl.load(extents + tensor) & 1) != 0)
+    return tensor, row, column, tall, whole
 
 
 @dataclass(frozen=True)
 class MatrixTiling:
-    """How the matrix products are cut.
+    """How the matrix products are cut."""
 
-    Attributes:
-        tile: Rows and columns of the tile that a program computes; a power of two.
-        depth: Elements of the inner dimension that it multiplies at a time.
-        strip: Rows of a tile that are copied at a time.
-        warps: Warps of a program.
-    """
-
-    tile: int
-    depth: int
-    strip: int
-    warps: int
+    tile: int  # rows and columns of the tile that a program computes; a power of two
+    depth: int  # elements of the inner dimension that it multiplies at a time
+    strip: int  # rows of a tile that are copied at a time
+    warps: int  # of a program
 
     def __post_init__(self) -> None:
         for name in ("tile", "depth", "strip"):
-            value = getattr(self, name)
-            if value < 16 or value & (value - 1):
-                raise ValueError(f"{name}={value}: must be a power of two of at least 16")
+            require_power_of_two(name, getattr(self, name))
         if self.tile % self.depth or self.tile % self.strip:
             raise ValueError(
                 f"depth={self.depth}, strip={self.strip}: must divide tile={self.tile}"
@@ -95,21 +135,13 @@ def matrix_tiling(dtype: torch.dtype, device: torch.device) -> MatrixTiling:
 
 @dataclass(frozen=True)
 class Block:
-    """One matrix to be orthogonalised, as it lies in memory.
+    """One matrix to be orthogonalised, as it lies in memory."""
 
-    Attributes:
-        tensor: Index of its tensor.
-        offset: Element of the tensor at which it begins.
-        rows: Its rows in memory.
-        columns: Its columns in memory.
-        pitch: Elements from one row to the next.
-    """
-
-    tensor: int
-    offset: int
+    tensor: int  # index of its tensor
+    offset: int  # element of the tensor at which it begins
     rows: int
     columns: int
-    pitch: int
+    pitch: int  # elements from one row to the next
 
     @property
     def tall(self) -> bool:
@@ -121,24 +153,22 @@ class Block:
         """Its wide shape."""
         return min(self.rows, self.columns), max(self.rows, self.columns)
 
-    def view(self, flat: Tensor) -> Tensor:
-        """The wide matrix in its tensor's memory.
+    def padded(self, tiling: MatrixTiling) -> tuple[int, int]:
+        """Height and width in scratch memory."""
+        high, wide = (-(-length // tiling.tile) * tiling.tile for length in self.shape)
+        return high, wide
 
-        Args:
-            flat: The tensor's elements in the order of memory.
-        """
+    def view(self, flat: Tensor) -> Tensor:
+        """The wide matrix, in the memory of its tensor's dense view."""
         size, stride = (self.rows, self.columns), (self.pitch, 1)
         matrix = flat.as_strided(size, stride, flat.storage_offset() + self.offset)
         return matrix.t() if self.tall else matrix
 
 
 def blocks_of(index: int, tensor: Tensor, grid: tuple[int, int]) -> list[Block]:
-    """The blocks of a dense 2-D tensor.
+    """The blocks of a dense tensor, which is number ``index`` of its set.
 
-    Args:
-        index: Its index in the tensor set.
-        tensor: The tensor.
-        grid: Equal parts along its first and its second dimension.
+    ``grid`` are the equal parts along its first and its second dimension.
 
     Raises:
         ValueError: Not a matrix, or not divisible.
@@ -150,26 +180,18 @@ def blocks_of(index: int, tensor: Tensor, grid: tuple[int, int]) -> list[Block]:
         raise ValueError(f"tensor {index} of shape {size}: cannot be cut into blocks {grid}")
     if not tensor.numel():
         return []
-    parts = grid
     if 1 not in size and tensor.stride(1) != 1:
-        size, parts = size[::-1], grid[::-1]
-    rows, columns = size[0] // parts[0], size[1] // parts[1]
+        size, grid = size[::-1], grid[::-1]
+    rows, columns = size[0] // grid[0], size[1] // grid[1]
     return [
         Block(index, i * rows * size[1] + j * columns, rows, columns, size[1])
-        for i in range(parts[0])
-        for j in range(parts[1])
+        for i in range(grid[0])
+        for j in range(grid[1])
     ]
 
 
 class Wave:
-    """Blocks that are orthogonalised together, with the tables of their launches.
-
-    Args:
-        blocks: The blocks.
-        coefficients: Of each step.
-        tiling: How products are cut.
-        device: Where the tables lie.
-    """
+    """Blocks that are orthogonalised together, with the tables of their launches."""
 
     def __init__(
         self,
@@ -185,7 +207,7 @@ class Wave:
         tiles: list[tuple[int, int, int]] = []
         halves: list[tuple[int, int, int]] = []
         for index, block in enumerate(blocks):
-            high, wide = padded(block, tiling)
+            high, wide = block.padded(tiling)
             down, across = high // tiling.tile, wide // tiling.tile
             even = block.offset % 8 == 0 and block.pitch % 8 == 0
             memory = (block.tensor, block.offset, block.rows, block.columns, block.pitch)
@@ -199,18 +221,6 @@ class Wave:
         self.table = torch.tensor(rows, dtype=torch.int64).to(device)
         self.tiles = torch.tensor(tiles, dtype=torch.int32).to(device)
         self.halves = torch.tensor(halves, dtype=torch.int32).to(device)
-
-
-def padded(block: Block, tiling: MatrixTiling) -> tuple[int, int]:
-    """Height and width of a block in scratch memory."""
-    high, wide = (-(-length // tiling.tile) * tiling.tile for length in block.shape)
-    return high, wide
-
-
-def scratch_bytes(block: Block, tiling: MatrixTiling, itemsize: int) -> int:
-    """What a block takes: the matrix twice, its Gram matrix and that one's polynomial."""
-    high, wide = padded(block, tiling)
-    return 2 * high * (wide + high) * itemsize
 
 
 class MatrixSet:
@@ -242,17 +252,19 @@ class MatrixSet:
         for index, (tensor, grid) in enumerate(zip(tensors.shapes, grids)):
             by_steps.setdefault(coefficients[index], []).extend(blocks_of(index, tensor, grid))
         self.waves = [
-            Wave(blocks, steps, self.tiling, tensors.device)
-            for steps, every in by_steps.items()
+            Wave(blocks, schedule, self.tiling, tensors.device)
+            for schedule, every in by_steps.items()
             for blocks in self._parted(every, limit)
         ]
-        self._scratch: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        self._scratch: tuple[Tensor, ...] = ()
 
     def _parted(self, blocks: Sequence[Block], limit: int) -> list[list[Block]]:
         parts: list[list[Block]] = []
         room = 0
         for block in blocks:
-            needed = scratch_bytes(block, self.tiling, self.dtype.itemsize)
+            high, wide = block.padded(self.tiling)
+            # The matrix twice, its Gram matrix and that one's polynomial.
+            needed = 2 * high * (wide + high) * self.dtype.itemsize
             if not parts or needed > room:
                 parts.append([])
                 room = limit
@@ -260,19 +272,18 @@ class MatrixSet:
             room -= needed
         return parts
 
-    def scratch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def scratch(self) -> tuple[Tensor, ...]:
         """Two buffers for matrices, two for Gram matrices, FP32 squares of tiles.
 
         Allocated once, for the largest wave.
         """
-        if self._scratch is None:
-            device = self.tensors.device
-            elements = max((wave.elements for wave in self.waves), default=0)
-            grams = max((wave.gram_elements for wave in self.waves), default=0)
-            tiles = max((wave.n_tiles for wave in self.waves), default=0)
-            sizes = (elements, elements, grams, grams)
-            first, second, gram, square = (
-                torch.zeros(size, dtype=self.dtype, device=device) for size in sizes
+        if not self._scratch:
+            elements, grams, tiles = (
+                max((getattr(wave, name) for wave in self.waves), default=0)
+                for name in ("elements", "gram_elements", "n_tiles")
             )
-            self._scratch = first, second, gram, square, torch.zeros(tiles, device=device)
+            device = self.tensors.device
+            sizes = (elements, elements, grams, grams)
+            buffers = (torch.zeros(size, dtype=self.dtype, device=device) for size in sizes)
+            self._scratch = (*buffers, torch.zeros(tiles, device=device))
         return self._scratch

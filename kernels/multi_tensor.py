@@ -19,22 +19,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import INTERPRETED, Tiling, default_tiling
-from triton_hybrid.kernels.rows import (
-    MOST_ROWS,
-    NONE,
-    OWN,
-    OWN_DTYPE,
-    ROW,
-    SPLIT,
-    TRITON_DTYPES,
-)
+from triton_hybrid.kernels.launch import INTERPRETED, LAUNCH, Tiling, default_tiling, on_device
+from triton_hybrid.kernels.rows import MOST_ROWS, NONE, OWN, OWN_DTYPE, ROW, SPLIT, TRITON_DTYPES
 
 if TYPE_CHECKING:
     from triton_hybrid.kernels.matrices import MatrixSet
@@ -104,23 +96,14 @@ class TensorSet:
         groups: For each tensor, the index of its parameter group; 0 when None.
         rule: What updates these tensors; only `step` and `predict` need it.
 
-    Attributes:
-        flat: Name of a row to dense 1-D views of its tensors.
-        dtype: Name of a row to its dtype.
-        present: For each tensor, whether it has a gradient.
-        group: int32 ``[tensors]``, the parameter group.
-        steps: FP32 ``[tensors]``, applied base updates.
-        rate_factors: FP64 ``[tensors]``, what the group's learning rate is multiplied with; None
-            for 1. (Reading a table of ones spilled registers on gfx942.)
-        matrices: The tensors as matrices to be orthogonalised; None where the rule does not.
-        place: Which rows of the per-tensor tables in `Scalars` are theirs.
-
     Raises:
         ValueError: Unknown row, wrong count, shape, layout, dtype or device.
     """
 
     place: slice
+    """Which rows of the per-tensor tables in `Scalars` are theirs."""
     first_column: int
+    """Which columns of its first-stage sums are: those from here on, one for each program."""
 
     def __init__(
         self,
@@ -139,24 +122,25 @@ class TensorSet:
         self.kept = OWN if kept is None else kept
         self.rule = rule
         self.matrices: MatrixSet | None = None
-        weights = rows.get("weight") or params
-        wide = 4 if self.kept != OWN else weights[0].element_size()
+        """The tensors as matrices to be orthogonalised; None where the rule does not."""
+        wide = 4 if self.kept != OWN else (rows.get("weight") or params)[0].element_size()
         self.tiling = tiling or default_tiling(self.device, wide)
         self.lengths = [p.numel() for p in params]
         self.flat: dict[str, list[Tensor]] = {}
-        self.dtype: dict[str, torch.dtype] = {}
+        """Name of a row to dense 1-D views of its tensors."""
+        self.dtype: dict[str, torch.dtype] = {} if self.kept == OWN else {"weight": torch.float32}
         self.present = [True] * count
-        self._keep: dict[str, list[Tensor]] = {}
-        self._address = torch.zeros(count, MOST_ROWS, dtype=torch.int64)
-        self._changed = True
-        self._chunks: OrderedDict[tuple[bool, ...], ChunkTable] = OrderedDict()
-        self._tables: tuple[Tensor, Tensor] | None = None
-        self._partials = torch.empty(0, device=self.device)
+        """For each tensor, whether it has a gradient."""
         self.group = torch.tensor(groups or [0] * count, dtype=torch.int32).to(self.device)
         self.steps = torch.zeros(count, device=self.device)
+        """FP32, applied base updates of each tensor."""
         self.rate_factors: Tensor | None = None
-        if self.kept != OWN:
-            self.dtype["weight"] = torch.float32
+        """FP64, what the group's learning rate is multiplied with for each tensor; None for 1.
+        (Reading a table of ones spilled registers on gfx942.)"""
+        self._address = torch.zeros(count, MOST_ROWS, dtype=torch.int64)
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._chunks: OrderedDict[tuple[bool, ...], ChunkTable] = OrderedDict()
+        self._partials = torch.empty(0, device=self.device)
         for name, tensors in rows.items():
             self.set_row(name, list(tensors))
         if "weight" not in rows and self.kept == OWN:
@@ -176,63 +160,28 @@ class TensorSet:
             raise ValueError(f"row {name!r} has {len(tensors)} tensors: must be {len(self)}")
         dtype = next((tensor.dtype for tensor in tensors if tensor is not None), None)
         flat: list[Tensor] = []
-        keep: list[Tensor] = []
         for index, (tensor, like) in enumerate(zip(tensors, self.shapes)):
-            if tensor is None:
-                if name != "grad":
-                    raise ValueError(
-                        f"row {name!r}, tensor {index}: None, allowed only for 'grad'; every "
-                        "other row needs a tensor"
-                    )
-                flat.append(like.new_empty(0))
-                continue
-            assert dtype is not None
-            self._require_fitting(name, index, tensor, dtype)
-            if name == "grad" and not same_layout(tensor, like):
-                tensor = torch.empty_like(like, dtype=dtype).copy_(tensor)
-                keep.append(tensor)
             try:
-                flat.append(dense_view(tensor.detach()))
+                flat.append(_fitting(name, tensor, like, dtype))
             except ValueError as error:
                 raise ValueError(f"row {name!r}, tensor {index}: {error}") from None
         if dtype is not None:
             self._require_one_width(name, dtype)
             self.dtype[name] = dtype
-        self._keep[name] = keep
         self.flat[name] = flat
         if name == "grad":
             self.present = [tensor is not None for tensor in tensors]
         address = torch.tensor([view.data_ptr() if view.numel() else 0 for view in flat])
         if not torch.equal(address, self._address[:, ROW[name]]):
             self._address[:, ROW[name]] = address
-            self._changed = True
-
-    def _require_fitting(self, name: str, index: int, tensor: Tensor, dtype: torch.dtype) -> None:
-        """Refuses a tensor of a row that no kernel could read beside the others."""
-        like = self.shapes[index]
-        if tensor.shape != like.shape or tensor.device != like.device:
-            raise ValueError(
-                f"row {name!r}, tensor {index}: shape {tuple(tensor.shape)} on {tensor.device}, "
-                f"must be {tuple(like.shape)} on {like.device}"
-            )
-        known = dtype in TRITON_DTYPES or (name == "remainder" and dtype == torch.int16)
-        if tensor.dtype != dtype or not known:
-            raise ValueError(
-                f"row {name!r}, tensor {index}: dtype {tensor.dtype}, must be {dtype} as the "
-                f"first of the row and one of {list(TRITON_DTYPES)}"
-            )
-        if name not in ("param", "grad") and not same_layout(tensor, like):
-            raise ValueError(
-                f"row {name!r}, tensor {index}: strides {tensor.stride()}, must be those of its "
-                f"parameter, {like.stride()}"
-            )
+            self._tables = None
 
     def _require_one_width(self, name: str, dtype: torch.dtype) -> None:
         """Kernels read weight and state with one dtype; another would be read as garbage."""
         known = {**self.dtype, name: dtype}
-        weight = known.get("weight")
+        weight = known.pop("weight", None)
         for row, state in known.items():
-            if weight is None or row == "weight" or row in OWN_DTYPE:
+            if weight is None or row in OWN_DTYPE:
                 continue
             if weight not in (torch.float32, torch.float64):
                 raise ValueError(
@@ -250,37 +199,28 @@ class TensorSet:
 
     def release(self, name: str) -> None:
         """Lets go of a row's memory until the next `set_row`; its addresses stay known."""
-        empty = self.shapes[0].new_empty(0)
-        self.flat[name] = [empty] * len(self)
-        self._keep[name] = []
+        self.flat[name] = [self.shapes[0].new_empty(0)] * len(self)
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """``addresses`` and ``extents``.
-
-        Uploaded only after a change, and without waiting for the device.
-        """
-        if self._changed or self._tables is None:
+        """``addresses`` and ``extents``, uploaded only after a change."""
+        if self._tables is None:
             extents = 2 * torch.tensor(self.lengths) + (self._address % 16 == 0).all(1)
             # A copy even where the device is the host: the table of a launch stays as it was.
             addresses = upload(self._address.clone(), self.device)
             self._tables = addresses, upload(extents, self.device)
-            self._changed = False
         return self._tables
 
     def chunks(self, every: bool = False) -> ChunkTable:
         """The chunk table of the tensors with a gradient, or of every tensor."""
         key = (True,) * len(self) if every else tuple(self.present)
-        table = self._chunks.get(key)
-        if table is None:
-            table = ChunkTable(self.lengths, key, self.tiling.chunk, self.device)
-            self._chunks[key] = table
+        if key not in self._chunks:
+            self._chunks[key] = ChunkTable(self.lengths, key, self.tiling.chunk, self.device)
             # A model whose unused parameters differ from step to step must not grow a table
             # for each pattern.
             if len(self._chunks) > 8:
                 self._chunks.popitem(last=False)
-        else:
-            self._chunks.move_to_end(key)
-        return table
+        self._chunks.move_to_end(key)
+        return self._chunks[key]
 
     def room_for(self, columns: int) -> Tensor:
         """Scratch for the chunk sums of a kernel: FP32 ``[chunks · columns]``."""
@@ -288,6 +228,28 @@ class TensorSet:
         if self._partials.numel() < needed:
             self._partials = torch.empty(needed, device=self.device)
         return self._partials[:needed]
+
+    def launch(
+        self,
+        kernel: Any,
+        *arguments: Any,
+        every: bool = False,
+        options: Mapping[str, object] = LAUNCH,
+        **constants: Any,
+    ) -> None:
+        """Launches a kernel over the chunks of the tensors with a gradient, or of every tensor.
+
+        The kernel takes ``addresses, extents, places, n_chunks`` first, and among its compile-time
+        constants those by which it finds the weights.
+        """
+        addresses, extents = self.tables()
+        chunks = self.chunks(every)
+        with on_device(self.device):
+            kernel[(self.tiling.programs,)](
+                addresses, extents, chunks.places, chunks.count, *arguments, **constants,
+                PARAM_TYPE=self.dtype_of("param"), STATE=self.dtype_of("weight"), KEPT=self.kept,
+                BLOCK=self.tiling.block, CHUNK=self.tiling.chunk, **options,
+            )  # fmt: skip
 
     def torch_blocks(self, index: int) -> Iterator[slice]:
         """Slices of one tensor for plain torch, small enough to stay in cache."""
@@ -329,14 +291,14 @@ class TensorSet:
         """The Triton dtype of a row; FP32 where the row is absent and so never read."""
         return TRITON_DTYPES[self.dtype.get(name, torch.float32)]
 
+    def has(self, name: str) -> bool:
+        """Whether the tensors have memory for a row."""
+        return name in self.dtype
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the mathematics is done in: FP32, or FP64 for FP64 parameters."""
         return torch.float64 if self.dtype["weight"] == torch.float64 else torch.float32
-
-    def has(self, name: str) -> bool:
-        """Whether the tensors have memory for a row."""
-        return name in self.dtype
 
     @property
     def factors(self) -> Tensor:
@@ -353,15 +315,31 @@ class TensorSet:
         """Whether a weight of its own stands behind every parameter."""
         return self.dtype["weight"] != self.dtype["param"]
 
-    def layout(self) -> dict[str, object]:
-        """The compile-time constants by which a kernel finds weights in these tensors."""
-        return {
-            "PARAM_TYPE": self.dtype_of("param"),
-            "STATE": self.dtype_of("weight"),
-            "KEPT": self.kept,
-            "BLOCK": self.tiling.block,
-            "CHUNK": self.tiling.chunk,
-        }
+
+def _fitting(name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The dense view of one tensor of a row, if kernels can read it beside the others."""
+    if tensor is None:
+        if name != "grad":
+            raise ValueError("None, allowed only for 'grad'; every other row needs a tensor")
+        return like.new_empty(0)
+    if tensor.shape != like.shape or tensor.device != like.device:
+        raise ValueError(
+            f"shape {tuple(tensor.shape)} on {tensor.device}, "
+            f"must be {tuple(like.shape)} on {like.device}"
+        )
+    known = dtype in TRITON_DTYPES or (name == "remainder" and dtype == torch.int16)
+    if tensor.dtype != dtype or not known:
+        raise ValueError(
+            f"dtype {tensor.dtype}, must be {dtype} as the first of the row and one of "
+            f"{list(TRITON_DTYPES)}"
+        )
+    if name != "param" and not same_layout(tensor, like):
+        if name != "grad":
+            raise ValueError(
+                f"strides {tensor.stride()}, must be those of its parameter, {like.stride()}"
+            )
+        tensor = torch.empty_like(like, dtype=dtype).copy_(tensor)
+    return dense_view(tensor.detach())
 
 
 @triton.jit
@@ -374,8 +352,7 @@ def chunk_at(chunk, places, extents, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     start = tl.multiple_of(tl.load(places + 2 * chunk + 1), BLOCK)
     extent = tl.load(extents + tensor)
     length = extent >> 1
-    full = (start + CHUNK <= length) & ((extent & 1) != 0)
-    return tensor, start, length, full
+    return tensor, start, length, (start + CHUNK <= length) & ((extent & 1) != 0)
 
 
 @triton.jit

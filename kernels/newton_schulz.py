@@ -17,34 +17,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH, on_device
-from triton_hybrid.kernels.ledger import HOLD
 from triton_hybrid.kernels.matrices import (
-    COLUMNS_IN_MEMORY,
-    EVEN,
     FIRST_TILE,
-    GRAM_PLACE,
-    HEIGHT,
-    MATRIX_COLUMNS,
-    OFFSET,
-    PITCH,
-    PLACE,
-    ROWS_IN_MEMORY,
-    TALL,
     TENSOR,
     TILES,
-    WIDTH,
     Coefficients,
     MatrixSet,
+    gram_place,
+    in_memory,
+    in_scratch,
+    tile_at,
+    tile_in_memory,
 )
 from triton_hybrid.kernels.newton_schulz_torch import SMALLEST_NORM
-from triton_hybrid.kernels.rows import (
-    EXP_AVG,
-    GRAD,
-    ROW,
-    TRITON_DTYPES,
-    narrow,
-    row_pointer,
-)
+from triton_hybrid.kernels.rows import EXP_AVG, GRAD, ROW, TRITON_DTYPES, narrow, row_pointer
 from triton_hybrid.kernels.scalars import (
     BETA1,
     EPS,
@@ -52,7 +38,6 @@ from triton_hybrid.kernels.scalars import (
     NESTEROV_MIX,
     SIGN,
     Scalars,
-    clip_coefficient,
     gradient_norm,
     precise_div,
     precise_sqrt,
@@ -80,59 +65,45 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def _strip(
-    grad, exp_avg, source, scratch, row, column, rows, columns, offset, pitch, place, width, tall,
-    clip, beta1, nesterov_mix, square,
-    STATE: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
-    TILE: tl.constexpr, STRIP: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Copies a strip of a tile into scratch memory; updates the momentum on the way."""
-    r = row + tl.arange(0, STRIP)
-    c = column + tl.arange(0, TILE)
-    at = offset + r.to(tl.int64)[:, None] * pitch + c[None, :]
-    inside = (r < rows)[:, None] & (c < columns)[None, :]
-    if MOMENTUM:
-        if FULL:
-            g = tl.load(grad + at).to(STATE)
-            m = tl.load(exp_avg + at)
-        else:
-            g = tl.load(grad + at, mask=inside, other=0.0).to(STATE)
-            m = tl.load(exp_avg + at, mask=inside, other=0.0)
-        g = g * clip
-        m = m + (1.0 - beta1) * (g - m)
-        if FULL:
-            tl.store(exp_avg + at, m)
-        else:
-            tl.store(exp_avg + at, m, mask=inside)
-        value = m - (1.0 - nesterov_mix) * (m - g)
-    elif FULL:
-        value = tl.load(source + at)
-    else:
-        value = tl.load(source + at, mask=inside, other=0.0)
-    value = narrow(value.to(tl.float32), DTYPE)
-    wide = value.to(tl.float32)
-    square += tl.sum(tl.sum(wide * wide, axis=1), axis=0)
-    if tall:
-        turned = place + c.to(tl.int64)[:, None] * width + r[None, :]
-        tl.store(scratch + turned, tl.trans(value))
-    else:
-        straight = place + r.to(tl.int64)[:, None] * width + c[None, :]
-        tl.store(scratch + straight, value)
-    return square
+def _load(pointers, here, FULL: tl.constexpr):
+    return tl.load(pointers) if FULL else tl.load(pointers, mask=here, other=0.0)
 
 
 @triton.jit
-def _steps(matrix, EVEN_STEPS: tl.constexpr):
-    """Where a matrix begins in its tensor, and how far its rows are apart.
-
-    Loaded where they are used: a hint belongs to the load, and so to all who use it.
-    """
-    offset = tl.load(matrix + OFFSET)
-    pitch = tl.load(matrix + PITCH)
-    if EVEN_STEPS:
-        offset = tl.multiple_of(offset, 8)
-        pitch = tl.multiple_of(pitch, 8)
-    return offset, pitch
+def _gather_tile(
+    addresses, matrix, tensor, row, column, tall, source, scratch, clip, beta1, nesterov_mix,
+    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
+    TILE: tl.constexpr, STRIP: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Copies a tile into scratch memory; updates the momentum on the way. Returns its square."""
+    origin = row_pointer(addresses, source, tensor, STATE, FULL)
+    grad = row_pointer(addresses, GRAD, tensor, GRAD_TYPE, FULL)
+    exp_avg = row_pointer(addresses, EXP_AVG, tensor, STATE, FULL)
+    offset, pitch, rows, columns = in_memory(matrix, FULL)
+    place, _, width = in_scratch(matrix, TILE)
+    c = column + tl.arange(0, TILE)
+    square = tl.full((), 0.0, tl.float32)
+    for begin in range(0, TILE, STRIP):
+        r = row + begin + tl.arange(0, STRIP)
+        at = offset + r.to(tl.int64)[:, None] * pitch + c[None, :]
+        here = (r < rows)[:, None] & (c < columns)[None, :]
+        if MOMENTUM:
+            g = _load(grad + at, here, FULL).to(STATE) * clip
+            m = _load(exp_avg + at, here, FULL)
+            m = m + (1.0 - beta1) * (g - m)
+            tl.store(exp_avg + at, m, mask=None if FULL else here)
+            value = m - (1.0 - nesterov_mix) * (m - g)
+        else:
+            value = _load(origin + at, here, FULL)
+        value = narrow(value.to(tl.float32), DTYPE)
+        wide = value.to(tl.float32)
+        square += tl.sum(tl.sum(wide * wide, axis=1), axis=0)
+        if tall:
+            turned = place + c.to(tl.int64)[:, None] * width + r[None, :]
+            tl.store(scratch + turned, tl.trans(value))
+        else:
+            tl.store(scratch + place + r.to(tl.int64)[:, None] * width + c[None, :], value)
+    return square
 
 
 @triton.jit
@@ -140,61 +111,30 @@ def _gather_kernel(
     addresses, extents, matrices, tiles, present, group, hyperparameters,
     partials, ledger, max_norm, source, scratch, squares,
     GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
-    CLIP: tl.constexpr, COLUMNS: tl.constexpr,
-    TILE: tl.constexpr, STRIP: tl.constexpr,
+    CLIP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    matrix = matrices + tl.load(tiles + 3 * tile) * MATRIX_COLUMNS
-    i = tl.load(tiles + 3 * tile + 1)
-    j = tl.load(tiles + 3 * tile + 2)
-    tensor = tl.load(matrix + TENSOR)
+    matrix, i, j = tile_at(matrices, tiles)
+    tensor, row, column, tall, whole = tile_in_memory(matrix, i, j, extents, TILE)
     wanted = True
     clip = 1.0
     beta1 = 0.0
     nesterov_mix = 0.0
     if MOMENTUM:
-        norm, nonfinite, unscale = gradient_norm(partials, ledger, COLUMNS)
-        wanted = (nonfinite == 0) & (tl.load(ledger + HOLD) <= 0)
-        wanted = wanted & (tl.load(present + tensor) != 0)
+        _, _, applied, clip, unscale = gradient_norm(partials, ledger, max_norm, CLIP, COLUMNS)
+        wanted = applied & (tl.load(present + tensor) != 0)
         settings = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
-        clip = clip_coefficient(norm, max_norm, CLIP) * unscale * tl.load(settings + SIGN)
-        clip = clip.to(STATE)
+        clip = (clip * unscale * tl.load(settings + SIGN)).to(STATE)
         beta1 = tl.load(settings + BETA1).to(STATE)
         nesterov_mix = tl.load(settings + NESTEROV_MIX).to(STATE)
     if wanted:
-        tall = tl.load(matrix + TALL) != 0
-        rows = tl.load(matrix + ROWS_IN_MEMORY)
-        columns = tl.load(matrix + COLUMNS_IN_MEMORY)
-        place = tl.multiple_of(tl.load(matrix + PLACE), TILE)
-        width = tl.multiple_of(tl.load(matrix + WIDTH), TILE)
-        row = tl.where(tall, j, i) * TILE
-        column = tl.where(tall, i, j) * TILE
-        whole = (row + TILE <= rows) & (column + TILE <= columns)
-        whole = whole & (tl.load(matrix + EVEN) != 0) & ((tl.load(extents + tensor) & 1) != 0)
-        square = tl.full((), 0.0, tl.float32)
-        if whole:
-            grad = row_pointer(addresses, GRAD, tensor, GRAD_TYPE, True)
-            exp_avg = row_pointer(addresses, EXP_AVG, tensor, STATE, True)
-            origin = row_pointer(addresses, source, tensor, STATE, True)
-            offset, pitch = _steps(matrix, True)
-            for begin in range(0, TILE, STRIP):
-                square = _strip(
-                    grad, exp_avg, origin, scratch, row + begin, column, rows, columns,
-                    offset, pitch, place, width, tall, clip, beta1, nesterov_mix, square,
-                    STATE, DTYPE, MOMENTUM, TILE, STRIP, True,
+        for FULL in tl.static_range(2):
+            if whole == FULL:
+                square = _gather_tile(
+                    addresses, matrix, tensor, row, column, tall, source, scratch,
+                    clip, beta1, nesterov_mix,
+                    GRAD_TYPE, STATE, DTYPE, MOMENTUM, TILE, STRIP, FULL,
                 )  # fmt: skip
-        else:
-            grad = row_pointer(addresses, GRAD, tensor, GRAD_TYPE, False)
-            exp_avg = row_pointer(addresses, EXP_AVG, tensor, STATE, False)
-            origin = row_pointer(addresses, source, tensor, STATE, False)
-            odd_offset, odd_pitch = _steps(matrix, False)
-            for begin in range(0, TILE, STRIP):
-                square = _strip(
-                    grad, exp_avg, origin, scratch, row + begin, column, rows, columns,
-                    odd_offset, odd_pitch, place, width, tall, clip, beta1, nesterov_mix, square,
-                    STATE, DTYPE, MOMENTUM, TILE, STRIP, False,
-                )  # fmt: skip
-        tl.store(squares + tile, square)
+                tl.store(squares + tl.program_id(0), square)
 
 
 @triton.jit
@@ -203,10 +143,7 @@ def _normalise_kernel(
     DTYPE: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Divides a matrix by its norm, the sum of its tiles' squares in a fixed order."""
-    tile = tl.program_id(0)
-    matrix = matrices + tl.load(tiles + 3 * tile) * MATRIX_COLUMNS
-    i = tl.load(tiles + 3 * tile + 1)
-    j = tl.load(tiles + 3 * tile + 2)
+    matrix, i, j = tile_at(matrices, tiles)
     first = tl.load(matrix + FIRST_TILE)
     count = tl.load(matrix + TILES)
     total = tl.zeros([256], tl.float32)
@@ -218,8 +155,7 @@ def _normalise_kernel(
     # Rounded as torch.optim.Muon does: later steps blow a difference of 0.2% up to 4%.
     norm = narrow(precise_sqrt(tl.sum(total, axis=0)), DTYPE).to(tl.float32)
     norm = narrow(tl.maximum(norm, least), DTYPE).to(tl.float32)
-    place = tl.multiple_of(tl.load(matrix + PLACE), TILE)
-    width = tl.multiple_of(tl.load(matrix + WIDTH), TILE)
+    place, _, width = in_scratch(matrix, TILE)
     columns = j * TILE + tl.arange(0, TILE)
     for begin in range(0, TILE, STRIP):
         rows = i * TILE + begin + tl.arange(0, STRIP)
@@ -241,22 +177,15 @@ def _product(left, right, total, DTYPE: tl.constexpr):
 @triton.jit
 def _symmetric_kernel(
     matrices, tiles, scratch, target, b, c,
-    DTYPE: tl.constexpr, POLYNOMIAL: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr,
+    DTYPE: tl.constexpr, POLYNOMIAL: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """X Xᵀ, or b A + c A A of a symmetric A: the lower triangle of tiles, and its mirror."""
-    tile = tl.program_id(0)
-    matrix = matrices + tl.load(tiles + 3 * tile) * MATRIX_COLUMNS
-    i = tl.load(tiles + 3 * tile + 1)
-    j = tl.load(tiles + 3 * tile + 2)
-    height = tl.multiple_of(tl.load(matrix + HEIGHT), TILE)
-    gram_place = tl.multiple_of(tl.load(matrix + GRAM_PLACE), TILE)
+    matrix, i, j = tile_at(matrices, tiles)
+    place, height, length = in_scratch(matrix, TILE)
+    gram = gram_place(matrix, TILE)
     if POLYNOMIAL:
+        place = gram
         length = height
-        place = gram_place
-    else:
-        length = tl.multiple_of(tl.load(matrix + WIDTH), TILE)
-        place = tl.multiple_of(tl.load(matrix + PLACE), TILE)
     inner = tl.arange(0, DEPTH)[None, :]
     rows = (i * TILE + tl.arange(0, TILE)).to(tl.int64)
     columns = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
@@ -265,34 +194,27 @@ def _symmetric_kernel(
     total = tl.zeros([TILE, TILE], tl.float32)
     for begin in range(0, length, DEPTH):
         total = _product(tl.load(left + begin), tl.trans(tl.load(right + begin)), total, DTYPE)
-    at = gram_place + rows[:, None] * height + columns[None, :]
+    at = gram + rows[:, None] * height + columns[None, :]
     if POLYNOMIAL:
         total = b * tl.load(scratch + at).to(tl.float32) + c * total
     value = narrow(total, DTYPE)
     tl.store(target + at, value)
     if i != j:
-        tl.store(target + gram_place + columns[:, None] * height + rows[None, :], tl.trans(value))
+        tl.store(target + gram + columns[:, None] * height + rows[None, :], tl.trans(value))
 
 
 @triton.jit
 def _polynomial_kernel(
     addresses, extents, matrices, tiles, scratch, factor, target, goal, a,
-    DTYPE: tl.constexpr, LAST: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr,
+    DTYPE: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The product a X + B X; the last step writes it to the row ``goal`` of its tensor."""
-    tile = tl.program_id(0)
-    matrix = matrices + tl.load(tiles + 3 * tile) * MATRIX_COLUMNS
-    i = tl.load(tiles + 3 * tile + 1)
-    j = tl.load(tiles + 3 * tile + 2)
-    height = tl.multiple_of(tl.load(matrix + HEIGHT), TILE)
-    width = tl.multiple_of(tl.load(matrix + WIDTH), TILE)
-    place = tl.multiple_of(tl.load(matrix + PLACE), TILE)
-    gram_place = tl.multiple_of(tl.load(matrix + GRAM_PLACE), TILE)
+    matrix, i, j = tile_at(matrices, tiles)
+    place, height, width = in_scratch(matrix, TILE)
     rows = i * TILE + tl.arange(0, TILE)
     columns = j * TILE + tl.arange(0, TILE)
     inner = tl.arange(0, DEPTH)
-    left = factor + gram_place + rows.to(tl.int64)[:, None] * height + inner[None, :]
+    left = factor + gram_place(matrix, TILE) + rows.to(tl.int64)[:, None] * height + inner[None, :]
     right = scratch + place + inner.to(tl.int64)[:, None] * width + columns[None, :]
     total = tl.zeros([TILE, TILE], tl.float32)
     for begin in range(0, height, DEPTH):
@@ -302,29 +224,18 @@ def _polynomial_kernel(
     total += a * tl.load(scratch + at).to(tl.float32)
     value = narrow(total, DTYPE)
     if LAST:
-        tensor = tl.load(matrix + TENSOR)
-        tall = tl.load(matrix + TALL) != 0
-        memory_rows = tl.load(matrix + ROWS_IN_MEMORY)
-        memory_columns = tl.load(matrix + COLUMNS_IN_MEMORY)
-        first_row = tl.where(tall, j, i) * TILE
-        first_column = tl.where(tall, i, j) * TILE
-        whole = (first_row + TILE <= memory_rows) & (first_column + TILE <= memory_columns)
-        whole = whole & (tl.load(matrix + EVEN) != 0) & ((tl.load(extents + tensor) & 1) != 0)
-        r = first_row + tl.arange(0, TILE)
-        c = first_column + tl.arange(0, TILE)
+        tensor, row, column, tall, whole = tile_in_memory(matrix, i, j, extents, TILE)
+        r = row + tl.arange(0, TILE)
+        c = column + tl.arange(0, TILE)
         if tall:
             value = tl.trans(value)
-        if whole:
-            offset, pitch = _steps(matrix, True)
-            begins = offset + r.to(tl.int64) * pitch
-            goal_row = row_pointer(addresses, goal, tensor, DTYPE, True)
-            tl.store(goal_row + begins[:, None] + c[None, :], value)
-        else:
-            odd_offset, odd_pitch = _steps(matrix, False)
-            odd_begins = odd_offset + r.to(tl.int64) * odd_pitch
-            inside = (r < memory_rows)[:, None] & (c < memory_columns)[None, :]
-            odd_row = row_pointer(addresses, goal, tensor, DTYPE, False)
-            tl.store(odd_row + odd_begins[:, None] + c[None, :], value, mask=inside)
+        for FULL in tl.static_range(2):
+            if whole == FULL:
+                offset, pitch, n_rows, n_columns = in_memory(matrix, FULL)
+                begins = offset + r.to(tl.int64) * pitch
+                goal_row = row_pointer(addresses, goal, tensor, DTYPE, FULL)
+                here = None if FULL else (r < n_rows)[:, None] & (c < n_columns)[None, :]
+                tl.store(goal_row + begins[:, None] + c[None, :], value, mask=here)
     else:
         tl.store(target + at, value)
 

@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.gram import reduce_partials
-from triton_hybrid.kernels.launch import LAUNCH, on_device
 from triton_hybrid.kernels.ledger import FACTOR_COLUMN, HORIZON, INDEX, PREDICTION_COLUMNS, gate
 from triton_hybrid.kernels.ledger_torch import gate_torch
-from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at
+from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import (
     EXP_AVG,
     SNAPSHOT,
@@ -28,7 +27,6 @@ from triton_hybrid.kernels.rows import (
     load_row,
     load_weight,
     narrow,
-    remaining,
     store_row,
     store_weight,
 )
@@ -51,12 +49,8 @@ class TorchDisplacement(Protocol):
     ) -> list[Tensor]:
         """FP64 columns ``[tensors]``: what `block` needs of each tensor.
 
-        Args:
-            tensors: The tensors.
-            scalars: Of these tensors.
-            factor: FP64 ``[tensors]``, share of the whole displacement to make.
-            coefficients: As `predict` takes them.
-            pull: As `predict` takes it.
+        ``factor`` is the share of the whole displacement to make, FP64 ``[tensors]``; the last two
+        are as `predict` takes them.
         """
 
     def block(
@@ -67,14 +61,9 @@ class TorchDisplacement(Protocol):
         factors: Sequence[Any],
         out: Tensor,
     ) -> Tensor:
-        """The displacement of a block.
+        """The displacement of a block, whose weights are ``w``, in the first row of ``out``.
 
-        Args:
-            tensors: The tensors.
-            rows: The block of every row that its tensor has.
-            w: Its weights.
-            factors: Of its tensor, as `factors` gave them: floats on the CPU, else 0-dim.
-            out: ``[2, elements]``; takes the result in its first row, the second is scratch.
+        Its second row is scratch. ``factors`` of a tensor are floats on the CPU, else 0-dim.
         """
 
 
@@ -83,41 +72,37 @@ class Displacement:
     """A predicted displacement as the kernels see it.
 
     The two ``@triton.jit`` functions are handed to the kernel as compile-time constants.
-
-    Attributes:
-        factors: ``(ledger, row, rate, factor, PULL)``: two numbers that `block` needs, computed
-            once a chunk. ``rate`` is the learning rate's factor of the tensor.
-        block: ``(addresses, tensor, begin, length, w, two numbers, four of the rule, coefficients,
-            ...)``: the displacement of a block.
-        torch: The same in plain torch.
-        reads: Rows that `block` reads, beside the weight and the rule's ``reads_along``.
-        along_rule: Whether the rule says where a gradient would lead (``rule.along``).
     """
 
     factors: Any
+    """``(ledger, row, rate, factor, PULL)``: two numbers that `block` needs, computed once a chunk.
+    ``rate`` is the learning rate's factor of the tensor."""
     block: Any
+    """``(addresses, tensor, begin, length, w, two numbers, four of the rule, coefficients, ...)``:
+    the displacement of a block."""
     torch: TorchDisplacement
     reads: tuple[str, ...]
+    """Rows that `block` reads, beside the weight and the rule's ``reads_along``."""
     along_rule: bool
+    """Whether the rule says where a gradient would lead (``rule.along``)."""
 
 
 @triton.jit
 def _move_chunk(
-    addresses, tensor, start, count, length, row, step, factor, pull, coefficients,
+    addresses, tensor, start, length, row, step, factor, pull, coefficients,
     DISPLACEMENT: tl.constexpr, CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr,
     ALONG: tl.constexpr, PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr, PULL: tl.constexpr,
     SAVE: tl.constexpr, SLOPES: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Moves a chunk; returns slope, squared displacement, and 1 where it is not finite."""
-    slope = tl.full((), 0.0, tl.float32)
-    square = tl.full((), 0.0, tl.float32)
-    bad = tl.full((), 0.0, tl.float32)
+    zero = tl.full((), 0.0, tl.float32)
+    slope, square, bad = zero, zero, zero
     inverse_correction1 = (1.0 / (1.0 - tl.exp(step * tl.load(row + LOG_EXP_AVG)))).to(STATE)
     # The step size is not used, whatever the rate.
     _, a, b, c, d = CONSTANTS(row, step, step, STATE)
-    for inner in range(0, count, BLOCK):
+    for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         displacement = DISPLACEMENT(
@@ -151,41 +136,30 @@ def _predict_kernel(
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, FACTORED: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
     MASTER: tl.constexpr, KEPT: tl.constexpr, PULL: tl.constexpr,
-    SAVE: tl.constexpr, SLOPES: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    SAVE: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     moving = gate(ledger, threshold)
     horizon = tl.load(ledger + HORIZON) * share
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        slope = tl.full((), 0.0, tl.float32)
-        square = tl.full((), 0.0, tl.float32)
-        bad = tl.full((), 0.0, tl.float32)
+        zero = tl.full((), 0.0, tl.float32)
+        slope, square, bad = zero, zero, zero
         if moving:
             tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
             row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
             # A tensor that never had a gradient has empty moments, and does not move.
             step = tl.maximum(tl.load(steps + tensor).to(tl.float64), 1.0)
             own = tl.load(prediction + PREDICTION_COLUMNS * tensor + FACTOR_COLUMN).to(tl.float64)
-            rate = 1.0
-            if FACTORED:
-                rate = tl.load(rate_factors + tensor)
+            rate = tl.load(rate_factors + tensor) if FACTORED else 1.0
             factor, pull = FACTORS(ledger, row, rate, horizon * own, PULL)
-            factor = factor.to(STATE)
-            pull = pull.to(STATE)
-            if full:
-                slope, square, bad = _move_chunk(
-                    addresses, tensor, start, CHUNK, length, row, step, factor, pull,
-                    coefficients, DISPLACEMENT, CONSTANTS, DENOMINATOR, ALONG, PARAM_TYPE, STATE,
-                    UPDATE_TYPE, MASTER, KEPT, PULL, SAVE, SLOPES, BLOCK, True,
-                )  # fmt: skip
-            else:
-                slope, square, bad = _move_chunk(
-                    addresses, tensor, start, remaining(start, length, CHUNK), length,
-                    row, step, factor, pull,
-                    coefficients, DISPLACEMENT, CONSTANTS, DENOMINATOR, ALONG, PARAM_TYPE, STATE,
-                    UPDATE_TYPE, MASTER, KEPT, PULL, SAVE, SLOPES, TAIL, False,
-                )  # fmt: skip
+            for FULL in tl.static_range(2):
+                if full == FULL:
+                    slope, square, bad = _move_chunk(
+                        addresses, tensor, start, length, row, step,
+                        factor.to(STATE), pull.to(STATE), coefficients,
+                        DISPLACEMENT, CONSTANTS, DENOMINATOR, ALONG, PARAM_TYPE, STATE,
+                        UPDATE_TYPE, MASTER, KEPT, PULL, SAVE, SLOPES,
+                        BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                    )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
         tl.store(cell, slope)
         tl.store(cell + 1, square)
@@ -226,25 +200,21 @@ def predict(
     assert rule is not None
     if displacement.along_rule and rule.prepare_along is not None:
         rule.prepare_along(tensors, scalars)
-    addresses, extents = tensors.tables()
-    chunks = tensors.chunks(every=True)
     partials = tensors.room_for(MOVE_COLUMNS)
     prediction = scalars.prediction[tensors.place]
-    with on_device(tensors.device):
-        _predict_kernel[(tensors.tiling.programs,)](
-            addresses, extents, chunks.places, chunks.count,
-            tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,
-            prediction if coefficients is None else coefficients, prediction,
-            scalars.ledger, partials, float(threshold), float(share),
-            FACTORS=displacement.factors, DISPLACEMENT=displacement.block,
-            CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
-            FACTORED=tensors.rate_factors is not None,
-            UPDATE_TYPE=tensors.dtype_of("direction"), MASTER=tensors.has_master,
-            PULL=pull and displacement.along_rule and tensors.has("weight_ema"),
-            SAVE=save,
-            SLOPES=with_slopes, **tensors.layout(), **LAUNCH,
-        )  # fmt: skip
-    reduce_partials(partials, chunks, scalars.sums[tensors.place], begin=0 if with_slopes else 1)
+    tensors.launch(
+        _predict_kernel, tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,
+        prediction if coefficients is None else coefficients, prediction,
+        scalars.ledger, partials, float(threshold), float(share), every=True,
+        FACTORS=displacement.factors, DISPLACEMENT=displacement.block,
+        CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
+        FACTORED=tensors.rate_factors is not None,
+        UPDATE_TYPE=tensors.dtype_of("direction"), MASTER=tensors.has_master,
+        PULL=pull and displacement.along_rule and tensors.has("weight_ema"),
+        SAVE=save, SLOPES=with_slopes,
+    )  # fmt: skip
+    sums = scalars.sums[tensors.place]
+    reduce_partials(partials, tensors.chunks(every=True), sums, begin=0 if with_slopes else 1)
 
 
 def predict_torch(

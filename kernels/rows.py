@@ -14,21 +14,19 @@ from triton_hybrid.kernels.launch import INTERPRETED
 
 MOST_ROWS = 64
 """Entries of the address table for one tensor."""
-
 ROW: dict[str, int] = {}
 """Index of each row by name."""
-
-
 OWN_DTYPE = {"param", "grad", "remainder"}
 """Rows that need not have the dtype of the weights."""
 
 
-def address_row(name: str, own_dtype: bool = False) -> tl.constexpr:
-    """The index of a row in the address table, for kernels.
+def number(names: dict[str, int], name: str) -> tl.constexpr:
+    """The place of a name in a table, for kernels; a new name gets the next one."""
+    return tl.constexpr(names.setdefault(name, len(names)))
 
-    Args:
-        name: Of the row.
-        own_dtype: Whether its dtype may differ from that of the weights.
+
+def address_row(name: str, own_dtype: bool = False) -> tl.constexpr:
+    """The index of a row in the address table; ``own_dtype``: it may differ from the weights'.
 
     Raises:
         ValueError: The table is full.
@@ -37,14 +35,13 @@ def address_row(name: str, own_dtype: bool = False) -> tl.constexpr:
         OWN_DTYPE.add(name)
     if name not in ROW and len(ROW) >= MOST_ROWS:
         raise ValueError(f"row {name!r}: the address table has room for {MOST_ROWS} rows")
-    return tl.constexpr(ROW.setdefault(name, len(ROW)))
+    return number(ROW, name)
 
 
 OWN, SPLIT, NONE = 0, 1, 2
 """How a weight is kept: in a row of its own (or as the FP32 parameter), as a BF16 parameter and the
 remainder of its FP32 master, or as the 16-bit parameter alone."""
 
-N_ROWS = tl.constexpr(MOST_ROWS)
 PARAM = address_row("param")
 GRAD = address_row("grad")
 WEIGHT = address_row("weight")
@@ -66,17 +63,16 @@ TRITON_DTYPES = {
 """Floating-point dtypes that the kernels read and write."""
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_SPLIT = tl.constexpr(SPLIT)
+_N_ROWS = tl.constexpr(MOST_ROWS)
 _OWN = tl.constexpr(OWN)
+_SPLIT = tl.constexpr(SPLIT)
 
 
 @triton.jit
 def row_pointer(addresses, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The base pointer of one role of one tensor."""
-    pointer = tl.load(addresses + tensor * N_ROWS + row).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    """The base pointer of one row of one tensor."""
+    pointer = tl.load(addresses + tensor * _N_ROWS + row).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
@@ -94,12 +90,6 @@ def narrow(values, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def remaining(start, length, CHUNK: tl.constexpr):
-    """Elements of a tensor in the chunk that begins at ``start``."""
-    return tl.minimum(length - start, CHUNK).to(tl.int32)
-
-
-@triton.jit
 def _eights(BLOCK: tl.constexpr):
     """Offsets of a block in rows of 8: what a thread moves of a 16-bit role at a time."""
     return tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -107,74 +97,51 @@ def _eights(BLOCK: tl.constexpr):
 
 @triton.jit
 def load_row(
-    addresses,
-    row,
-    tensor,
-    begin,
-    length,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-    OTHER: tl.constexpr = 0.0,
-):
-    """A block of one role, promoted to ``COMPUTE``; ``OTHER`` beyond the end of the tensor.
+    addresses, row, tensor, begin, length,
+    DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr, OTHER: tl.constexpr = 0.0,
+):  # fmt: skip
+    """A block of one row, promoted to ``COMPUTE``; ``OTHER`` beyond the end of the tensor.
 
     A full chunk takes the branch without a mask: with one, ptxas emits 32-bit loads. There a
-    16-bit role is read as a matrix, which Triton gives a layout of its own: 8 elements a
-    thread are one 128-bit access, where an FP32 role takes 4. In one layout for both, every
+    16-bit row is read as a matrix, which Triton gives a layout of its own: 8 elements a
+    thread are one 128-bit access, where an FP32 row takes 4. In one layout for both, every
     FP32 row would go through shared memory on its way back.
     """
     pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
-    if FULL:
-        if DTYPE == COMPUTE:
-            values = tl.load(pointer + (begin + tl.arange(0, BLOCK)))
-        else:
-            values = tl.reshape(tl.load(pointer + (begin + _eights(BLOCK))), (BLOCK,))
-    else:
-        offsets = begin + tl.arange(0, BLOCK)
+    offsets = begin + tl.arange(0, BLOCK)
+    if not FULL:
         values = tl.load(pointer + offsets, mask=offsets < length, other=OTHER)
+    elif DTYPE == COMPUTE:
+        values = tl.load(pointer + offsets)
+    else:
+        values = tl.reshape(tl.load(pointer + (begin + _eights(BLOCK))), (BLOCK,))
     return values.to(COMPUTE)
 
 
 @triton.jit
 def store_row(
-    addresses,
-    row,
-    tensor,
-    begin,
-    length,
-    values,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Writes a block of one role, rounded once to the role's dtype."""
+    addresses, row, tensor, begin, length, values,
+    DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Writes a block of one row, rounded once to the row's dtype."""
     pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
+    offsets = begin + tl.arange(0, BLOCK)
     values = narrow(values, DTYPE)
-    if FULL:
-        if DTYPE == COMPUTE:
-            tl.store(pointer + (begin + tl.arange(0, BLOCK)), values)
-        else:
-            tl.store(pointer + (begin + _eights(BLOCK)), tl.reshape(values, (BLOCK // 8, 8)))
-    else:
-        offsets = begin + tl.arange(0, BLOCK)
+    if not FULL:
         tl.store(pointer + offsets, values, mask=offsets < length)
+    elif DTYPE == COMPUTE:
+        tl.store(pointer + offsets, values)
+    else:
+        tl.store(pointer + (begin + _eights(BLOCK)), tl.reshape(values, (BLOCK // 8, 8)))
 
 
 @triton.jit
 def load_weight(
-    addresses,
-    tensor,
-    begin,
-    length,
-    PARAM_TYPE: tl.constexpr,
-    STATE: tl.constexpr,
-    KEPT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
+    addresses, tensor, begin, length,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """A block of weights in ``STATE``, however they are kept."""
     if KEPT == _OWN:
         weight = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
@@ -191,18 +158,10 @@ def load_weight(
 
 @triton.jit
 def store_weight(
-    addresses,
-    tensor,
-    begin,
-    length,
-    weight,
-    PARAM_TYPE: tl.constexpr,
-    STATE: tl.constexpr,
-    MASTER: tl.constexpr,
-    KEPT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
+    addresses, tensor, begin, length, weight,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """Writes a block of weights, and the parameters that are their rounded values.
 
     The remainder is the distance of the bits of weight and parameter, -2^15 to 2^15. That one

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton_hybrid.kernels.ledger import (
-    FACTOR_COLUMN,
-    FOUND_INF,
-    FRACTION_COLUMN,
-    LOSS_SCALE,
-    PREDICTION_COLUMNS,
-    new_ledger,
-)
+from triton_hybrid.kernels.ledger import FOUND_INF, HOLD, LOSS_SCALE, new_ledger
 from triton_hybrid.kernels.multi_tensor import TensorSet
+from triton_hybrid.kernels.rows import number
 
 HYPER: dict[str, int] = {}
 """Columns of the table of hyperparameters, by name."""
-
-
-def _column(name: str) -> tl.constexpr:
-    return tl.constexpr(HYPER.setdefault(name, len(HYPER)))
-
-
+_column = functools.partial(number, HYPER)
 LR = _column("lr")
 BETA1 = _column("beta1")  # of a Muon group the momentum
 BETA2 = _column("beta2")
@@ -53,15 +42,6 @@ class Scalars:
     Args:
         sets: The tensor sets whose gradients are clipped and checked together.
         groups: How many parameter groups there are.
-
-    Attributes:
-        hyperparameters: FP64 ``[groups, len(HYPER)]``.
-        ledger: FP64, every scalar that decisions are made of.
-        prediction: FP32 ``[tensors, PREDICTION_COLUMNS]``.
-        sums: FP64 ``[tensors, 3]``, what a kernel measured of each tensor.
-        partials: FP32 ``[2 + UPDATE_SUMS, columns]``, first-stage sums of each program: squared
-            gradient, non-finite gradients, and those of an update.
-        arrivals: int32 ``[2]``, counters of programs; zero between launches.
     """
 
     def __init__(self, sets: Sequence[TensorSet], groups: int = 1) -> None:
@@ -72,16 +52,18 @@ class Scalars:
             tensors.first_column = programs
             count += len(tensors)
             programs += tensors.tiling.programs
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        self.hyperparameters = torch.zeros(groups, len(HYPER), **wide)
+        self.hyperparameters = torch.zeros(groups, len(HYPER), dtype=torch.float64, device=device)
         self.ledger = new_ledger(device)
-        self.prediction = torch.zeros(count, PREDICTION_COLUMNS.value, device=device)
-        self.prediction[:, FACTOR_COLUMN.value] = 1.0
-        self.prediction[:, FRACTION_COLUMN.value] = 1.0
-        self.sums = torch.zeros(count, 3, **wide)
+        # FP32: factor, slope and fraction of each tensor.
+        self.prediction = torch.tensor([[1.0, 0.0, 1.0]], device=device).repeat(count, 1)
+        self.sums = torch.zeros(count, 3, dtype=torch.float64, device=device)
+        """What a kernel measured of each tensor."""
         columns = triton.next_power_of_2(programs)
         self.partials = torch.zeros(2 + UPDATE_SUMS, columns, device=device)
+        """FP32, first-stage sums of each program: squared gradient, non-finite gradients, and those
+        of an update."""
         self.arrivals = torch.zeros(2, dtype=torch.int32, device=device)
+        """Counters of programs; zero between launches."""
 
 
 @triton.jit
@@ -97,21 +79,17 @@ def precise_div(x, y):
 
 
 @triton.jit
-def gradient_norm(partials, ledger, COLUMNS: tl.constexpr):
-    """Norm of all gradients, whether one is not finite, and what undoes the loss scale."""
+def gradient_norm(partials, ledger, max_norm, CLIP: tl.constexpr, COLUMNS: tl.constexpr):
+    """Norm of all gradients, whether one is not finite, and what follows from it.
+
+    Which is: whether the update is made, what clips the gradient, and what undoes the loss scale.
+    """
     columns = tl.arange(0, COLUMNS)
     squares = tl.load(partials + columns, cache_modifier=".cg")
     flags = tl.load(partials + COLUMNS + columns, cache_modifier=".cg")
     unscale = 1.0 / tl.load(ledger + LOSS_SCALE)
     norm = tl.sqrt(tl.sum(squares.to(tl.float64), axis=0)) * unscale
     nonfinite = (tl.max(flags, axis=0) > 0) | (tl.load(ledger + FOUND_INF) > 0)
-    return norm, nonfinite, unscale
-
-
-@triton.jit
-def clip_coefficient(norm, max_norm, CLIP: tl.constexpr):
-    """What global-norm clipping multiplies the gradient with."""
-    coefficient = 1.0
-    if CLIP:
-        coefficient = tl.minimum(max_norm / (norm + 1e-6), 1.0)
-    return coefficient
+    applied = (nonfinite == 0) & (tl.load(ledger + HOLD) <= 0)
+    clip = tl.minimum(max_norm / (norm + 1e-6), 1.0) if CLIP else 1.0
+    return norm, nonfinite, applied, clip, unscale

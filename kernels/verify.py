@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton_hybrid.kernels.gram import reduce_partials
-from triton_hybrid.kernels.launch import LAUNCH, on_device
+from triton_hybrid.kernels.gram import reduce_partials, totals
 from triton_hybrid.kernels.ledger import (
     CAUSE_JUMP,
     CAUSE_NONFINITE,
@@ -26,18 +25,18 @@ from triton_hybrid.kernels.ledger import (
     SLOPE_COLUMN,
     STRETCH,
     UPDATE_SQUARE,
+    add,
     gate,
     reject,
 )
 from triton_hybrid.kernels.ledger_torch import gate_torch, reject_torch
-from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at
+from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import (
     GRAD,
     SNAPSHOT,
     TAIL_SHARE,
     load_row,
     load_weight,
-    remaining,
     store_row,
     store_weight,
 )
@@ -48,15 +47,15 @@ SLOPE_SUMS = 3
 
 
 @triton.jit
-def _chunk_slopes(
-    addresses, tensor, start, count, length,
+def _slopes_chunk(
+    addresses, tensor, start, length,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
-    KEPT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    KEPT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     slope = tl.zeros([BLOCK], tl.float32)
     square = tl.zeros([BLOCK], tl.float32)
     bad = tl.zeros([BLOCK], tl.float32)
-    for inner in range(0, count, BLOCK):
+    for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
         g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL)
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
@@ -73,24 +72,21 @@ def _slopes_kernel(
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
     KEPT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     unscale = (1.0 / tl.load(ledger + LOSS_SCALE)).to(tl.float32)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
-        sign = tl.load(hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS + SIGN).to(
-            tl.float32
-        )
-        if full:
-            slope, square, bad = _chunk_slopes(
-                addresses, tensor, start, CHUNK, length,
-                PARAM_TYPE, GRAD_TYPE, STATE, KEPT, BLOCK, True,
-            )  # fmt: skip
-        else:
-            slope, square, bad = _chunk_slopes(
-                addresses, tensor, start, remaining(start, length, CHUNK), length,
-                PARAM_TYPE, GRAD_TYPE, STATE, KEPT, TAIL, False,
-            )  # fmt: skip
+        row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
+        sign = tl.load(row + SIGN).to(tl.float32)
         cell = partials + tl.cast(chunk, tl.int64) * 3
+        zero = tl.full((), 0.0, tl.float32)
+        slope, square, bad = zero, zero, zero
+        for FULL in tl.static_range(2):
+            if full == FULL:
+                slope, square, bad = _slopes_chunk(
+                    addresses, tensor, start, length,
+                    PARAM_TYPE, GRAD_TYPE, STATE, KEPT,
+                    BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                )  # fmt: skip
         tl.store(cell, sign * unscale * slope)
         tl.store(cell + 1, unscale * unscale * square)
         tl.store(cell + 2, bad)
@@ -107,16 +103,12 @@ def slopes(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True) -> No
         scalars: Of these tensors.
         with_slopes: False allows to leave the slopes out; these kernels measure them in passing.
     """
-    addresses, extents = tensors.tables()
-    chunks = tensors.chunks()
     partials = tensors.room_for(SLOPE_SUMS)
-    with on_device(tensors.device):
-        _slopes_kernel[(tensors.tiling.programs,)](
-            addresses, extents, chunks.places, chunks.count,
-            tensors.group, scalars.hyperparameters, scalars.ledger, partials,
-            GRAD_TYPE=tensors.dtype_of("grad"), **tensors.layout(), **LAUNCH,
-        )  # fmt: skip
-    reduce_partials(partials, chunks, scalars.sums[tensors.place])
+    tensors.launch(
+        _slopes_kernel, tensors.group, scalars.hyperparameters, scalars.ledger, partials,
+        GRAD_TYPE=tensors.dtype_of("grad"),
+    )  # fmt: skip
+    reduce_partials(partials, tensors.chunks(), scalars.sums[tensors.place])
 
 
 def slopes_torch(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True) -> None:
@@ -149,15 +141,16 @@ def slopes_torch(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True)
 
 @triton.jit
 def _place_chunk(
-    addresses, tensor, start, count, length, fraction,
+    addresses, tensor, start, length, fraction,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
-    WHOLE: tl.constexpr, RESTART: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    WHOLE: tl.constexpr, RESTART: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Places the weights of a chunk at snapshot + fraction · (weight - snapshot).
 
     ``WHOLE``: the fraction is 0, and the weights are not read.
     """
-    for inner in range(0, count, BLOCK):
+    for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
         placed = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         if not WHOLE:
@@ -180,34 +173,22 @@ def _check_move_kernel(
     MASTER: tl.constexpr, KEPT: tl.constexpr, LAST: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
-    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
-    program = tl.program_id(0)
-    moving = gate(ledger, threshold)
-    if moving:
-        squares = tl.zeros([TENSORS], tl.float64)
-        flags = tl.zeros([TENSORS], tl.float64)
-        for begin in range(0, n_tensors, TENSORS):
-            t = begin + tl.arange(0, TENSORS)
-            squares += tl.load(sums + 3 * t + 1, mask=t < n_tensors, other=0.0)
-            flags += tl.load(sums + 3 * t + 2, mask=t < n_tensors, other=0.0)
-        distance = tl.sqrt(tl.load(ledger + JUMP_SQUARE)) + tl.sqrt(tl.sum(squares, axis=0))
+    if gate(ledger, threshold):
+        square, nonfinite = totals(sums, n_tensors, TENSORS)
+        distance = tl.sqrt(tl.load(ledger + JUMP_SQUARE)) + tl.sqrt(square)
         usual = tl.sqrt(tl.load(ledger + UPDATE_SQUARE))
-        nonfinite = (tl.sum(flags, axis=0) > 0) | (distance != distance)
-        too_far = (distance > limit * usual) & (nonfinite == 0)
-        rejected = nonfinite | too_far
+        nonfinite = nonfinite | (distance != distance)
+        rejected = nonfinite | (distance > limit * usual)
         if rejected:
-            for chunk in range(program, n_chunks, tl.num_programs(0)):
+            for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
                 tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
-                if full:
-                    _place_chunk(
-                        addresses, tensor, start, CHUNK, length, 0.0,
-                        PARAM_TYPE, STATE, MASTER, KEPT, True, False, BLOCK, True,
-                    )  # fmt: skip
-                else:
-                    _place_chunk(
-                        addresses, tensor, start, remaining(start, length, CHUNK), length, 0.0,
-                        PARAM_TYPE, STATE, MASTER, KEPT, True, False, TAIL, False,
-                    )  # fmt: skip
+                for FULL in tl.static_range(2):
+                    if full == FULL:
+                        _place_chunk(
+                            addresses, tensor, start, length, 0.0,
+                            PARAM_TYPE, STATE, MASTER, KEPT, True, False,
+                            BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                        )  # fmt: skip
         if LAST:
             # The last program writes the ledger: the others decide by the same entries.
             tl.debug_barrier()
@@ -227,10 +208,8 @@ def _check_move_kernel(
                 tl.store(ledger + JUMP_SQUARE, tl.where(rejected, 0.0, distance * distance))
                 if rejected:
                     reject(ledger, cooldown)
-                    if nonfinite:
-                        tl.store(ledger + CAUSE_NONFINITE, tl.load(ledger + CAUSE_NONFINITE) + 1.0)
-                    else:
-                        tl.store(ledger + CAUSE_JUMP, tl.load(ledger + CAUSE_JUMP) + 1.0)
+                    add(ledger + CAUSE_NONFINITE, nonfinite.to(tl.float64))
+                    add(ledger + CAUSE_JUMP, 1.0 - nonfinite.to(tl.float64))
 
 
 def check_move(
@@ -255,15 +234,11 @@ def check_move(
         cooldown: Real steps that a first rejection forces before the next prediction.
         last: Whether this is the last set of the device.
     """
-    addresses, extents = tensors.tables()
-    chunks = tensors.chunks(every=True)
-    with on_device(tensors.device):
-        _check_move_kernel[(tensors.tiling.programs,)](
-            addresses, extents, chunks.places, chunks.count,
-            scalars.sums, scalars.prediction, len(scalars.sums), scalars.ledger, scalars.arrivals,
-            float(threshold), float(limit), float(cooldown),
-            MASTER=tensors.has_master, LAST=last, TENSORS=128, **tensors.layout(), **LAUNCH,
-        )  # fmt: skip
+    tensors.launch(
+        _check_move_kernel, scalars.sums, scalars.prediction, len(scalars.sums),
+        scalars.ledger, scalars.arrivals, float(threshold), float(limit), float(cooldown),
+        every=True, MASTER=tensors.has_master, LAST=last, TENSORS=128,
+    )  # fmt: skip
 
 
 def check_move_torch(
@@ -313,25 +288,18 @@ def _correct_kernel(
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     RESTART: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    TAIL: tl.constexpr = BLOCK // TAIL_SHARE
     decided = tl.load(ledger + DECISION) > 0
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
         fraction = tl.load(prediction + PREDICTION_COLUMNS * tensor + FRACTION_COLUMN).to(STATE)
-        wanted = decided
-        if not RESTART:
-            wanted = decided & (fraction != 1.0)
-        if wanted:
-            if full:
-                _place_chunk(
-                    addresses, tensor, start, CHUNK, length, fraction,
-                    PARAM_TYPE, STATE, MASTER, KEPT, False, RESTART, BLOCK, True,
-                )  # fmt: skip
-            else:
-                _place_chunk(
-                    addresses, tensor, start, remaining(start, length, CHUNK), length, fraction,
-                    PARAM_TYPE, STATE, MASTER, KEPT, False, RESTART, TAIL, False,
-                )  # fmt: skip
+        if decided & (RESTART | (fraction != 1.0)):
+            for FULL in tl.static_range(2):
+                if full == FULL:
+                    _place_chunk(
+                        addresses, tensor, start, length, fraction,
+                        PARAM_TYPE, STATE, MASTER, KEPT, False, RESTART,
+                        BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                    )  # fmt: skip
 
 
 def correct(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> None:
@@ -343,14 +311,10 @@ def correct(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> None:
             leave it; nothing happens without a decision in the ledger.
         restart: Whether ``snapshot`` becomes the placed weights, the start of a new cycle.
     """
-    addresses, extents = tensors.tables()
-    chunks = tensors.chunks(every=True)
-    with on_device(tensors.device):
-        _correct_kernel[(tensors.tiling.programs,)](
-            addresses, extents, chunks.places, chunks.count,
-            scalars.prediction[tensors.place], scalars.ledger,
-            MASTER=tensors.has_master, RESTART=restart, **tensors.layout(), **LAUNCH,
-        )  # fmt: skip
+    tensors.launch(
+        _correct_kernel, scalars.prediction[tensors.place], scalars.ledger,
+        every=True, MASTER=tensors.has_master, RESTART=restart,
+    )  # fmt: skip
 
 
 def correct_torch(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> None:

@@ -36,13 +36,11 @@ def needs_backward(optimizer: Any) -> bool:
     For loops that hold a wrapper: looks through ``.optimizer`` (accelerate, Lightning) down
     to a HybridOptimizer. True for every other optimizer.
     """
-    seen = 0
-    while not isinstance(optimizer, HybridOptimizer):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None or inner is optimizer or seen > 8:
-            return True
-        optimizer, seen = inner, seen + 1
-    return optimizer.needs_backward
+    for _ in range(10):
+        if isinstance(optimizer, HybridOptimizer):
+            return optimizer.needs_backward
+        optimizer = getattr(optimizer, "optimizer", None)
+    return True
 
 
 def reshard(module: Any) -> None:

@@ -9,34 +9,25 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.checkpoint import PROGRESS, Progress
+from triton_hybrid.config import Settings
 from triton_hybrid.engine import Engine
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.phases import Phase, PhaseController
-from triton_hybrid.precision import scale_entries
 from triton_hybrid.predictors.slow_ema import EARLY_STEPS
 from triton_hybrid.rules import RULES
-from triton_hybrid.settings import Settings
-from triton_hybrid.state import Member, State, StepPlan, at_home_on_host, state_bytes
+from triton_hybrid.state import DECLARED, Home, Member, State, StepPlan, state_bytes
 from triton_hybrid.stats import HybridStats
 
 Groups = Sequence[dict[str, Any]]
 
 
 class Binding:
-    """Settings and progress of an optimizer and, from the first step on, its engine.
-
-    Args:
-        settings: What the optimizer was made with.
-
-    Attributes:
-        progress: How far training has come.
-        engine: What steps are made with; None before the first step and after a change.
-    """
+    """Settings and progress of an optimizer and, from the first step on, its engine."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.progress = Progress(PhaseController(settings.config))
-        self.engine: Engine | None = None
+        self.engine: Engine | None = None  # before the first step and after a change
         self._pending_loss: Tensor | None = None
         self._bound: list[Any] = []
 
@@ -61,21 +52,16 @@ class Binding:
                 return None
             initialising = not state and _only_initialises(members)
             self.unbind()
-            self.engine = self._make_engine(members, state, len(groups))
+            self.engine = Engine(members, state, len(groups), self.settings)
+            self.engine.restore(self.progress.ledger, self.progress.predictor)
+            if self._pending_loss is not None:
+                self.engine.observe_loss(self._pending_loss)
+                self._pending_loss = None
             self._bound = bound
             if initialising:
                 return None
-        self.engine.hyperparameters.refresh(groups)
+        self.engine.refresh(groups)
         return self.engine
-
-    def _make_engine(self, members: Sequence[Member], state: State, groups: int) -> Engine:
-        backend = backend_of(members[0].param.device, self.settings)
-        engine = Engine(members, state, groups, self.settings, backend)
-        engine.restore(self.progress.ledger, self.progress.predictor)
-        if self._pending_loss is not None:
-            engine.observe_loss(self._pending_loss)
-            self._pending_loss = None
-        return engine
 
     def unbind(self, save: bool = True) -> None:
         """Lets go of bound memory; the state stays where it is, scalars in the progress."""
@@ -88,8 +74,6 @@ class Binding:
     def _note(self, engine: Engine) -> None:
         self.progress.ledger = engine.read()
         self.progress.predictor = engine.choice.state()
-
-    # ---------------------------------------------------------------- checkpoints
 
     def save(self, groups: Groups) -> None:
         """Writes phase, counters and ledger into the groups: what torch keeps."""
@@ -108,9 +92,8 @@ class Binding:
 
     def at_home_on_host(self, name: str) -> bool:
         """Whether state of this name is at home in host memory."""
-        return self.settings.config.offload != "none" and at_home_on_host(name)
-
-    # ---------------------------------------------------------------- scalars
+        declared = self.settings.config.offload != "none" and name in DECLARED
+        return declared and DECLARED[name].home is Home.HOST
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Notes the loss of the coming gradient."""
@@ -119,57 +102,42 @@ class Binding:
         else:
             self.engine.observe_loss(loss)
 
-    def loss_scale(self) -> Any:
+    def loss_scale(self) -> Tensor | float:
         """The present loss scale, on the device where that is known."""
         if self.engine is None:
-            return scale_entries(self.settings.loss_scale, self.progress.ledger)["loss_scale"]
+            return self.settings.scale_entries(self.progress.ledger)["loss_scale"]
         # A copy: the step moves the scale in place, and autograd may still hold this one.
         return self.engine.scalars.ledger[INDEX["loss_scale"]].float()
 
     def stats(self, state: State) -> HybridStats:
         """Counters and measurements. Waits for the device."""
-        engine, progress = self.engine, self.progress
+        engine, ledger = self.engine, self.progress.ledger
 
         def hosted(name: str) -> bool:
             away = engine is not None and engine.offload.is_away(name)
             return away or self.at_home_on_host(name)
 
         on_device, on_host = state_bytes(state, hosted)
-        predictor, entry = self.settings.config.predictor, progress.ledger
         if engine is None:
-            entry = {**entry, **scale_entries(self.settings.loss_scale, entry)}
+            ledger = {**ledger, **self.settings.scale_entries(ledger)}
+            predictor = self.settings.config.predictor
         else:
-            predictor, entry = engine.predictor.name, engine.read()
+            predictor, ledger = engine.predictor.name, engine.read()
             on_device += engine.offload.visiting_bytes()
-        return HybridStats.from_ledger(
-            entry, progress.steps, progress.seconds, predictor, on_device, on_host
-        )
-
-    # ---------------------------------------------------------------- the next step
-
-    @property
-    def early(self) -> bool:
-        """Whether predictions still pull towards the average of the weights."""
-        return self.progress.gradients < EARLY_STEPS
+        return HybridStats.of(self.progress, ledger, predictor, (on_device, on_host))
 
     def plan(self, engine: Engine) -> StepPlan:
         """What the next step does."""
         controller = self.progress.controller
+        phase = controller.phase
         return StepPlan(
-            gradient=controller.phase.needs_gradient,
+            gradient=phase.needs_gradient,
             measured=controller.measures,
-            edge=controller.may_predict,
-            early=self.early,
-            first=controller.phase is Phase.PREDICT and controller.in_row == 0,
+            edge=phase is Phase.CORRECT or controller.ends_gradients,
+            early=self.progress.gradients < EARLY_STEPS,
+            first=phase is Phase.PREDICT and controller.in_row == 0,
             trajectory=engine.predictor.follows_trajectory,
         )
-
-
-def backend_of(device: torch.device, settings: Settings) -> str:
-    """``"triton"`` or ``"torch"``: what runs the steps of parameters on a device."""
-    if settings.backend != "auto":
-        return settings.backend
-    return "triton" if device.type == "cuda" else "torch"
 
 
 def _only_initialises(members: Sequence[Member]) -> bool:

@@ -23,27 +23,20 @@ PROGRESS = "hybrid_progress"
 
 OLD_ENTRIES = {"verdict": "decision", "subspace": "quiet"}
 """What was called otherwise in version 0.1.0, in the ledger and in the predictor's state."""
+OLD_ROWS = {"gram", "coefficients", *(f"history_{slot}" for slot in range(8))}
+"""Rows of version 0.1.0, which kept a ring of displacements and all their inner products."""
 
 
 @dataclass
 class Progress:
-    """How far training has come.
-
-    Attributes:
-        controller: The phase machine.
-        steps: Steps taken, by phase.
-        seconds: Host seconds spent in them.
-        ledger: Entries of the device's ledger, as they were read last.
-        predictor: State of the predictor; None before the first step.
-        known_skips: Skipped gradients that the host knows of.
-    """
+    """How far training has come: steps and host seconds by phase, what was read last, and so on."""
 
     controller: PhaseController
     steps: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    ledger: dict[str, float] = field(default_factory=dict)
-    predictor: dict[str, int] | None = None
-    known_skips: int = 0
+    ledger: dict[str, float] = field(default_factory=dict)  # of the device, as read last
+    predictor: dict[str, int] | None = None  # its state; None before the first step
+    known_skips: int = 0  # skipped gradients that the host knows of
 
     @property
     def gradients(self) -> int:
@@ -62,82 +55,56 @@ class Progress:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any], config: HybridConfig) -> Progress:
-        """The inverse of `to_dict`; reads what version 0.1.0 wrote, too.
-
-        Args:
-            saved: What `to_dict` returned; empty for a fresh start.
-            config: Of this optimizer, whose drive may be another than that of the checkpoint.
-        """
-        progress = cls(PhaseController(config))
-        if not saved:
-            return progress
-        progress.controller.restore(saved["controller"])
-        if config.inline:
-            progress.controller.need_gradient()
-        progress.steps = {phase: int(saved["steps"][phase.value]) for phase in PHASES}
-        progress.seconds = {phase: float(saved["seconds"][phase.value]) for phase in PHASES}
-        ledger = {name: float(value) for name, value in saved["ledger"].items()}
-        progress.ledger = {OLD_ENTRIES.get(name, name): ledger[name] for name in ledger}
-        progress.known_skips = int(progress.ledger.get("skipped", 0))
-        model = {OLD_ENTRIES.get(name, name): saved["model"][name] for name in saved["model"]}
-        progress.predictor = model or None
-        return progress
+        """The inverse of `to_dict`; reads what version 0.1.0 wrote, too."""
+        controller = PhaseController(config)
+        controller.restore(saved["controller"])
+        if config.inline:  # the checkpoint may be of a stepped run
+            controller.need_gradient()
+        model, ledger = (
+            {OLD_ENTRIES.get(name, name): value for name, value in saved[part].items()}
+            for part in ("model", "ledger")
+        )
+        return cls(
+            controller,
+            steps={phase: int(saved["steps"][phase.value]) for phase in PHASES},
+            seconds={phase: float(saved["seconds"][phase.value]) for phase in PHASES},
+            ledger={name: float(value) for name, value in ledger.items()},
+            predictor=model or None,
+            known_skips=int(ledger.get("skipped", 0)),
+        )
 
 
-def check_loadable(state_dict: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that this optimizer cannot go on from.
-
-    Raises:
-        ValueError: It is of AMSGrad.
-    """
-    for group in state_dict["param_groups"]:
-        if group.get("amsgrad"):
-            raise ValueError("amsgrad=True in the checkpoint: must be False, it is not built")
-
-
-def without_rows(state_dict: Mapping[str, Any], left_out: Callable[[str], bool]) -> dict[str, Any]:
-    """A state dict without the rows of some names."""
-    passing = {
-        index: {key: value for key, value in entry.items() if not left_out(key)}
+def without_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with what `load_rows` leaves to torch: hyperparameters and plain values."""
+    plain = {
+        index: {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
         for index, entry in state_dict["state"].items()
     }
-    return {**state_dict, "state": passing}
+    return {**state_dict, "state": plain}
 
 
-def restore_rows(
+def load_rows(
     state: State,
     groups: list[dict[str, Any]],
     state_dict: Mapping[str, Any],
     hosted: Callable[[str], bool],
 ) -> None:
-    """Gives every tensor of state the dtype it was saved with, as a copy where it belongs.
+    """Copies every tensor of a checkpoint in the dtype it was saved with, to where it belongs.
 
-    Torch casts floating state to its parameter's dtype: FP32 state of FP16 parameters would die.
-
-    Args:
-        state: The optimizer's, after torch has loaded the state dict.
-        groups: The optimizer's parameter groups.
-        state_dict: The checkpoint.
-        hosted: Whether rows of a name belong in host memory.
+    Torch would cast floating state to its parameter's dtype, and FP32 state of FP16 parameters
+    would die; and what lives in host memory would visit the device on its way there.
     """
     names = {old: new for rule in RULES.values() for old, new in rule.checkpoint_names.items()}
     slot = _trajectory_slot(state_dict)
     saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [param for group in groups for param in group["params"]]
     for index, param in zip(saved_ids, params):
-        for old in names:
-            state[param].pop(old, None)
-        for key in [key for key in state[param] if slot is not None and key in OLD_ROWS]:
-            del state[param][key]
+        entry = state[param]
         for key, value in _converted(state_dict["state"].get(index, {}), slot).items():
             if isinstance(value, Tensor):
                 key = names.get(key, key)
                 place = torch.device("cpu") if hosted(key) else param.device
-                state[param][key] = value.detach().to(device=place, copy=True)
-
-
-OLD_ROWS = {"gram", "coefficients", *(f"history_{slot}" for slot in range(8))}
-"""Rows of version 0.1.0, which kept a ring of displacements and all their inner products."""
+                entry[key] = value.detach().to(device=place, copy=True)
 
 
 def _trajectory_slot(state_dict: Mapping[str, Any]) -> int | None:

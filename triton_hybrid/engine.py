@@ -12,18 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_hybrid.hyperparameters import Hyperparameters
+from triton_hybrid.config import Settings
 from triton_hybrid.kernels.backend import BACKENDS
 from triton_hybrid.kernels.ledger import INDEX, read_ledger, write_ledger
-from triton_hybrid.kernels.multi_tensor import require_launchable
-from triton_hybrid.kernels.scalars import Scalars
-from triton_hybrid.offload import Offload, lends_moments, moves
-from triton_hybrid.precision import ChangeWatch, scale_entries
+from triton_hybrid.kernels.multi_tensor import require_launchable, upload
+from triton_hybrid.kernels.scalars import HYPER, Scalars
+from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
-from triton_hybrid.predictors.predictor import Predictor
+from triton_hybrid.predictors.predictor import STEP_LIMIT, Predictor
+from triton_hybrid.predictors.slow_ema import PULL_SHARE_AT_CONSTANT_RATE, steps_ahead
 from triton_hybrid.rules import RULES
-from triton_hybrid.settings import Settings
-from triton_hybrid.state import Batch, Member, State
+from triton_hybrid.state import Batch, Member, State, StepPlan
+
+LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
+"""What is remembered of a group's learning rate, in the group, for checkpoints."""
+FRESH_RATES: dict[str, Any] = {LARGEST_LR: 0.0, LAST_LR: -1.0}
+"""Before the first step; -1 stands for the rate of that step."""
 
 
 class Engine:
@@ -34,7 +38,6 @@ class Engine:
         state: The optimizer's state; missing entries are created, others are kept.
         groups: How many parameter groups there are.
         settings: What the optimizer was made with.
-        backend: ``"triton"`` or ``"torch"``.
 
     Raises:
         NotImplementedError: Parameters on several devices.
@@ -42,34 +45,29 @@ class Engine:
     """
 
     def __init__(
-        self,
-        members: Sequence[Member],
-        state: State,
-        groups: int,
-        settings: Settings,
-        backend: str,
+        self, members: Sequence[Member], state: State, groups: int, settings: Settings
     ) -> None:
         devices = sorted({str(member.param.device) for member in members})
         if len(devices) > 1:
             raise NotImplementedError(f"parameters on several devices ({', '.join(devices)})")
         self.device = members[0].param.device
-        self.backend = BACKENDS[backend]
-        if backend == "triton":
+        self.backend = BACKENDS[settings.backend_for(self.device)]
+        if self.backend.name == "triton":
             require_launchable(self.device)
         self.settings = settings
         self.config = config = settings.config
+        # Gradient steps after a first rejection; each further one in a row doubles them. A single
+        # rejection is mostly an odd batch, so it costs a quarter of a Full phase.
+        self._cooldown = float(math.ceil(config.full_steps / 4))
         self.choice = PREDICTORS[config.predictor](config)
         self.batches = self._make_batches(members, state)
         self.params = [param for batch in self.batches for param in batch.params]
         self.scalars = Scalars([batch.tensors for batch in self.batches], groups)
-        self.hyperparameters = Hyperparameters(self.scalars.hyperparameters)
+        self._hyperparameters: list[list[float]] = []  # as they are on the device
         for batch in self.batches:
             batch.adopt_tables(self.scalars)
-        lends = lends_moments(config, self.choice.lends_moments)
-        pinned = config.offload == "pinned"
-        self.offload = Offload(self.batches, state, self.device, pinned, lends)
+        self.offload = Offload(self.batches, state, config, self.choice.lends_moments)
         self.choice.bind(self)
-        self._watch = ChangeWatch()
         self.remember_weights()
 
     def _make_batches(self, members: Sequence[Member], state: State) -> list[Batch]:
@@ -78,26 +76,18 @@ class Engine:
             rule = RULES[member.group["base"]]
             key = (member.param.dtype, rule.name, rule.batch_key(member.group))
             alike.setdefault(key, []).append(member)
+        offload = self.config.offload if moves(self.config, self.device) else "none"
+        masters = self.settings.master_weights
         batches = []
         for (_, name, _), its in alike.items():
             rule = RULES[name]
             rows = tuple(dict.fromkeys((*rule.rows, *self.choice.rows_for(rule))))
-            batch = Batch(
-                its,
-                rows,
-                rule,
-                state,
-                offloaded=moves(self.config.offload, self.device),
-                pinned=self.config.offload == "pinned",
-                masters=self.settings.master_weights,
-            )
-            if self.choice.active.predicts:
+            batch = Batch(its, rows, rule, state, offload=offload, masters=masters)
+            if self.predictor.predicts:
                 # Memory is allocated at the first step and never grows after it.
                 batch.tensors.room_for(max(row.shape[0] for row in rows if row.shape))
             batches.append(batch)
         return batches
-
-    # ------------------------------------------------------------------------- the steps
 
     @property
     def predictor(self) -> Predictor:
@@ -105,19 +95,15 @@ class Engine:
         return self.choice.active
 
     def take_gradients(self) -> bool:
-        """Reads ``.grad`` of every parameter; False when there is none at all.
-
-        Raises:
-            RuntimeError: A sparse gradient.
-        """
+        """Reads ``.grad`` of every parameter, and refuses sparse ones; False when there is none."""
         found = False
         for batch in self.batches:
             grads = [param.grad for param in batch.params]
-            here = [grad for grad in grads if grad is not None]
-            if any(grad.is_sparse for grad in here):
+            kinds = {(grad.dtype, grad.is_sparse) for grad in grads if grad is not None}
+            if any(sparse for _, sparse in kinds):
                 raise RuntimeError("HybridOptimizer does not support sparse gradients")
-            found = found or bool(here)
-            if len({grad.dtype for grad in here}) > 1:
+            found = found or bool(kinds)
+            if len(kinds) > 1:
                 grads = [None if grad is None else grad.float() for grad in grads]
             batch.tensors.set_row("grad", grads)
         return found
@@ -127,13 +113,8 @@ class Engine:
         for batch in self.batches:
             batch.tensors.release("grad")
 
-    def base_step(self, measured: bool, early: bool) -> None:
-        """Updates moments, weights and slow EMA, unless the gradient is not finite.
-
-        Args:
-            measured: Whether update and slow direction are compared, for the confidence.
-            early: Whether the average of the weights is kept up to date.
-        """
+    def base_step(self, plan: StepPlan) -> None:
+        """Updates moments, weights and slow EMA, unless the gradient is not finite."""
         predicts = self.predictor.predicts
         self.backend.step(
             [batch.tensors for batch in self.batches],
@@ -141,40 +122,33 @@ class Engine:
             max_norm=self.settings.max_grad_norm,
             slow_beta=self.config.slow_beta if predicts else 0.0,
             observed=predicts,
-            measured=measured,
-            weight_ema=early,
+            measured=plan.measured,
+            weight_ema=plan.early,
         )
 
-    def predict(self, planned: int, in_row: int, early: bool) -> None:
-        """Moves the weights by one predicted step; takes the stretch back at once where it failed.
-
-        Args:
-            planned: Predicted steps in this row.
-            in_row: How many of them were made.
-            early: Whether the average of the weights has been kept up to date.
-        """
-        predictor, config = self.predictor, self.config
-        predictor.predict(planned, in_row == 0, early)
+    def predict(self, plan: StepPlan, in_row: int) -> None:
+        """Moves the weights by one more predicted step, or undoes them all where that fails."""
+        self.predictor.predict(plan.first, plan.early)
         for batch in self.batches:
             self.backend.check_move(
                 batch.tensors,
                 self.scalars,
-                threshold=config.confidence_threshold,
-                limit=config.divergence_threshold * predictor.jump_limit(in_row + 1),
-                cooldown=self._first_cooldown,
+                threshold=self.config.confidence_threshold,
+                limit=self.config.divergence_threshold * (STEP_LIMIT * (in_row + 1)),
+                cooldown=self._cooldown,
                 last=batch is self.batches[-1],
             )
 
     def verify(self) -> None:
-        """Judges the prediction by the gradient at the predicted point, and places the weights.
+        """Decides on the prediction by the gradient at the predicted point, and places the weights.
 
         They stay, are corrected by the residual along the displacement, or are rolled back.
         """
         for batch in self.batches:
             self.backend.slopes(batch.tensors, self.scalars, self.wants_slopes)
-        self.backend.decide(self.scalars, self.config.divergence_threshold, self._first_cooldown)
+        self.backend.decide(self.scalars, self.config.divergence_threshold, self._cooldown)
+        restart = self.predictor.follows_trajectory
         for batch in self.batches:
-            restart = self.predictor.follows_trajectory
             self.backend.correct(batch.tensors, self.scalars, restart=restart)
 
     @property
@@ -193,30 +167,13 @@ class Engine:
         """Whether reading the ledger waits for nobody."""
         return self.device.type == "cpu"
 
-    @property
-    def _first_cooldown(self) -> float:
-        """Gradient steps after a first rejection; each further one in a row doubles them.
-
-        A single rejection is mostly an odd batch, so it costs a quarter of a Full phase.
-        """
-        return float(math.ceil(self.config.full_steps / 4))
-
-    # ----------------------------------------------------------------------- the ledger
-
     def read(self) -> dict[str, float]:
         """The ledger on the host. Waits for the device."""
-        values: dict[str, float] = read_ledger(self.scalars.ledger)
-        return values
+        return read_ledger(self.scalars.ledger)
 
     def restore(self, ledger: Mapping[str, float], predictor: dict[str, int] | None) -> None:
-        """Goes on from what was read before.
-
-        Args:
-            ledger: Its entries; a dynamic loss scale goes on, a fixed one is set anew.
-            predictor: State of the predictor; None before the first step.
-        """
-        scale = scale_entries(self.settings.loss_scale, ledger)
-        known = {**self.read(), **ledger, **scale}
+        """Goes on from ledger and predictor's state as they were read before, if they were."""
+        known = {**self.read(), **ledger, **self.settings.scale_entries(ledger)}
         self.scalars.ledger.copy_(write_ledger(known, self.device))
         if predictor is not None:
             self.choice.restore(predictor)
@@ -239,20 +196,83 @@ class Engine:
         self.scalars.ledger[INDEX["loss_scale"]].fill_(1.0)
         self.scalars.ledger[INDEX["found_inf"]].fill_(0.0)
 
-    # --------------------------------------------------------------- writes of others
+    def refresh(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Brings learning rates, betas and so on to the device, if they changed.
+
+        A learning rate that is a tensor on the device stays there.
+        """
+        table, on_device = self.scalars.hyperparameters, {}
+        rows = []
+        for index, group in enumerate(groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                on_device[index] = lr
+                rows.append(_row(group, 0.0, 0.0, 0.0))
+                continue
+            lr = float(lr)
+            last = float(group.get(LAST_LR, -1.0))
+            largest = max(float(group.get(LARGEST_LR, 0.0)), lr)
+            group[LARGEST_LR], group[LAST_LR] = largest, lr
+            rows.append(_row(group, lr, largest, lr if last < 0 else last))
+        if rows != self._hyperparameters or on_device:
+            self._hyperparameters = rows
+            table.copy_(upload(torch.tensor(rows, dtype=torch.float64), table.device))
+        for index, lr in on_device.items():
+            _take_from_device(groups[index], table[index], lr)
 
     def remember_weights(self) -> None:
         """Takes note of the weights as this step leaves them."""
-        self._watch.remember(self.params)
+        self._versions = [param._version for param in self.params]
 
     def adopt_outside_changes(self) -> None:
-        """Takes over what somebody else wrote into parameters since `remember_weights`."""
-        changed = set(self._watch.changed(self.params))
-        if changed:
-            self.offload.end_visits()
-        offset = 0
+        """Takes over what somebody else wrote into parameters since `remember_weights`.
+
+        A checkpoint loaded into the model, an averaged set of weights swapped in: without this, the
+        next step would write the old master over it. PyTorch counts in-place changes of a tensor;
+        reading the counter costs nothing.
+        """
+        changed = [p._version != seen for p, seen in zip(self.params, self._versions)]
+        if not any(changed):
+            return
+        self.offload.end_visits()
+        written = iter(changed)
         for batch in self.batches:
             for index in range(len(batch.params)):
-                if offset + index in changed:
+                if next(written):
                     batch.adopt(index)
-            offset += len(batch.params)
+
+
+def _row(group: dict[str, Any], lr: float, largest: float, last: float) -> list[float]:
+    betas = RULES[group["base"]].betas(group)
+    beta1, beta2 = betas.pair
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in (betas.exp_avg, beta2)]
+    values = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "log_exp_avg": logs[0],
+        "log_beta2": logs[1],
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "sign": -1.0 if group["maximize"] else 1.0,
+        "horizon": steps_ahead(1.0 - lr / largest if largest > 0 else 0.0),
+        "pull_share": PULL_SHARE_AT_CONSTANT_RATE * (lr == last),
+        "nesterov_mix": betas.nesterov_mix,
+    }
+    return [values[name] for name in HYPER]
+
+
+def _take_from_device(group: dict[str, Any], row: Tensor, lr: Tensor) -> None:
+    """The same for a learning rate on the device, without reading it on the host."""
+    now = lr.detach().double().reshape(())
+    for name in (LARGEST_LR, LAST_LR):
+        known = group.get(name, -1.0)
+        if not isinstance(known, Tensor) or known.device != now.device:
+            known = now if not isinstance(known, Tensor) and known < 0 else known
+            group[name] = torch.as_tensor(known, dtype=now.dtype).to(now.device, copy=True)
+    largest, last = group[LARGEST_LR], group[LAST_LR]
+    torch.maximum(largest, now, out=largest)
+    row[HYPER["lr"]].copy_(now)
+    row[HYPER["horizon"]].copy_(steps_ahead(1.0 - now / largest.clamp(min=1e-300)))
+    row[HYPER["pull_share"]].copy_(PULL_SHARE_AT_CONSTANT_RATE * (last == now))
+    last.copy_(now)

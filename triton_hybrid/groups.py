@@ -9,70 +9,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triton_hybrid.checks import check_choice, check_flag, check_number, require
 from triton_hybrid.kernels.multi_tensor import dense_view
 from triton_hybrid.kernels.rows import TRITON_DTYPES
-from triton_hybrid.rules import OPTIONS, RULES
-from triton_hybrid.rules.rule import check_number
+from triton_hybrid.rules import RULES
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "unembed", "output_projection")
 """Last parts of a module's name that make it the output layer."""
 
-FUSED: Mapping[str, int] = {
-    "c_attn": 3,
-    "qkv": 3,
-    "qkv_proj": 3,
-    "wqkv": 3,
-    "in_proj": 3,
-    "kv_proj": 2,
-    "gate_up_proj": 2,
-}
+FUSED = dict.fromkeys(("c_attn", "qkv", "qkv_proj", "wqkv", "in_proj"), 3)
+FUSED |= dict.fromkeys(("kv_proj", "gate_up_proj"), 2)
 """Layers that are several matrices in one, by the last part of their name, and how many.
 Orthogonalised as one they train worse. Only where the outputs divide evenly: query, key and
 value of equal size. Weights interleaved by heads (GPT-NeoX) are left whole."""
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Checks the options of a parameter group.
-
-    Raises:
-        ValueError: A value out of range.
-    """
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr has shape {tuple(lr.shape)}: a tensor must have one element")
-        if lr.device.type == "cpu":
-            check_number("lr", float(lr), "a finite number >= 0", 0.0)
-    else:
-        check_number("lr", lr, "a finite number >= 0, or a one-element tensor", 0.0)
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas={betas!r}: must be two numbers in [0, 1)")
+    """Checks the options of a parameter group."""
+    lr, betas = group["lr"], group["betas"]
+    if not isinstance(lr, Tensor):
+        check_number("lr", lr, "a finite number >= 0, or a one-element tensor")
+    elif lr.numel() != 1:
+        raise ValueError(f"lr has shape {tuple(lr.shape)}: a tensor must have one element")
+    elif lr.device.type == "cpu":
+        check_number("lr", float(lr), "a finite number >= 0")
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    require(pair, "betas", betas, "two numbers in [0, 1)")
     for index, beta in enumerate(betas):
-        check_number(f"betas[{index}]", beta, "a number in [0, 1)", 0.0, 1.0)
-    check_number("eps", group["eps"], "a finite number >= 0", 0.0)
-    check_number("weight_decay", group["weight_decay"], "a finite number >= 0", 0.0)
-    if not isinstance(group["maximize"], bool):
-        raise ValueError(f"maximize={group['maximize']!r}: must be True or False")
-    base = group["base"]
-    if base not in RULES:
-        raise ValueError(f"base={base!r}: must be one of {tuple(RULES)}")
-    RULES[base].check(group)
+        check_number(f"betas[{index}]", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
+    for name in ("eps", "weight_decay"):
+        check_number(name, group[name], "a finite number >= 0")
+    check_flag("maximize", group["maximize"])
+    check_choice("base", group["base"], RULES)
+    count = len(group["params"]) if "params" in group else None
+    for name, option in RULES[group["base"]].options.items():
+        require(option.ok(group[name], count), name, group[name], option.allowed)
 
 
 def check_parameter(group: Mapping[str, Any], index: int, param: Any, masters: str) -> None:
-    """Checks that a parameter can be optimised; leaves wrong types to torch.
-
-    Args:
-        group: Its group, complete.
-        index: Which parameter of the group.
-        param: The parameter.
-        masters: How FP32 masters are kept.
-
-    Raises:
-        ValueError: Wrong dtype, layout or shape.
-        NotImplementedError: A distributed tensor.
-    """
+    """Checks that a parameter of a complete group can be optimised; leaves wrong types to torch."""
     if not isinstance(param, Tensor):
         return
     if hasattr(param, "placements"):
@@ -93,19 +68,6 @@ def check_parameter(group: Mapping[str, Any], index: int, param: Any, masters: s
             "the upper half of FP32's; use 'auto' (FP32 masters) or BF16"
         )
     RULES[group["base"]].check_parameter(group, index, param)
-
-
-def refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Refuses keywords of the optimizer that no base rule has.
-
-    Raises:
-        TypeError: The message names them, and what there is.
-    """
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise TypeError(
-            f"HybridOptimizer got unknown arguments {unknown}; base rules have {sorted(OPTIONS)}"
-        )
 
 
 def split_param_groups(
@@ -142,36 +104,28 @@ def split_param_groups(
     Raises:
         ValueError: The model has no hidden matrix, or blocks do not divide a matrix.
     """
-    found = _hidden_layers(model)
-    matrices: list[Tensor] = []
-    grids: list[tuple[int, int]] = []
-    turned: list[bool] = []
+    hidden = _hidden_layers(model)
+    matrices: list[tuple[Tensor, tuple[int, int], bool]] = []
     rest: list[Tensor] = []
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        inputs_first = found.get(id(param))
-        if inputs_first is None or any(fnmatch(name, pattern) for pattern in exclude):
+        if id(param) not in hidden or any(fnmatch(name, pattern) for pattern in exclude):
             rest.append(param)
             continue
+        inputs_first = hidden[id(param)]
         outputs, inputs = param.shape[::-1] if inputs_first else param.shape
         parts = _parts(name, outputs, inputs, blocks or {})
-        matrices.append(param)
-        grids.append((1, parts) if inputs_first else (parts, 1))
-        turned.append(inputs_first)
+        matrices.append((param, (1, parts) if inputs_first else (parts, 1), inputs_first))
     if not matrices:
         raise ValueError("model has no hidden matrix for Muon: use base='adamw' for all of it")
-    group: dict[str, Any] = {"params": matrices, "base": "muon"}
-    group |= {"blocks": tuple(grids), "transposed": tuple(turned), **muon}
+    params, grids, transposed = zip(*matrices)
+    group: dict[str, Any] = {"params": list(params), "base": "muon"}
+    group |= {"blocks": grids, "transposed": transposed, **muon}
     other: dict[str, Any] = {"params": rest, "base": "adamw"}
-    rate = lr if muon_lr is None else muon_lr
-    if rate is not None:
-        group["lr"] = rate
-    if lr is not None:
-        other["lr"] = lr
-    for members in (group, other):
-        if weight_decay is not None:
-            members["weight_decay"] = weight_decay
+    for its, rate in ((group, lr if muon_lr is None else muon_lr), (other, lr)):
+        shared = {"lr": rate, "weight_decay": weight_decay}
+        its.update({name: value for name, value in shared.items() if value is not None})
     return [group, other] if rest else [group]
 
 
@@ -179,25 +133,18 @@ def _hidden_layers(model: nn.Module) -> dict[int, bool]:
     """Identities of the hidden matrices, and whether their rows are inputs."""
     modules = list(model.named_modules())
     embeddings = [m for _, m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    layers: list[tuple[str, Any]] = []
-    hidden: dict[int, bool] = {}
-    for name, module in modules:
-        if isinstance(module, nn.MultiheadAttention):
-            if module.in_proj_weight is not None:
-                hidden[id(module.in_proj_weight)] = False
-            for part in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
-                if part is not None:
-                    hidden[id(part)] = False
-        elif isinstance(module, nn.Linear) or _is_conv1d(module):
-            layers.append((name, module))
-    for _, module in layers:
-        hidden[id(module.weight)] = _is_conv1d(module)
+    layers: list[tuple[str, Any]] = [
+        (name, m) for name, m in modules if isinstance(m, nn.Linear) or _is_conv1d(m)
+    ]
+    hidden = {id(layer.weight): _is_conv1d(layer) for _, layer in layers}
+    for _, m in modules:
+        if isinstance(m, nn.MultiheadAttention):
+            fused = (m.in_proj_weight, m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+            hidden |= {id(weight): False for weight in fused if weight is not None}
     known = getattr(model, "get_output_embeddings", None)
-    output = known() if callable(known) else None
     outer: list[Any] = [module.weight for module in embeddings]
-    outer += [module.weight for name, module in layers if name.rpartition(".")[2] in HEADS]
-    if isinstance(output, nn.Module) and isinstance(getattr(output, "weight", None), Tensor):
-        outer.append(output.weight)
+    outer += [layer.weight for name, layer in layers if name.rpartition(".")[2] in HEADS]
+    outer.append(getattr(known() if callable(known) else None, "weight", None))
     if layers:
         last = layers[-1][1]
         sizes = {module.num_embeddings for module in embeddings}
@@ -208,9 +155,8 @@ def _hidden_layers(model: nn.Module) -> dict[int, bool]:
         first = next(m for _, m in modules if isinstance(m, kinds) or _is_conv1d(m))
         if first is layers[0][1]:
             outer.append(first.weight)
-    for weight in outer:
-        hidden.pop(id(weight), None)
-    return hidden
+    not_hidden = {id(weight) for weight in outer}
+    return {index: first for index, first in hidden.items() if index not in not_hidden}
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.multi_tensor import TensorSet, dense_view
+from triton_hybrid.kernels.multi_tensor import dense_view
 from triton_hybrid.state import Batch, Home, State, StateRow, StepPlan, buffer_like
 
 COPY_ON_CPU = False
@@ -31,106 +31,63 @@ LONG_STRETCH = 4
 """Predicted steps without a gradient for which moving the moments out is worth the copies."""
 
 
-def moves(offload: str, device: torch.device) -> bool:
-    """Whether rows move between host memory and the device.
-
-    Args:
-        offload: As in HybridConfig.
-        device: Where the kernels run.
-    """
-    return offload != "none" and (device.type != "cpu" or COPY_ON_CPU)
-
-
-def lends_moments(config: HybridConfig, unread: bool) -> bool:
-    """Whether the moments leave the device in stretches of predictions that do not read them.
-
-    Args:
-        config: Says how long these are.
-        unread: Whether the predictor reads them in its first prediction in a row only.
-    """
-    row = min(config.correction_interval, config.max_predict_steps)
-    return unread and not config.inline and row - 1 >= LONG_STRETCH
+def moves(config: HybridConfig, device: torch.device) -> bool:
+    """Whether rows move between host memory and the device where the kernels run."""
+    return config.offload != "none" and (device.type != "cpu" or COPY_ON_CPU)
 
 
 class MovingRow:
-    """One row of one batch, and where its memory is.
+    """One row of one batch, and where its memory is."""
 
-    Args:
-        row: The row.
-        tensors: The batch's tensors.
-        params: Its parameters.
-        memory: The row's tensors, at home; of scratch only the dtype is used.
-
-    Attributes:
-        host: The tensors in host memory, views of one buffer; None where it is never there.
-        here: The tensors on the device; None while they are away.
-    """
-
-    def __init__(
-        self, row: StateRow, tensors: TensorSet, params: Sequence[Tensor], memory: list[Tensor]
-    ) -> None:
+    def __init__(self, row: StateRow, memory: list[Tensor], batch: Batch) -> None:
         self.row, self.name, self.home = row, row.name, row.home
-        self.tensors, self.params = tensors, params
-        self.dtype = memory[0].dtype
+        self.tensors, self.params, self.dtype = batch.tensors, batch.params, memory[0].dtype
+        # In host memory, views of one buffer; None where it is never there.
         self.host = memory if self.home is Home.HOST else None
+        # On the device; None while it is away.
         self.here = memory if self.home is Home.LENT else None
 
 
 class Offload:
     """Moves rows of state between host memory and the device.
 
-    Args:
-        batches: The batches whose rows move.
-        state: The optimizer's state; it always holds the tensors that are current, except for
-            rows at home in host memory while they visit the device: `synchronise` first.
-        device: Where the kernels run.
-        pinned: Whether host memory is page-locked.
-        lends: Whether there are stretches so long that the moments leave the device.
+    The optimizer's state always holds the tensors that are current, except for rows at home in host
+    memory while they visit the device: `synchronise` first. ``unread`` says that later predictions
+    in a row do not read the moments.
     """
 
     def __init__(
-        self,
-        batches: Sequence[Batch],
-        state: State,
-        device: torch.device,
-        pinned: bool,
-        lends: bool,
+        self, batches: Sequence[Batch], state: State, config: HybridConfig, unread: bool
     ) -> None:
-        rows = [
-            MovingRow(row, batch.tensors, batch.params, memory)
-            for batch in batches
-            for row, memory in batch.travelling
-        ]
-        self._rows = rows
-        self._state = state
-        self._device = device
-        self._lends = lends
-        for row in rows:
-            if row.home is Home.LENT and lends:
+        self._rows = [MovingRow(*row, batch) for batch in batches for row in batch.travelling]
+        self._state, self._device = state, batches[0].tensors.device
+        stretch = min(config.correction_interval, config.max_predict_steps)
+        self._lends = unread and not config.inline and stretch - 1 >= LONG_STRETCH
+        for row in self._rows:
+            if row.home is Home.LENT and self._lends:
                 # Now, and not when they first leave: memory does not grow after the first step.
+                pinned = config.offload == "pinned"
                 row.host = buffer_like(row.params, row.dtype, torch.device("cpu"), pinned)
         self._expected: StepPlan | None = None
-        self._calls = 0
-        self._calls_before = 0
-        on_gpu = device.type == "cuda" and bool(rows)
-        self._stream: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._calls = self._calls_before = 0
+        self._stream: Any = None
         self._main: Any = None
-        params = {id(param): param for row in rows for param in row.params}
-        self._count = len(params)
-        self._hooks = _watch_gradients(params.values(), weakref.ref(self))
+        if self._rows and self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        alive = weakref.ref(self)
+
+        def arrived(_: Tensor) -> None:
+            offload = alive()
+            if offload is not None:
+                offload.gradient_arrived()
+
+        params: dict[int, Any] = {id(p): p for row in self._rows for p in row.params}
+        self._hooks = [p.register_post_accumulate_grad_hook(arrived) for p in params.values()]
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
-    # ---------------------------------------------------------------- around a step
-
     def fetch(self, plan: StepPlan) -> None:
-        """Brings rows to the device, or lets the step wait for those that are under way.
-
-        Raises:
-            RuntimeError: A CUDA graph is being captured; it would keep addresses that move.
-        """
-        if not self._rows:
-            return
-        if self._stream is not None and torch.cuda.is_current_stream_capturing():
+        """Brings rows to the device, or lets the step wait for those that are under way."""
+        if self._capturing():
             raise RuntimeError(
                 "offloaded state and graph capture: a graph keeps the addresses of state, which "
                 "moves; use HybridConfig(offload='none')"
@@ -143,25 +100,26 @@ class Offload:
     def place(self, plan: StepPlan, predictions: int) -> None:
         """Puts every row where it should be until the next step, without waiting.
 
-        Args:
-            plan: What the next step does.
-            predictions: How many predicted steps come next.
+        Of that step there is a plan; with it so many predictions in a row come next.
         """
-        if not self._rows:
-            return
         self._remember_stream()
         self._expected = plan
         if plan.gradient:
             # Forward and backward pass come first.
             self._calls_before, self._calls = self._calls or self._calls_before, 0
-        leave = self._lends and predictions >= LONG_STRETCH and not plan.gradient
-        self._send_home(
+        lend = self._lends and predictions >= LONG_STRETCH and not plan.gradient
+        leaving = [
             row
             for row in self._rows
             if row.here is not None
             and (plan.gradient or not row.row.when(plan))
-            and (row.home is not Home.LENT or leave)
-        )
+            and (row.home is not Home.LENT or lend)
+        ]
+        self._write_back([row for row in leaving if row.home is not Home.SCRATCH])
+        for row in leaving:
+            if row.home is Home.LENT:
+                self._install(row, row.host)
+            self._leave(row)
 
     def gradient_arrived(self) -> None:
         """Called for each gradient of a backward pass: begins to fetch in the last one's middle.
@@ -170,61 +128,48 @@ class Offload:
         rows come early; if it is shorter, the step itself fetches them.
         """
         self._calls += 1
-        if self._calls != self._calls_before - self._count // 2:
-            return
-        if self._stream is not None and torch.cuda.is_current_stream_capturing():
-            return
-        try:
-            if self._expected is not None:
+        middle = self._calls == self._calls_before - len(self._hooks) // 2
+        if middle and self._expected is not None and not self._capturing():
+            try:
                 self._bring(self._expected)
-        except torch.OutOfMemoryError:
-            # There is no room yet; the step fetches what is missing.
-            return
-
-    # ---------------------------------------------------------------- for checkpoints
+            except torch.OutOfMemoryError:
+                # There is no room yet; the step fetches what is missing.
+                return
 
     def synchronise(self) -> None:
         """Brings host memory up to date, and waits for it; everything stays where it is."""
-        self._write_back(
-            [row for row in self._rows if row.home is Home.HOST and row.here is not None]
-        )
+        self._write_back([row for row in self._rows if row.home is Home.HOST and row.here])
         if self._stream is not None:
             self._stream.synchronize()
 
-    def close(self, save: bool = True) -> None:
-        """Ends all visits.
+    def end_visits(self, save: bool = True, scratch: bool = False) -> None:
+        """Sends rows at home in host memory there, before others write to these.
 
-        Args:
-            save: Whether what visits the device is current; else it is dropped.
+        Unless it is saved, what visits the device is dropped, as scratch is if so asked.
         """
         if save:
             self.synchronise()
-        self._drop(Home.HOST, Home.SCRATCH)
+        for row in self._rows:
+            if row.here and (row.home is Home.HOST or (scratch and row.home is Home.SCRATCH)):
+                self._leave(row)
+
+    def close(self, save: bool = True) -> None:
+        """Ends all visits for good."""
+        self.end_visits(save, scratch=True)
         _remove(self._hooks)
-
-    def end_visits(self) -> None:
-        """Sends rows at home in host memory there: before others write to these."""
-        self.synchronise()
-        self._drop(Home.HOST)
-
-    # ---------------------------------------------------------------- what is where
 
     def visiting_bytes(self) -> int:
         """Device bytes of rows that are at home elsewhere."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for row in self._rows
-            if row.home is not Home.LENT
-            for tensor in row.here or ()
-        )
+        visiting = [row.here or () for row in self._rows if row.home is not Home.LENT]
+        return sum(tensor.nbytes for tensors in visiting for tensor in tensors)
 
     def is_away(self, name: str) -> bool:
-        """Whether a row of this name is not on the device."""
-        return any(
-            row.name == name and row.home is Home.LENT and row.here is None for row in self._rows
-        )
+        """Whether the moments of this name are not on the device."""
+        lent = [row for row in self._rows if row.name == name and row.home is Home.LENT]
+        return any(row.here is None for row in lent)
 
-    # ---------------------------------------------------------------- inside
+    def _capturing(self) -> bool:
+        return self._stream is not None and torch.cuda.is_current_stream_capturing()
 
     def _remember_stream(self) -> None:
         if self._stream is not None:
@@ -235,36 +180,22 @@ class Offload:
         if not coming:
             return
         # Memory comes from the stream of the steps, which will use it and give it back.
-        with torch.cuda.stream(self._main) if self._main is not None else nullcontext():
+        with nullcontext() if self._main is None else torch.cuda.stream(self._main):
             buffers = [buffer_like(row.params, row.dtype, self._device) for row in coming]
         for row, buffer in zip(coming, buffers):
             row.here = buffer
         self._copy([row for row in coming if row.home is not Home.SCRATCH], to_device=True)
-        for row in coming:
-            assert row.here is not None
-            row.tensors.set_row(row.name, row.here)
+        for row, buffer in zip(coming, buffers):
+            row.tensors.set_row(row.name, buffer)
             if row.home is Home.LENT:
-                self._install(row, row.here)
-
-    def _send_home(self, rows: Iterable[MovingRow]) -> None:
-        leaving = list(rows)
-        self._write_back([row for row in leaving if row.home is not Home.SCRATCH])
-        for row in leaving:
-            if row.home is Home.LENT:
-                assert row.host is not None
-                self._install(row, row.host)
-            self._leave(row)
-
-    def _drop(self, *homes: Home) -> None:
-        for row in self._rows:
-            if row.home in homes and row.here is not None:
-                self._leave(row)
+                self._install(row, buffer)
 
     def _leave(self, row: MovingRow) -> None:
         row.here = None
         row.tensors.release(row.name)
 
-    def _install(self, row: MovingRow, tensors: list[Tensor]) -> None:
+    def _install(self, row: MovingRow, tensors: Iterable[Tensor] | None) -> None:
+        assert tensors is not None
         for param, tensor in zip(row.params, tensors):
             self._state[param][row.name] = tensor
 
@@ -272,24 +203,21 @@ class Offload:
         self._copy(rows, to_device=False)
 
     def _copy(self, rows: Sequence[MovingRow], to_device: bool) -> None:
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for row in rows:
-            assert row.host is not None
-            assert row.here is not None
-            pairs.extend(zip(*_joined(row.host, row.here)))
-        if self._stream is None or not pairs:
-            for host, here in pairs:
-                here.copy_(host) if to_device else host.copy_(here)
+        stream = self._stream
+        if not rows:
             return
-        self._stream.wait_stream(self._main)
-        with torch.cuda.stream(self._stream):
-            for host, here in pairs:
-                if to_device:
-                    here.copy_(host, non_blocking=True)
-                else:
-                    host.copy_(here, non_blocking=True)
-                # The allocator must not hand this memory out before the copy has run.
-                here.record_stream(self._stream)
+        if stream is not None:
+            stream.wait_stream(self._main)
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            for row in rows:
+                assert row.host is not None
+                assert row.here is not None
+                for host, here in zip(*_joined(row.host, row.here)):
+                    goal, source = (here, host) if to_device else (host, here)
+                    goal.copy_(source, non_blocking=stream is not None)
+                    if stream is not None:
+                        # The allocator must not hand this memory out before the copy has run.
+                        here.record_stream(stream)
 
 
 def _joined(left: list[Tensor], right: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -298,26 +226,14 @@ def _joined(left: list[Tensor], right: list[Tensor]) -> tuple[list[Tensor], list
     for tensors in (left, right):
         storage = tensors[0].untyped_storage()
         if any(t.untyped_storage().data_ptr() != storage.data_ptr() for t in tensors):
-            return [dense_view(t) for t in left], [dense_view(t) for t in right]
+            break
         count = storage.nbytes() // tensors[0].element_size()
-        wholes.append([tensors[0].as_strided((count,), (1,), 0)])
-    if wholes[0][0].numel() != wholes[1][0].numel():
-        return [dense_view(t) for t in left], [dense_view(t) for t in right]
-    return wholes[0], wholes[1]
+        wholes.append(tensors[0].as_strided((count,), (1,), 0))
+    if len(wholes) == 2 and len(wholes[0]) == len(wholes[1]):
+        return wholes[:1], wholes[1:]
+    return [dense_view(t) for t in left], [dense_view(t) for t in right]
 
 
-def _watch_gradients(
-    params: Iterable[Tensor], offload: weakref.ref[Offload]
-) -> list[torch.utils.hooks.RemovableHandle]:
-    def arrived(_: Tensor) -> None:
-        alive = offload()
-        if alive is not None:
-            alive.gradient_arrived()
-
-    watched: list[Any] = list(params)
-    return [param.register_post_accumulate_grad_hook(arrived) for param in watched]
-
-
-def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _remove(hooks: list[Any]) -> None:
     while hooks:
         hooks.pop().remove()

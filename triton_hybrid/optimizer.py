@@ -5,22 +5,19 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from triton_hybrid import checkpoint
-from triton_hybrid.binding import Binding, backend_of
-from triton_hybrid.checkpoint import PROGRESS, Progress
-from triton_hybrid.config import HybridConfig
-from triton_hybrid.engine import Engine
-from triton_hybrid.groups import check_group, check_parameter, refuse_unknown
-from triton_hybrid.hyperparameters import FRESH_RATES
-from triton_hybrid.phases import Phase, PhaseController, Report
+from triton_hybrid.binding import Binding
+from triton_hybrid.checkpoint import PROGRESS, Progress, load_rows, without_tensors
+from triton_hybrid.config import HybridConfig, Settings
+from triton_hybrid.engine import FRESH_RATES, Engine
+from triton_hybrid.groups import check_group, check_parameter
+from triton_hybrid.phases import Phase, Report
 from triton_hybrid.rules import OPTIONS
-from triton_hybrid.settings import Settings, refuse_unbuilt
 from triton_hybrid.stats import HybridStats
 
 
@@ -58,13 +55,12 @@ class HybridOptimizer(Optimizer):
         backend: ``"auto"`` (Triton on GPU tensors, plain torch elsewhere), ``"triton"`` or
             ``"torch"``.
         process_group: Not built yet.
-        options: Options of Muon groups: ``momentum`` (0.95), ``nesterov`` (True), ``ns_steps`` (5),
-            ``ns_coefficients`` (three numbers, or three for each step), ``adjust_lr_fn``
-            (``"match_rms_adamw"``, so that one learning rate serves both rules, or
+        options: Of Muon groups, each of which may set them: ``momentum`` (0.95), ``nesterov``
+            (True), ``ns_steps`` (5), ``ns_coefficients`` (three numbers, or three for each step),
+            ``adjust_lr_fn`` (``"match_rms_adamw"``, so that one learning rate serves both rules, or
             ``"original"``), as in ``torch.optim.Muon``; ``ns_dtype`` (``"bfloat16"`` or
-            ``"float32"``); ``blocks`` (equal blocks along rows and columns, orthogonalised each
-            by itself) and ``transposed`` (whether rows are inputs), both also one for each
-            parameter. Groups may set each of them.
+            ``"float32"``); ``blocks`` (equal blocks along rows and columns, orthogonalised each by
+            itself) and ``transposed`` (whether rows are inputs), both also one for each parameter.
 
     Raises:
         TypeError: An unknown option.
@@ -92,38 +88,22 @@ class HybridOptimizer(Optimizer):
         process_group: object | None = None,
         **options: Any,
     ) -> None:
-        refuse_unknown(options)
-        refuse_unbuilt(accumulation=accumulation, process_group=process_group)
-        settings = Settings(
-            config=HybridConfig() if hybrid is None else hybrid,
-            max_grad_norm=max_grad_norm,
-            master_weights=master_weights,
-            loss_scale=loss_scale,
-            capturable=capturable,
-            backend=backend,
-        )
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "base": base,
-            **OPTIONS,
-            **options,
-        }
+        wrong = sorted(options.keys() - OPTIONS.keys())
+        if wrong:
+            raise TypeError(
+                f"HybridOptimizer got unknown arguments {wrong}; base rules have {sorted(OPTIONS)}"
+            )
+        for name, value in {"accumulation": accumulation, "process_group": process_group}.items():
+            if value is not None:
+                raise NotImplementedError(f"{name}={value!r} is not built yet: must be None")
+        config = HybridConfig() if hybrid is None else hybrid
+        settings = Settings(config, max_grad_norm, master_weights, loss_scale, capturable, backend)
+        defaults = {**OPTIONS, **options, "lr": lr, "betas": betas, "eps": eps, "base": base}
+        defaults |= {"weight_decay": weight_decay, "maximize": maximize}
         check_group(defaults)
         self._binding = Binding(settings)
         super().__init__(params, defaults)
         self._warn_about_idle_gpu()
-
-    # ---------------------------------------------------------------- the method
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], Any]) -> Any: ...
 
     @torch._dynamo.disable
     @torch.no_grad()
@@ -144,8 +124,8 @@ class HybridOptimizer(Optimizer):
         engine = self._binding.bind(self.param_groups, self.state)
         if engine is None:
             return loss
-
-        engine.offload.fetch(self._binding.plan(engine))
+        plan = self._binding.plan(engine)
+        engine.offload.fetch(plan)
         if phase is Phase.PREDICT:
             self._predict(engine)
         elif engine.take_gradients():
@@ -153,7 +133,7 @@ class HybridOptimizer(Optimizer):
                 engine.borrow_scale(*scaler)
             if phase is Phase.CORRECT:
                 engine.verify()  # accepts the prediction, corrects it, or rolls it back
-            engine.base_step(self._controller.measures, self._binding.early)
+            engine.base_step(plan)
             self._choose_next_phase(engine, scaled=scaler is not None)
             self._count(phase, started)
             while self.hybrid.inline and self.phase is Phase.PREDICT:
@@ -161,34 +141,28 @@ class HybridOptimizer(Optimizer):
             engine.release_gradients()
             if scaler:
                 engine.return_scale()
-        engine.offload.place(self._binding.plan(engine), self._controller.left_in_row)
+        engine.offload.place(self._binding.plan(engine), self._progress.controller.left_in_row)
         engine.remember_weights()
         return loss
 
     def _predict(self, engine: Engine) -> None:
-        started = time.perf_counter()
-        controller = self._controller
-        engine.predict(controller.planned, controller.in_row, self._binding.early)
+        started, controller = time.perf_counter(), self._progress.controller
+        engine.predict(self._binding.plan(engine), controller.in_row)
         controller.after_prediction()
         self._count(Phase.PREDICT, started)
 
     def _choose_next_phase(self, engine: Engine, scaled: bool) -> None:
-        """Ends a gradient step: observe, ask the device if it must be, choose what is next.
-
-        Args:
-            engine: What the step was made with.
-            scaled: Whether a GradScaler leaves the skipping to us.
-        """
-        controller = self._controller
+        """Ends a gradient step: observe, ask the device if it must be, choose what is next."""
+        controller, predictor, report = self._progress.controller, engine.predictor, Report()
         if controller.ends_gradients:
-            engine.predictor.end_cycle()
-        report = Report()
-        ask = engine.predictor.predicts and controller.wants_report
-        # A GradScaler waits for its flag at every step anyway.
+            predictor.end_cycle()
+        ask = predictor.predicts and controller.wants_report
+        # A GradScaler, which leaves the skipping to us, waits for its flag at every step anyway.
         if not self._settings.capturable and (ask or engine.reads_are_free or scaled):
             report = self._ask(engine)
         if controller.phase is Phase.CORRECT and not report.rejected:
             engine.predictor.move_held()
+        # Asking may have chosen another predictor.
         predictor = engine.predictor
         controller.after_gradient(report, predictor.ready, predictor.refit_steps)
 
@@ -197,11 +171,10 @@ class HybridOptimizer(Optimizer):
         entry, progress = engine.read(), self._progress
         if self.phase is Phase.FULL:
             engine.choice.choose(entry["signal"])
-        skipped = entry["nonfinite"] > 0 and entry["decision"] != 2
         missed = int(entry["skipped"]) - progress.known_skips - int(entry["nonfinite"] > 0)
         progress.known_skips = int(entry["skipped"])
         return Report(
-            skipped=skipped,
+            skipped=entry["nonfinite"] > 0 and entry["decision"] != 2,
             missed=missed,
             # No decision means that there was nothing to decide: the move was rolled back at
             # once, or the device's gate let none happen.
@@ -210,12 +183,10 @@ class HybridOptimizer(Optimizer):
             cooldown=int(entry["cooldown"]),
         )
 
-    # ---------------------------------------------------------------- public state
-
     @property
     def phase(self) -> Phase:
         """The phase of the next `step()`."""
-        return self._controller.phase
+        return self._progress.controller.phase
 
     @property
     def needs_backward(self) -> bool:
@@ -230,7 +201,7 @@ class HybridOptimizer(Optimizer):
     @property
     def backend(self) -> str:
         """``"triton"`` or ``"torch"``: what runs the steps of these parameters."""
-        return backend_of(self._first_device(), self._settings)
+        return self._settings.backend_for(self._first_device())
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Tells the loss of the coming gradient, for loops without a closure.
@@ -261,8 +232,7 @@ class HybridOptimizer(Optimizer):
                 "scale_loss() without loss scaling: make the optimizer with loss_scale='dynamic' "
                 "or a number"
             )
-        scaled: Tensor = loss * self._binding.loss_scale()
-        return scaled
+        return loss * self._binding.loss_scale()
 
     @property
     def window_complete(self) -> bool:
@@ -272,8 +242,6 @@ class HybridOptimizer(Optimizer):
     def stats(self) -> HybridStats:
         """Counters and measurements. Waits for the device."""
         return self._binding.stats(self.state)
-
-    # ---------------------------------------------------------------- groups and checkpoints
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group after checking all of it."""
@@ -304,15 +272,14 @@ class HybridOptimizer(Optimizer):
         Raises:
             ValueError: The groups do not match, or the checkpoint is of AMSGrad.
         """
-        checkpoint.check_loadable(state_dict)
-        hosted = self._binding.at_home_on_host
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError("amsgrad=True in the checkpoint: must be False, it is not built")
         rules = [group["base"] for group in self.param_groups]
-        # What lives in host memory does not visit the device on its way there.
-        super().load_state_dict(checkpoint.without_rows(state_dict, hosted))
+        super().load_state_dict(without_tensors(state_dict))
         for group, rule in zip(self.param_groups, rules):
             # Torch's checkpoints name no rule, and the present one stays.
             group["base"] = group["base"] if PROGRESS in group else rule
-        checkpoint.restore_rows(self.state, self.param_groups, state_dict, hosted)
+        load_rows(self.state, self.param_groups, state_dict, self._binding.at_home_on_host)
         self._binding.unbind(save=False)
         self._binding.load(self.param_groups)
 
@@ -331,8 +298,6 @@ class HybridOptimizer(Optimizer):
         if unpickled:
             self._binding.load(self.param_groups)
 
-    # ---------------------------------------------------------------- inside
-
     @property
     def _settings(self) -> Settings:
         return self._binding.settings
@@ -344,10 +309,6 @@ class HybridOptimizer(Optimizer):
     @property
     def _engine(self) -> Engine | None:
         return self._binding.engine
-
-    @property
-    def _controller(self) -> PhaseController:
-        return self._binding.progress.controller
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -16,68 +16,52 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_hybrid.kernels.launch import Tiling
 from triton_hybrid.kernels.ledger import PREDICTION_COLUMNS
-from triton_hybrid.kernels.multi_tensor import TensorSet, assembled
-from triton_hybrid.kernels.rows import OWN, SPLIT, address_row
+from triton_hybrid.kernels.multi_tensor import TensorSet, assembled, remainder_of
+from triton_hybrid.kernels.rows import NONE, OWN, SPLIT, address_row
 from triton_hybrid.kernels.scalars import Scalars
-from triton_hybrid.precision import (
-    adopt_parameter,
-    kept_as,
-    loaded_master,
-    loaded_remainder,
-    state_dtype,
-)
 
 if TYPE_CHECKING:
     from triton_hybrid.rules.rule import Rule
 
 State = dict[Tensor, dict[str, Any]]
+Group = Mapping[str, Any]
 
 
 class Home(enum.Enum):
     """Where a row is between the steps that touch it."""
 
-    DEVICE = "device"
-    """Always on the device."""
-    LENT = "lent"
-    """On the device, but for long stretches of predictions that do not read it."""
-    HOST = "host"
-    """In host memory, if state is offloaded."""
-    SCRATCH = "scratch"
-    """On the device, and lost when it leaves."""
+    DEVICE = "device"  # always on the device
+    LENT = "lent"  # there, but for long stretches of predictions that do not read it
+    HOST = "host"  # in host memory, if state is offloaded
+    SCRATCH = "scratch"  # on the device, and lost when it leaves
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step does, as far as it decides which rows it touches.
+    """What a step does, as far as it decides which rows it touches."""
 
-    Attributes:
-        gradient: Whether it is a Warmup, Full or Correct step.
-        measured: Whether update and slow direction are compared.
-        edge: Whether a stretch of predictions ends or may begin.
-        early: Whether it is one of the early steps, in which the weight EMA serves.
-        first: Whether it is the first prediction in a row.
-        trajectory: Whether the predictor's basis is made of cycle displacements.
-    """
-
-    gradient: bool
-    measured: bool
-    edge: bool
-    early: bool
-    first: bool
-    trajectory: bool
+    gradient: bool  # is it a Warmup, Full or Correct step?
+    measured: bool  # does it compare update and slow direction, for the confidence?
+    edge: bool  # does a stretch of predictions end, or may one begin?
+    early: bool  # is it one of the early steps, in which the weight EMA serves?
+    first: bool  # is it the first prediction in a row?
+    trajectory: bool  # does the predictor move along the displacements of cycles?
 
 
 ZEROS, WEIGHTS = "zeros", "weights"
 """What a new row begins as."""
 
-
-def _wide(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    return state_dtype(param)
+RowDtype = Callable[[Tensor, Group], torch.dtype]
 
 
-_DECLARED: dict[str, StateRow] = {}
+def wide(param: Tensor, group: Group) -> torch.dtype:
+    """The dtype of moments and masters: FP32, or FP64 for FP64 parameters."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+DECLARED: dict[str, StateRow] = {}
+"""Every row by name."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +80,7 @@ class StateRow:
     """
 
     name: str
-    dtype: Callable[[Tensor, Mapping[str, Any]], torch.dtype] = _wide
+    dtype: RowDtype = wide
     init: str = ZEROS
     home: Home = Home.DEVICE
     when: Callable[[StepPlan], bool] = lambda plan: True
@@ -104,23 +88,17 @@ class StateRow:
     saved: bool = True
 
     def __post_init__(self) -> None:
-        _DECLARED[self.name] = self
+        DECLARED[self.name] = self
         if self.shape is None:
-            address_row(self.name, own_dtype=self.dtype is not _wide)
+            address_row(self.name, own_dtype=self.dtype is not wide)
 
-    def itemsize(self, param: torch.dtype, group: Mapping[str, Any]) -> int:
+    def itemsize(self, param: torch.dtype, group: Group) -> int:
         """Bytes for each element of a parameter of a dtype; 0 for a small row."""
-        if self.shape is not None:
-            return 0
-        return self.dtype(torch.empty(0, dtype=param), group).itemsize
+        like = torch.empty(0, dtype=param)
+        return self.dtype(like, group).itemsize if self.shape is None else 0
 
 
-def at_home_on_host(name: str) -> bool:
-    """Whether the row of a name lives in host memory when state is offloaded."""
-    return name in _DECLARED and _DECLARED[name].home is Home.HOST
-
-
-def fixed(dtype: torch.dtype) -> Callable[[Tensor, Mapping[str, Any]], torch.dtype]:
+def fixed(dtype: torch.dtype) -> RowDtype:
     """A row's dtype where it is the same for every parameter."""
     return lambda param, group: dtype
 
@@ -141,7 +119,7 @@ class Member(NamedTuple):
     """A parameter, its group, which group that is, and its place in the group."""
 
     param: Tensor
-    group: Mapping[str, Any]
+    group: Group
     group_index: int
     place: int
 
@@ -154,10 +132,8 @@ class Batch:
         rows: What they keep, but for masters.
         rule: Their base rule.
         state: The optimizer's state; missing entries are created, others are kept.
-        offloaded: Whether rows at home in host memory live there.
-        pinned: Whether that memory is page-locked.
+        offload: Where rows at home in host memory live, as in HybridConfig.
         masters: As in HybridOptimizer: how FP32 masters are kept.
-        tiling: Overrides the device's default tiling.
 
     Attributes:
         tensors: The rows, as the kernels take them.
@@ -173,41 +149,33 @@ class Batch:
         rule: Rule,
         state: State,
         *,
-        offloaded: bool = False,
-        pinned: bool = False,
+        offload: str = "none",
         masters: str = "auto",
-        tiling: Tiling | None = None,
     ) -> None:
         self.params = [member.param for member in members]
-        self.rule = rule
-        self._state = state
-        self._group = members[0].group
-        self._rows = rows
-        self._offloaded, self._pinned = offloaded, pinned
-        kept = kept_as(masters, self.params[0].dtype)
-        memory: dict[str, list[Tensor]] = {"param": self.params, **self._weights(kept)}
-        self.masters = memory.get("weight", [])
-        for row in rows:
-            if row.shape is None:
-                memory[row.name] = self._allocate(row, memory)
-        self.travelling = [
-            (row, memory[row.name])
-            for row in rows
-            if offloaded and row.shape is None and row.home is not Home.DEVICE
-        ]
-        away = {
-            row: memory.pop(row.name) for row, _ in self.travelling if row.home is not Home.LENT
-        }
+        self.travelling: list[tuple[StateRow, list[Tensor]]] = []
+        self.tables: dict[str, Tensor] = {}
+        self._state, self._group, self._rows = state, members[0].group, rows
+        sixteen_bit = self.params[0].dtype in (torch.float16, torch.bfloat16)
+        kept = {"split": SPLIT, "none": NONE}.get(masters, OWN) if sixteen_bit else OWN
         groups = [member.group_index for member in members]
-        self.tensors = TensorSet(memory, tiling, kept, groups, rule.kernels)
-        for row, tensors in away.items():
-            self.tensors.announce(row.name, tensors[0].dtype)
+        weights = {"param": self.params, **self._weights(kept, sixteen_bit)}
+        self.tensors = TensorSet(weights, None, kept, groups, rule.kernels)
+        for row in rows:
+            if row.shape is not None:
+                continue
+            memory, moves = self._allocate(row, offload), offload != "none"
+            if moves and row.home is not Home.DEVICE:
+                self.travelling.append((row, memory))
+            if moves and row.home in (Home.HOST, Home.SCRATCH):
+                self.tensors.announce(row.name, memory[0].dtype)
+            else:
+                self.tensors.set_row(row.name, memory)
         if rule.bind is not None:
             rule.bind(self.tensors, members)
-        self.tables: dict[str, Tensor] = {}
 
     def adopt_tables(self, scalars: Scalars) -> None:
-        """Makes the small rows of every parameter views, keeping loaded values."""
+        """Makes the small rows of every parameter views of one tensor, keeping loaded values."""
         made = {
             STEP.name: self.tensors.steps,
             PREDICTION.name: scalars.prediction[self.tensors.place],
@@ -217,84 +185,83 @@ class Batch:
                 continue
             whole = made.get(row.name)
             if whole is None:
-                size = (len(self.params), *row.shape)
-                dtype = row.dtype(self.params[0], self._group)
+                size, dtype = (len(self.params), *row.shape), row.dtype(self.params[0], self._group)
                 whole = torch.zeros(size, dtype=dtype, device=self.tensors.device)
             self.tables[row.name] = whole
             for view, param in zip(whole.unbind(), self.params):
-                loaded = self._state[param].get(row.name)
-                if loaded is not None:
-                    loaded = torch.as_tensor(loaded)
-                    if loaded.shape == view.shape:
-                        view.copy_(loaded)
+                value = self._state[param].get(row.name)
+                if value is not None and torch.as_tensor(value).shape == view.shape:
+                    view.copy_(torch.as_tensor(value))
                 self._state[param][row.name] = view
 
     def adopt(self, index: int) -> None:
         """Takes over what somebody else wrote into a parameter between two steps."""
         param = self.params[index]
         entry = self._state[param]
-        if self.masters:
-            adopt_parameter(param, self.masters[index])
+        if MASTER.name in entry:
+            adopt_parameter(param, entry[MASTER.name])
         if REMAINDER.name in entry:
             # Which elements were written is not known: all are what the parameter says.
             entry[REMAINDER.name].zero_()
         for row in self._rows:
             if row.init == WEIGHTS:
                 # An average of weights that are gone would pull the new ones back to them.
-                entry[row.name].copy_((self.masters or self.params)[index])
+                entry[row.name].copy_(self._weight(param))
 
-    def _weights(self, kept: int) -> dict[str, list[Tensor]]:
+    def keep_snapshot(self) -> None:
+        """Copies the weights to the snapshot, for a batch that no prediction moves."""
+        for index, snapshot in enumerate(self.tensors.flat[SNAPSHOT.name]):
+            for part in self.tensors.torch_blocks(index):
+                snapshot[part].copy_(self.tensors.weight(index, part))
+
+    def _weights(self, kept: int, sixteen_bit: bool) -> dict[str, list[Tensor]]:
         """Masters or remainders, from a checkpoint with either; other ones are dropped."""
         found: dict[str, list[Tensor]] = {}
         if kept == SPLIT:
-            found["remainder"] = [loaded_remainder(p, self._state[p]) for p in self.params]
-        elif kept == OWN and state_dtype(self.params[0]) != self.params[0].dtype:
-            found["weight"] = [loaded_master(p, self._state[p]) for p in self.params]
-        names = {"remainder": REMAINDER.name, "weight": MASTER.name}
-        for index, param in enumerate(self.params):
-            for name, key in names.items():
+            found["remainder"] = [load_remainder(p, self._state[p]) for p in self.params]
+        elif kept == OWN and sixteen_bit:
+            found["weight"] = [load_master(p, self._state[p]) for p in self.params]
+        for name, key in (("weight", MASTER.name), ("remainder", REMAINDER.name)):
+            for index, param in enumerate(self.params):
                 self._state[param].pop(key, None)
                 if name in found:
                     self._state[param][key] = found[name][index]
         return found
 
-    def _allocate(self, row: StateRow, memory: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    def _weight(self, param: Tensor) -> Tensor:
+        """The weight behind a parameter, after `_weights`."""
+        entry = self._state[param]
+        if REMAINDER.name in entry:
+            return assembled(param.detach(), entry[REMAINDER.name])
+        master: Tensor = entry.get(MASTER.name, param.detach())
+        return master
+
+    def _allocate(self, row: StateRow, offload: str) -> list[Tensor]:
         """One tensor of a row for each parameter, in the parameter's memory order."""
         dtype = row.dtype(self.params[0], self._group)
         if not row.saved:
-            return [torch.zeros_like(p, dtype=dtype) for p in self.params]
-        if self._offloaded and row.home is Home.HOST:
-            result = buffer_like(self.params, dtype, torch.device("cpu"), self._pinned)
-        else:
-            result = [self._present_or_new(row.name, param, dtype) for param in self.params]
-        for index, (param, tensor) in enumerate(zip(self.params, result)):
-            entry = self._state[param]
-            loaded = entry.get(row.name)
-            if isinstance(loaded, Tensor) and loaded.shape == param.shape:
-                if loaded is not tensor:
-                    tensor.copy_(loaded)
-            elif row.init == WEIGHTS:
-                tensor.copy_(_starting_weight(index, memory))
-            else:
+            return [torch.zeros_like(param, dtype=dtype) for param in self.params]
+        buffer: list[Tensor] | None = None
+        if offload != "none" and row.home is Home.HOST:
+            buffer = buffer_like(self.params, dtype, torch.device("cpu"), offload == "pinned")
+        for index, param in enumerate(self.params):
+            tensor = torch.empty_like(param, dtype=dtype) if buffer is None else buffer[index]
+            present = loaded(row.name, param, self._state[param])
+            if present is None and row.init == WEIGHTS:
+                tensor.copy_(self._weight(param))
+            elif present is None:
                 tensor.zero_()
-            entry[row.name] = tensor
-        return result
-
-    def _present_or_new(self, key: str, param: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor of state that is there, if the kernels can use it; else a new one."""
-        new = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        present = self._state[param].get(key)
-        if not isinstance(present, Tensor) or present.shape != param.shape:
-            return new
-        suits = present.stride() == new.stride() and present.dtype == dtype
-        return present if suits and present.device == param.device else new
+            elif buffer is None and _alike(present, tensor):
+                tensor = present
+            else:
+                tensor.copy_(present)
+            self._state[param][row.name] = tensor
+        return [self._state[param][row.name] for param in self.params]
 
 
-def _starting_weight(index: int, memory: Mapping[str, list[Tensor]]) -> Tensor:
-    param = memory["param"][index].detach()
-    if "remainder" in memory:
-        return assembled(param, memory["remainder"][index])
-    return memory["weight"][index] if "weight" in memory else param
+def _alike(left: Tensor, right: Tensor) -> bool:
+    """Whether the kernels can use one in place of the other."""
+    return (left.dtype, left.device, left.stride()) == (right.dtype, right.device, right.stride())
 
 
 def buffer_like(
@@ -302,13 +269,8 @@ def buffer_like(
 ) -> list[Tensor]:
     """One tensor for each parameter, in its shape and memory order, all views of one buffer.
 
-    Copied as a whole, a row of state is one transfer instead of one for each tensor.
-
-    Args:
-        params: The parameters.
-        dtype: Of the buffer; it is not initialised.
-        device: Where it lies.
-        pinned: Whether it is page-locked host memory; only where there is a GPU.
+    Copied as a whole, a row of state is one transfer instead of one for each tensor. The buffer is
+    not initialised; ``pinned`` makes host memory page-locked, where there is a GPU.
     """
     # 16-byte vectors, whatever the dtype.
     sizes = [-(-param.numel() // 8) * 8 for param in params]
@@ -323,24 +285,57 @@ def buffer_like(
 
 
 def state_bytes(state: State, hosted: Callable[[str], bool]) -> tuple[int, int]:
-    """Bytes of all state tensors: on the device, and offloaded to host memory.
+    """Bytes of all state tensors: on the device, and of the rows that are in host memory."""
+    storages = {
+        value.untyped_storage().data_ptr(): (value.untyped_storage().nbytes(), hosted(key))
+        for entry in state.values()
+        for key, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+    on_host = sum(size for size, away in storages.values() if away)
+    return sum(size for size, _ in storages.values()) - on_host, on_host
 
-    Args:
-        state: The optimizer's state.
-        hosted: Whether the row of a name is in host memory.
+
+def loaded(name: str, param: Tensor, entry: Group) -> Tensor | None:
+    """A tensor of a parameter's state, if it is there and has the parameter's shape."""
+    value = entry.get(name)
+    return value if isinstance(value, Tensor) and value.shape == param.shape else None
+
+
+@torch.no_grad()
+def load_master(param: Tensor, entry: Group) -> Tensor:
+    """The FP32 master of a parameter, which rounded gives the parameter back.
+
+    From a checkpoint with masters or remainders, where its elements round to the parameter's.
     """
-    seen: set[int] = set()
-    on_device = on_host = 0
-    for entry in state.values():
-        for key, value in entry.items():
-            if not isinstance(value, Tensor):
-                continue
-            storage = value.untyped_storage()
-            if storage.data_ptr() in seen:
-                continue
-            seen.add(storage.data_ptr())
-            if hosted(key):
-                on_host += storage.nbytes()
-            else:
-                on_device += storage.nbytes()
-    return on_device, on_host
+    master, remainder = (loaded(name, param, entry) for name in ("master", "remainder"))
+    fresh = param.detach().to(torch.float32, copy=True)
+    if master is not None:
+        fresh.copy_(master)
+    elif remainder is not None:
+        placed = torch.empty_like(param, dtype=torch.int16).copy_(remainder)
+        fresh.copy_(assembled(param.detach(), placed))
+    else:
+        return fresh
+    adopt_parameter(param, fresh)
+    return fresh
+
+
+@torch.no_grad()
+def load_remainder(param: Tensor, entry: Group) -> Tensor:
+    """What a parameter lacks of its master: from a checkpoint with either of them, or zero."""
+    fresh = torch.zeros_like(param, dtype=torch.int16)
+    remainder = loaded("remainder", param, entry)
+    if remainder is None and loaded("master", param, entry) is not None:
+        remainder = remainder_of(load_master(param, entry), param.detach())
+    return fresh if remainder is None else fresh.copy_(remainder)
+
+
+@torch.no_grad()
+def adopt_parameter(param: Tensor, master: Tensor) -> None:
+    """Takes over what somebody else wrote into a parameter.
+
+    Elements whose master still rounds to the parameter keep their master's extra bits.
+    """
+    kept = master.to(param.dtype) == param
+    master.copy_(torch.where(kept, master, param.to(master.dtype)))

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from triton_hybrid.checkpoint import Progress
+from triton_hybrid.kernels.ledger import INDEX, START
 from triton_hybrid.phases import PHASES, Phase
 
 
@@ -55,26 +57,13 @@ class HybridStats:
     state_bytes_host: int
 
     @classmethod
-    def from_ledger(
-        cls,
-        entry: Mapping[str, float],
-        steps: Mapping[Phase, int],
-        seconds: Mapping[Phase, float],
-        predictor: str,
-        state_bytes_device: int,
-        state_bytes_host: int,
+    def of(
+        cls, progress: Progress, ledger: Mapping[str, float], predictor: str, size: tuple[int, int]
     ) -> HybridStats:
-        """The statistics of an optimizer.
-
-        Args:
-            entry: Its ledger; empty before the first step.
-            steps: Steps taken, by phase.
-            seconds: Host seconds spent in them.
-            predictor: The predictor in use.
-            state_bytes_device: As the attribute.
-            state_bytes_host: As the attribute.
-        """
-        verified = entry.get("accepted", 0.0) + entry.get("rejected", 0.0)
+        """Those of a run; its ledger is empty before the first step."""
+        entry = {**dict.fromkeys(INDEX, 0.0), **START, **ledger}
+        steps, seconds = progress.steps, progress.seconds
+        verified = entry["accepted"] + entry["rejected"]
         predicted, total = steps[Phase.PREDICT], sum(steps.values())
         causes = ("nonfinite", "jump", "norm", "loss")
         return cls(
@@ -84,17 +73,17 @@ class HybridStats:
             predicted_fraction=predicted / total if total else 0.0,
             steps_per_phase={phase.value: steps[phase] for phase in PHASES},
             seconds_per_phase={phase.value: seconds[phase] for phase in PHASES},
-            acceptance_rate=entry.get("accepted", 0.0) / verified if verified else math.nan,
-            rollbacks=int(entry.get("rejected", 0)),
-            horizon=entry.get("horizon", 1.0),
-            confidence=entry.get("confidence", 0.0),
-            signal=entry.get("signal", 0.0),
-            predictor=predictor,
-            divergences={cause: int(entry.get(f"cause_{cause}", 0)) for cause in causes},
-            skipped_nonfinite=int(entry.get("skipped", 0)),
+            acceptance_rate=entry["accepted"] / verified if verified else math.nan,
+            rollbacks=int(entry["rejected"]),
+            divergences={cause: int(entry[f"cause_{cause}"]) for cause in causes},
+            skipped_nonfinite=int(entry["skipped"]),
+            horizon=entry["horizon"],
+            confidence=entry["confidence"],
+            signal=entry["signal"],
             loss_scale=entry["loss_scale"],
-            state_bytes_device=state_bytes_device,
-            state_bytes_host=state_bytes_host,
+            predictor=predictor,
+            state_bytes_device=size[0],
+            state_bytes_host=size[1],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,7 +96,6 @@ class HybridStats:
             for name, count in self.steps_per_phase.items()
         )
         causes = ", ".join(f"{name} {count}" for name, count in self.divergences.items() if count)
-        mebibytes = self.state_bytes_device / 2**20
         return (
             f"{self.steps} steps: {self.gradient_evaluations} gradient evaluations, "
             f"{self.predicted_steps} predicted ({100 * self.predicted_fraction:.1f}% of steps)\n"
@@ -117,6 +105,6 @@ class HybridStats:
             f"accepted {100 * self.acceptance_rate:.0f}%, {self.rollbacks} rollbacks"
             f"{f' ({causes})' if causes else ''}, "
             f"{self.skipped_nonfinite} non-finite gradients skipped\n"
-            f"state: {mebibytes:.1f} MiB on the device, "
+            f"state: {self.state_bytes_device / 2**20:.1f} MiB on the device, "
             f"{self.state_bytes_host / 2**20:.1f} MiB on the host"
         )

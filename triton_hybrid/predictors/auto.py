@@ -24,25 +24,14 @@ class Auto(Choice):
 
     It leaves Muon's matrices frozen: over a tuned Muon no predicted move along the slow EMA has
     gained anything (``examples/benchmarks/EXPERIMENTS.md``).
-
-    Args:
-        config: The phase machine's configuration.
     """
 
     name = "auto"
+    lends_moments = Linear.lends_moments
 
     def __init__(self, config: HybridConfig) -> None:
-        self._noisy = SlowEMA(config, along_matrices=False)
-        self._quiet = Linear(config)
-        self._chosen: Predictor = self._noisy
-
-    @property
-    def active(self) -> Predictor:
-        return self._chosen
-
-    @property
-    def lends_moments(self) -> bool:
-        return self._quiet.lends_moments
+        self._noisy, self._quiet = SlowEMA(config, along_matrices=False), Linear(config)
+        self.active: Predictor = self._noisy
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         rows = (*self._noisy.rows_for(rule), *self._quiet.rows_for(rule))
@@ -54,13 +43,13 @@ class Auto(Choice):
 
     def choose(self, signal: float) -> None:
         wanted = self._quiet if signal > LOW_NOISE else self._noisy
-        if wanted is not self._chosen:
-            self._chosen = wanted
+        if wanted is not self.active:
+            self.active = wanted
             self._quiet.forget()
 
     def state(self) -> dict[str, int]:
-        return {**self._quiet.state(), "quiet": int(self._chosen is self._quiet)}
+        return {**self._quiet.state(), "quiet": int(self.active is self._quiet)}
 
     def restore(self, state: dict[str, int]) -> None:
         self._quiet.restore(state)
-        self._chosen = self._quiet if state.get("quiet") else self._noisy
+        self.active = self._quiet if state.get("quiet") else self._noisy

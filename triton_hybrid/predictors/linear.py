@@ -8,7 +8,7 @@ least squares for each tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.kernels.rows import load_row
 from triton_hybrid.kernels.scalars import Scalars
-from triton_hybrid.predictors.predictor import Predictor
-from triton_hybrid.predictors.slow_ema import STEP_LIMIT
+from triton_hybrid.predictors.predictor import Predictor, Rows
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import Batch, Home, StateRow, fixed
 
@@ -63,23 +62,13 @@ class _Torch:
     """The displacement in plain torch."""
 
     def factors(
-        self,
-        tensors: TensorSet,
-        scalars: Scalars,
-        factor: Tensor,
-        coefficients: Tensor | None,
-        pull: bool,
+        self, tensors: TensorSet, scalars: Scalars, factor: Tensor, ratio: Tensor | None, pull: bool
     ) -> list[Tensor]:
-        assert coefficients is not None
-        return [factor, coefficients.double()]
+        assert ratio is not None
+        return [factor, ratio.double()]
 
     def block(
-        self,
-        tensors: TensorSet,
-        rows: Mapping[str, Tensor],
-        w: Tensor,
-        factors: Sequence[Any],
-        out: Tensor,
+        self, tensors: TensorSet, rows: Rows, w: Tensor, factors: Sequence[Any], out: Tensor
     ) -> Tensor:
         factor, ratio = factors
         return torch.mul(rows["displacement"], ratio, out=out[0]).mul_(factor)
@@ -89,17 +78,15 @@ class Linear(Predictor):
     """Continues the motion of the last cycle."""
 
     name = "linear"
+    lends_moments = True
     follows_trajectory = True
     displacement = Displacement(_factors, _block, _Torch(), ("displacement",), along_rule=False)
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
+        self.share = 1.0 / config.full_steps
         self.cycles = -1
         """Cycles that were observed in a row, at most `CYCLES`; -1 before the first begins."""
-
-    @property
-    def lends_moments(self) -> bool:
-        return True
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return (*super().rows_for(rule), LAST_DISPLACEMENT, REGRESSION, RATIO)
@@ -107,16 +94,6 @@ class Linear(Predictor):
     @property
     def ready(self) -> bool:
         return self.cycles >= CYCLES
-
-    @property
-    def refit_steps(self) -> int:
-        return self.config.full_steps
-
-    def share(self, planned: int) -> float:
-        return 1.0 / self.config.full_steps
-
-    def jump_limit(self, steps_in_row: int) -> float:
-        return STEP_LIMIT * steps_in_row
 
     def coefficients(self, batch: Batch) -> Tensor:
         return batch.tables[RATIO.name]
@@ -131,33 +108,29 @@ class Linear(Predictor):
     def end_cycle(self) -> None:
         engine, begins = self.engine, self.cycles < 0
         self.cycles = min(self.cycles + 1, CYCLES)
-        explained = torch.zeros((), dtype=torch.float64, device=engine.device)
-        total = torch.zeros_like(explained)
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": engine.device}
+        motion = torch.zeros(2, **wide)
         for batch in engine.batches:
-            sums = torch.zeros(len(batch.params), 2, dtype=torch.float64, device=engine.device)
+            sums = torch.zeros(len(batch.params), 2, **wide)
             engine.backend.gram(batch.tensors, sums)
             if not begins:
-                known, moved = self._fit(batch, *sums.unbind(1))
-                explained, total = explained + known, total + moved
+                motion += torch.stack(self._fit(batch, *sums.unbind(1)))
         if not begins:
+            explained, total = motion
             confidence = (explained / total.clamp(min=1e-300)).clamp(0.0, 1.0).sqrt()
             engine.scalars.ledger[INDEX["confidence"]].copy_(confidence)
 
     def _fit(self, batch: Batch, square: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
         """Sets the ratios; returns explained and total squared motion of the cycle.
 
-        Args:
-            batch: The tensors.
-            square: FP64 ``[tensors]``, of the newest displacement.
-            cross: FP64 ``[tensors]``, its product with the one before.
+        FP64 ``[tensors]``: the squared newest displacement, its product with the one before.
         """
         products, squares, past = batch.tables[REGRESSION.name].unbind(1)
         ratio = batch.tables[RATIO.name]
-        known = torch.zeros((), dtype=torch.float64, device=square.device)
+        known = square.new_zeros(())
         if self.cycles < CYCLES:
-            products.zero_()
-            squares.zero_()
-            ratio.zero_()
+            for fresh in (products, squares, ratio):
+                fresh.zero_()
         else:
             fitted = torch.where(squares > 0, products / squares.clamp(min=1e-300), 1.0)
             residual = square - 2.0 * fitted * cross + fitted * fitted * past

@@ -12,20 +12,7 @@ class Nothing(Predictor):
 
     name = "none"
     predicts = False
+    ready = False
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return ()
-
-    @property
-    def ready(self) -> bool:
-        return False
-
-    @property
-    def refit_steps(self) -> int:
-        return self.config.full_steps
-
-    def share(self, planned: int) -> float:
-        return 0.0
-
-    def jump_limit(self, steps_in_row: int) -> float:
-        return 0.0

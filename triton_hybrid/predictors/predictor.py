@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -15,29 +16,31 @@ from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow
 if TYPE_CHECKING:
     from triton_hybrid.engine import Engine
 
+Rows = Mapping[str, Tensor]
+
 SLOW_EMA = StateRow(
     "slow_ema", home=Home.HOST, when=lambda plan: plan.gradient or not plan.trajectory
 )
 """Slow EMA of the gradient. Every predictor keeps it: confidence and noise are measured by it."""
+STEP_LIMIT = 10.0
+"""A displacement this many times the usual base update, for each predicted step in a row, is out of
+proportion."""
 
 
 class Choice(abc.ABC):
     """What an engine keeps: a predictor, or several of which one is active at a time.
 
     It is made before the state, whose rows it names; `bind` hands it what it works on.
+
+    Attributes:
+        name: Value of ``HybridConfig.predictor``.
+        lends_moments: Whether the later predictions in a row do not read the moments.
+        active: The predictor in use.
     """
 
     name: ClassVar[str]
-
-    @property
-    def lends_moments(self) -> bool:
-        """Whether the later predictions in a row do not read the moments."""
-        return False
-
-    @property
-    @abc.abstractmethod
-    def active(self) -> Predictor:
-        """The predictor in use."""
+    lends_moments: ClassVar[bool] = False
+    active: Predictor
 
     @abc.abstractmethod
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
@@ -61,23 +64,24 @@ class Choice(abc.ABC):
 class Predictor(Choice):
     """A model of where training goes: its rows, when it is ready, how it fits, what it moves.
 
-    Args:
-        config: The phase machine's configuration.
+    Attributes:
+        predicts: Whether it ever moves anything.
+        follows_trajectory: Whether it moves along the displacements of cycles.
+        displacement: What it moves the weights by.
+        share: Part of that which each predicted step makes.
+        refit_steps: Full steps needed after a stretch that held.
     """
 
     predicts: bool = True
-    """Whether it ever moves anything."""
     follows_trajectory: bool = False
-    """Whether the basis is made of cycle displacements."""
     displacement: Displacement
+    share: float = 1.0
 
     def __init__(self, config: HybridConfig) -> None:
         self.config = config
+        self.active = self
+        self.refit_steps = config.full_steps
         self._slopes_known = False
-
-    @property
-    def active(self) -> Predictor:
-        return self
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return (SLOW_EMA, SNAPSHOT, PREDICTION)
@@ -85,17 +89,10 @@ class Predictor(Choice):
     def bind(self, engine: Engine) -> None:
         self.engine = engine
 
-    # ------------------------------------------------------------------- between the steps
-
     @property
     @abc.abstractmethod
     def ready(self) -> bool:
         """Whether enough was observed to predict."""
-
-    @property
-    @abc.abstractmethod
-    def refit_steps(self) -> int:
-        """Full steps needed after a stretch that held."""
 
     def end_cycle(self) -> None:
         """Ends a cycle of gradient steps: notes its displacement and refits."""
@@ -103,34 +100,16 @@ class Predictor(Choice):
     def move_held(self) -> None:
         """Takes note that the weights stay where the prediction led."""
 
-    # ------------------------------------------------------------------------- predicting
-
-    @abc.abstractmethod
-    def share(self, planned: int) -> float:
-        """Part of the whole displacement that each of the planned steps makes."""
-
-    @abc.abstractmethod
-    def jump_limit(self, steps_in_row: int) -> float:
-        """Longest plausible distance from the snapshot, in usual base updates."""
-
     def coefficients(self, batch: Batch) -> Tensor | None:
-        """Coefficients of the basis; None where there is none."""
+        """A number for each tensor that the displacement takes, FP32 ``[tensors]``, or None."""
         return None
 
-    def leaves(self, batch: Batch, first: bool) -> bool:
-        """Whether a batch stays where it is; where the row begins, its snapshot is kept."""
-        return False
+    def predict(self, first: bool, early: bool) -> None:
+        """Moves the weights by one predicted step, the first in a row or a further one.
 
-    def predict(self, planned: int, first: bool, early: bool) -> None:
-        """Moves the weights by one predicted step.
-
-        Args:
-            planned: Predicted steps in this row.
-            first: Whether this is the first of them, which keeps the snapshot.
-            early: Whether the average of the weights has been kept up to date.
+        The first keeps the snapshot; early in training all may pull towards the weight EMA.
         """
-        engine = self.engine
-        sums = engine.scalars.sums
+        engine, sums = self.engine, self.engine.scalars.sums
         # A trajectory makes the same step again, along the same slopes, bit for bit.
         known = self.follows_trajectory and not first and self._slopes_known
         measured = not known and engine.wants_slopes
@@ -138,8 +117,10 @@ class Predictor(Choice):
         if not known and not measured:
             sums[:, 0].zero_()
         for batch in engine.batches:
-            if self.leaves(batch, first):
+            if self.displacement.along_rule and batch.tensors.frozen:
                 sums[batch.tensors.place].zero_()
+                if first:
+                    batch.keep_snapshot()
                 continue
             engine.backend.predict(
                 batch.tensors,
@@ -147,7 +128,7 @@ class Predictor(Choice):
                 self.displacement,
                 self.coefficients(batch),
                 threshold=self.config.confidence_threshold,
-                share=self.share(planned),
+                share=self.share,
                 save=first and not self.follows_trajectory,
                 pull=early,
                 with_slopes=measured,

@@ -13,7 +13,7 @@ late say that the way back to the level lowers the loss, and fades with age.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, PULL_SHARE, STEPS_AHEAD, Scalars
-from triton_hybrid.predictors.predictor import Predictor
+from triton_hybrid.predictors.predictor import Predictor, Rows
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import WEIGHTS, Batch, Home, StateRow
+from triton_hybrid.state import WEIGHTS, Home, StateRow
 
 FIRST_HORIZON = 0.25
 HORIZON_GAIN = 3.0
@@ -47,9 +47,6 @@ PULL_AGE = tl.constexpr(64.0)
 REFIT_STEPS = 2
 """Full steps between two stretches: every gradient refits the slow EMA, and the weight EMA needs a
 second one to be an average."""
-STEP_LIMIT = 10.0
-"""A displacement this many times the usual base update, for each predicted step of base-step size,
-is out of proportion."""
 
 WEIGHT_EMA_ROW = StateRow(
     "weight_ema",
@@ -63,13 +60,10 @@ WEIGHT_EMA = address_row("weight_ema")
 
 
 def steps_ahead(decayed: float | Tensor) -> Any:
-    """Base steps that one predicted step stands for.
+    """Base steps that one predicted step stands for once the rate has decayed by a part.
 
     A horizon that grows as the learning rate decays does not pay out early: the predicted
     displacement is largest in the middle of a linear decay.
-
-    Args:
-        decayed: By which part of its largest value the learning rate has decayed.
     """
     return FIRST_HORIZON + HORIZON_GAIN * decayed
 
@@ -106,12 +100,7 @@ class _Torch:
     """The displacement in plain torch."""
 
     def factors(
-        self,
-        tensors: TensorSet,
-        scalars: Scalars,
-        factor: Tensor,
-        coefficients: Tensor | None,
-        pull: bool,
+        self, tensors: TensorSet, scalars: Scalars, factor: Tensor, ratio: Tensor | None, pull: bool
     ) -> list[Tensor]:
         rule, ledger = tensors.rule, scalars.ledger
         assert rule is not None
@@ -123,20 +112,13 @@ class _Torch:
             fading = (PULL_AGE.value / ledger[INDEX["slow_count"]].clamp(min=1.0)).clamp(max=1.0)
             share = rows[:, HYPER["pull_share"]] * fading * fading * factor
             pulled = torch.where(ledger[INDEX["pull"]] > 0, share.clamp(max=1.0), pulled)
-        ahead = rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]]
-        moved = -factor * ahead
+        moved = -factor * (rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]])
         if tensors.rate_factors is not None:
             moved = moved * tensors.rate_factors
-        moved = moved * unit
-        return [moved, unit * rows[:, HYPER["eps"]], pulled]
+        return [moved * unit, unit * rows[:, HYPER["eps"]], pulled]
 
     def block(
-        self,
-        tensors: TensorSet,
-        rows: Mapping[str, Tensor],
-        w: Tensor,
-        factors: Sequence[Any],
-        out: Tensor,
+        self, tensors: TensorSet, rows: Rows, w: Tensor, factors: Sequence[Any], out: Tensor
     ) -> Tensor:
         factor, eps, pull = factors
         assert tensors.rule is not None
@@ -149,10 +131,7 @@ class _Torch:
 class SlowEMA(Predictor):
     """Follows the slow gradient EMA.
 
-    Args:
-        config: The phase machine's configuration.
-        along_matrices: Whether it moves the parameters of rules that need rows of their own for it
-            (Muon) too.
+    Without ``along_matrices`` the parameters of rules that need rows for it (Muon) stay.
     """
 
     name = "slow_ema"
@@ -160,6 +139,7 @@ class SlowEMA(Predictor):
 
     def __init__(self, config: HybridConfig, along_matrices: bool = True) -> None:
         super().__init__(config)
+        self.refit_steps = REFIT_STEPS
         self._along_matrices = along_matrices
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
@@ -170,21 +150,3 @@ class SlowEMA(Predictor):
     @property
     def ready(self) -> bool:
         return not all(batch.tensors.frozen for batch in self.engine.batches)
-
-    @property
-    def refit_steps(self) -> int:
-        return REFIT_STEPS
-
-    def share(self, planned: int) -> float:
-        return 1.0
-
-    def jump_limit(self, steps_in_row: int) -> float:
-        return STEP_LIMIT * steps_in_row
-
-    def leaves(self, batch: Batch, first: bool) -> bool:
-        tensors = batch.tensors
-        if tensors.frozen and first:
-            for index, snapshot in enumerate(tensors.flat["snapshot"]):
-                for part in tensors.torch_blocks(index):
-                    snapshot[part].copy_(tensors.weight(index, part))
-        return tensors.frozen

@@ -9,6 +9,7 @@ weight     ← (1 - lr · weight_decay) · weight - lr · update
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,18 +29,19 @@ from triton_hybrid.kernels.scalars import (
 )
 from triton_hybrid.kernels.update_rule import Block, UpdateRule
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import Home, StateRow, StepPlan
+from triton_hybrid.state import Home, StateRow
 
 EXP_AVG_SQ = address_row("exp_avg_sq")
 
 
-def _when(plan: StepPlan) -> bool:
-    # A trajectory's slope is measured by the first prediction in a row.
-    return plan.gradient or plan.first or not plan.trajectory
-
-
-FIRST_MOMENT = StateRow("exp_avg", home=Home.LENT, when=_when)
-SECOND_MOMENT = StateRow("exp_avg_sq", home=Home.LENT, when=_when)
+# A trajectory's slope is measured by the first prediction in a row.
+FIRST_MOMENT = StateRow(
+    "exp_avg",
+    home=Home.LENT,
+    when=lambda plan: plan.gradient or plan.first or not plan.trajectory,
+)
+SECOND_MOMENT = replace(FIRST_MOMENT, name="exp_avg_sq")
+MOMENTS = (FIRST_MOMENT.name, SECOND_MOMENT.name)
 
 
 @triton.jit
@@ -129,14 +131,7 @@ class _Torch:
 ADAMW = Rule(
     name="adamw",
     kernels=UpdateRule(
-        constants=_constants,
-        direction=_direction,
-        denominator=_denominator,
-        along=_along,
-        torch=_Torch(),
-        reads=("exp_avg", "exp_avg_sq"),
-        writes=("exp_avg", "exp_avg_sq"),
-        reads_along=("exp_avg_sq",),
+        _constants, _direction, _denominator, _along, _Torch(), MOMENTS, MOMENTS, MOMENTS[1:]
     ),
     rows=(FIRST_MOMENT, SECOND_MOMENT),
 )

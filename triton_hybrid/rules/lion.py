@@ -22,12 +22,7 @@ from triton_hybrid.kernels.rows import EXP_AVG, load_row, store_row
 from triton_hybrid.kernels.scalars import BETA1, BETA2
 from triton_hybrid.kernels.update_rule import Block, UpdateRule
 from triton_hybrid.rules.adamw import FIRST_MOMENT
-from triton_hybrid.rules.rule import Betas, Rule
-
-
-def _betas(group: Mapping[str, Any]) -> Betas:
-    beta1, beta2 = group["betas"]
-    return Betas(beta1, beta2, exp_avg=beta2)
+from triton_hybrid.rules.rule import Betas, Rule, no_denominator
 
 
 @triton.jit
@@ -51,14 +46,6 @@ def _direction(
     m = m + (1.0 - beta2) * (g - m)
     store_row(addresses, EXP_AVG, tensor, begin, length, m, STATE, STATE, BLOCK, FULL)
     return direction, direction
-
-
-@triton.jit
-def _denominator(
-    addresses, tensor, begin, length, beta1, beta2, c, d,
-    STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    return c
 
 
 @triton.jit
@@ -92,14 +79,8 @@ class _Torch:
 LION = Rule(
     name="lion",
     kernels=UpdateRule(
-        constants=_constants,
-        direction=_direction,
-        denominator=_denominator,
-        along=_along,
-        torch=_Torch(),
-        reads=("exp_avg",),
-        writes=("exp_avg",),
+        _constants, _direction, no_denominator, _along, _Torch(), ("exp_avg",), ("exp_avg",)
     ),
     rows=(FIRST_MOMENT,),
-    betas=_betas,
+    betas=lambda group: Betas(group["betas"], exp_avg=group["betas"][1]),
 )

@@ -11,7 +11,9 @@ two parts of the base step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_hybrid.checks import is_flag, is_int, is_list, is_number
 from triton_hybrid.kernels.matrices import SCRATCH_DTYPES, Coefficients, MatrixSet
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import QUINTIC, orthogonalise
@@ -27,162 +30,113 @@ from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.update_rule import Block, UpdateRule
 from triton_hybrid.rules.adamw import FIRST_MOMENT
-from triton_hybrid.rules.rule import Betas, Rule, check_number
-from triton_hybrid.state import Home, Member, StateRow, StepPlan
+from triton_hybrid.rules.rule import Betas, Group, Option, Rule, no_denominator
+from triton_hybrid.state import Home, Member, StateRow
 
 SCALES = ("match_rms_adamw", "original")
 """Values of ``adjust_lr_fn``; None is ``"original"``, as in ``torch.optim.Muon``."""
-
+DTYPES = tuple(SCRATCH_DTYPES)
+"""Values of ``ns_dtype``."""
 ADAMW_RMS = 0.2
 """Root mean square of AdamW's updates in units of the learning rate (Liu et al., arXiv
 2502.16982)."""
 
 
-def _products(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    return SCRATCH_DTYPES[group["ns_dtype"]]
-
-
-def _when(plan: StepPlan) -> bool:
-    return plan.measured or plan.edge if plan.gradient else not plan.trajectory
-
-
-MOMENTUM_UPDATE = StateRow("update", _products, saved=False)
+MOMENTUM_UPDATE = StateRow(
+    "update", lambda param, group: SCRATCH_DTYPES[group["ns_dtype"]], saved=False
+)
 """The orthogonalised momentum."""
-SLOW_DIRECTION = StateRow("direction", _products, home=Home.SCRATCH, when=_when, saved=False)
+SLOW_DIRECTION = replace(
+    MOMENTUM_UPDATE,
+    name="direction",
+    home=Home.SCRATCH,
+    when=lambda plan: plan.measured or plan.edge if plan.gradient else not plan.trajectory,
+)
 """The orthogonalised slow EMA."""
 ORTHOGONAL = address_row("update")
 DIRECTION = address_row("direction")
 
 
-# ------------------------------------------------------------------------------- settings
-
-
 def rate_scale(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
-    """What a matrix's learning rate is multiplied with.
+    """What the learning rate of a matrix with so many outputs and inputs is multiplied with.
 
-    Args:
-        adjust_lr_fn: ``"match_rms_adamw"``: the update gets the root mean square of AdamW's,
-            so that one learning rate serves both. ``"original"``: that of a matrix that
-            preserves the norm of what it maps.
-        rows: Outputs of the matrix.
-        columns: Inputs of the matrix.
+    With ``"match_rms_adamw"`` its update gets the root mean square of AdamW's, so that one learning
+    rate serves both; with ``"original"`` that of a matrix that preserves the norm of what it maps.
     """
     if adjust_lr_fn == "match_rms_adamw":
         return ADAMW_RMS * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))
 
 
-def schedule(group: Mapping[str, Any]) -> Coefficients:
+def schedule(group: Group) -> Coefficients:
     """Coefficients of each step of a group; the last ones given serve all further steps."""
     given = group["ns_coefficients"]
-    every = [given] if not isinstance(given[0], (tuple, list)) else list(given)
-    last = len(every) - 1
-    steps = [every[min(step, last)] for step in range(int(group["ns_steps"]))]
+    every = given if isinstance(given[0], (tuple, list)) else [given]
+    steps = [every[min(step, len(every) - 1)] for step in range(int(group["ns_steps"]))]
     return tuple((float(a), float(b), float(c)) for a, b, c in steps)
 
 
-def grid_of(group: Mapping[str, Any], index: int) -> tuple[int, int]:
+def grid_of(group: Group, index: int) -> tuple[int, int]:
     """Equal blocks along the two dimensions of a parameter of a group."""
     blocks = group["blocks"]
-    if not isinstance(blocks[0], int):
-        blocks = blocks[index]
-    return int(blocks[0]), int(blocks[1])
+    down, across = blocks if isinstance(blocks[0], int) else blocks[index]
+    return int(down), int(across)
 
 
-def _scale(member: Member) -> float:
-    grid, transposed = grid_of(member.group, member.place), member.group["transposed"]
-    if not isinstance(transposed, bool):
-        transposed = transposed[member.place]
-    rows, columns = (size // parts for size, parts in zip(member.param.shape, grid))
-    outputs, inputs = (columns, rows) if transposed else (rows, columns)
+def _scale(member: Member, grid: tuple[int, int]) -> float:
+    transposed = member.group["transposed"]
+    outputs, inputs = (size // parts for size, parts in zip(member.param.shape, grid))
+    if transposed if isinstance(transposed, bool) else transposed[member.place]:
+        outputs, inputs = inputs, outputs
     return rate_scale(member.group["adjust_lr_fn"], outputs, max(inputs, 1))
 
 
 def _bind(tensors: TensorSet, members: Sequence[Member]) -> None:
     grids = [grid_of(member.group, member.place) for member in members]
-    coefficients = [schedule(member.group) for member in members]
-    tensors.matrices = MatrixSet(tensors, grids, coefficients)
-    scales = torch.tensor([_scale(member) for member in members], dtype=torch.float64)
-    tensors.rate_factors = scales.to(tensors.device)
+    tensors.matrices = MatrixSet(tensors, grids, [schedule(member.group) for member in members])
+    scales = [_scale(member, grid) for member, grid in zip(members, grids)]
+    tensors.rate_factors = torch.tensor(scales, dtype=torch.float64).to(tensors.device)
 
 
-def _betas(group: Mapping[str, Any]) -> Betas:
+def _betas(group: Group) -> Betas:
     momentum = group["momentum"]
     mix = momentum if group["nesterov"] else 1.0
-    return Betas(momentum, group["betas"][1], exp_avg=momentum, nesterov_mix=mix)
+    return Betas((momentum, group["betas"][1]), exp_avg=momentum, nesterov_mix=mix)
 
 
-def _batch_key(group: Mapping[str, Any]) -> Hashable:
-    return str(group["ns_dtype"])
+_is_triple = partial(is_list, suits=is_number, count=3)
+_is_pair = partial(is_list, suits=partial(is_int, least=1), count=2)
+
+OPTIONS = {
+    "momentum": Option(0.95, "a number in [0, 1)", lambda x, _: is_number(x) and 0 <= x < 1),
+    "nesterov": Option(True, "True or False", lambda x, _: is_flag(x)),
+    "ns_coefficients": Option(
+        QUINTIC[0],
+        "three finite numbers, or three for each step",
+        lambda x, _: _is_triple(x) or (is_list(x, _is_triple) and len(x) > 0),
+    ),
+    "ns_steps": Option(5, "a whole number from 1 to 99", lambda x, _: is_int(x, 1, 99)),
+    "adjust_lr_fn": Option(
+        SCALES[0], f"one of {SCALES} or None", lambda x, _: x in (None, *SCALES)
+    ),
+    "ns_dtype": Option("bfloat16", f"one of {DTYPES}", lambda x, _: x in DTYPES),
+    "blocks": Option(
+        (1, 1),
+        "two whole numbers >= 1 (blocks along rows and columns), or such a pair for every "
+        "parameter of the group",
+        lambda x, count: _is_pair(x) or is_list(x, _is_pair, count),
+    ),
+    "transposed": Option(
+        False,
+        "True or False, or one of them for every parameter of the group",
+        lambda x, count: is_flag(x) or is_list(x, is_flag, count),
+    ),
+}
+"""The first five have the names and meanings of ``torch.optim.Muon``, whose ``adjust_lr_fn`` is
+``"original"`` by default."""
 
 
-def _settings(group: Mapping[str, Any]) -> Hashable:
-    names = ("ns_coefficients", "ns_steps", "adjust_lr_fn", "ns_dtype", "blocks", "transposed")
-    return tuple(group[name] for name in names)
-
-
-# --------------------------------------------------------------------------------- checks
-
-
-def _check(group: Mapping[str, Any]) -> None:
-    check_number("momentum", group["momentum"], "a number in [0, 1)", 0.0, 1.0)
-    if not isinstance(group["nesterov"], bool):
-        raise ValueError(f"nesterov={group['nesterov']!r}: must be True or False")
-    steps = group["ns_steps"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
-        raise ValueError(f"ns_steps={steps!r}: must be a whole number from 1 to 99")
-    given = group["ns_coefficients"]
-    every = given if isinstance(given, (tuple, list)) else ()
-    nested = [c for c in every if isinstance(c, (tuple, list))]
-    triples = nested if nested else [every]
-    if len(nested) not in (0, len(every)) or any(
-        len(triple) != 3 or not all(_is_finite(c) for c in triple) for triple in triples
-    ):
-        raise ValueError(
-            f"ns_coefficients={given!r}: must be three finite numbers, or three for each step"
-        )
-    if group["adjust_lr_fn"] not in (None, *SCALES):
-        raise ValueError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: must be one of {SCALES} or None")
-    if group["ns_dtype"] not in SCRATCH_DTYPES:
-        raise ValueError(f"ns_dtype={group['ns_dtype']!r}: must be one of {tuple(SCRATCH_DTYPES)}")
-    count = len(group["params"]) if "params" in group else None
-    blocks = group["blocks"]
-    pairs = blocks if _is_list(blocks, count, _is_pair) else [blocks]
-    if not all(_is_pair(pair) for pair in pairs):
-        raise ValueError(
-            f"blocks={blocks!r}: must be two whole numbers >= 1 (blocks along rows and columns), "
-            "or such a pair for every parameter of the group"
-        )
-    transposed = group["transposed"]
-    if not isinstance(transposed, bool) and not _is_list(
-        transposed, count, lambda value: isinstance(value, bool)
-    ):
-        raise ValueError(
-            f"transposed={transposed!r}: must be True or False, or one of them for every "
-            "parameter of the group"
-        )
-
-
-def _is_finite(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def _is_pair(value: Any) -> bool:
-    return (
-        isinstance(value, (tuple, list))
-        and len(value) == 2
-        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value)
-    )
-
-
-def _is_list(value: Any, count: int | None, suits: Callable[[Any], bool]) -> bool:
-    """Whether a value holds something that suits for every parameter."""
-    listed = isinstance(value, (tuple, list)) and all(suits(entry) for entry in value)
-    return listed and count in (None, len(value))
-
-
-def _check_parameter(group: Mapping[str, Any], index: int, param: Tensor) -> None:
+def _check_parameter(group: Group, index: int, param: Tensor) -> None:
     if param.ndim != 2:
         raise ValueError(
             f"params: parameter {index} of a group with base='muon' has shape "
@@ -193,9 +147,6 @@ def _check_parameter(group: Mapping[str, Any], index: int, param: Tensor) -> Non
         raise ValueError(
             f"blocks={grid}: must divide the shape {tuple(param.shape)} of parameter {index}"
         )
-
-
-# -------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
@@ -209,18 +160,8 @@ def _direction(
     addresses, tensor, begin, length, g, a, b, c, d,
     STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    orthogonal = load_row(
-        addresses, ORTHOGONAL, tensor, begin, length, UPDATE_TYPE, STATE, BLOCK, FULL
-    )
-    return orthogonal, orthogonal
-
-
-@triton.jit
-def _denominator(
-    addresses, tensor, begin, length, a, b, c, d,
-    STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    return a
+    update = load_row(addresses, ORTHOGONAL, tensor, begin, length, UPDATE_TYPE, STATE, BLOCK, FULL)
+    return update, update
 
 
 @triton.jit
@@ -232,7 +173,7 @@ def _along(
 
 
 class _Torch:
-    """Muon in plain torch, after `_prepare_torch`."""
+    """Muon in plain torch, after `_prepare`."""
 
     def update(self, block: Block) -> None:
         update = block.rows["update"].to(block.w.dtype)
@@ -253,41 +194,32 @@ class _Torch:
         return torch.ones_like(root_correction2)
 
 
-def _matrices(tensors: TensorSet) -> MatrixSet:
-    assert tensors.matrices is not None
-    return tensors.matrices
-
-
-def _prepare(tensors: TensorSet, scalars: Scalars, compare: bool, max_norm: float | None) -> None:
-    matrices = _matrices(tensors)
-    if compare:
-        orthogonalise(matrices, scalars, "direction", source="slow_ema")
+def _momentum(matrices: MatrixSet, scalars: Scalars, max_norm: float | None) -> None:
     orthogonalise(matrices, scalars, "update", max_norm=max_norm)
-    matrices.direction_known = False
 
 
-def _prepare_torch(
-    tensors: TensorSet, scalars: Scalars, compare: bool, clip: Tensor, skip: Tensor | None
+def _prepare(
+    row: Callable[..., None],
+    momentum: Callable[..., None],
+    tensors: TensorSet,
+    scalars: Scalars,
+    compare: bool,
+    *gradient: Any,
 ) -> None:
-    matrices = _matrices(tensors)
+    """Orthogonalises the momentum, and the slow EMA to compare with, by functions of a backend."""
+    assert tensors.matrices is not None
     if compare:
-        orthogonalise_torch(matrices, scalars, "direction", "slow_ema")
-    momentum_torch(matrices, scalars, clip, skip)
-    matrices.direction_known = False
+        row(tensors.matrices, scalars, "direction", source="slow_ema")
+    momentum(tensors.matrices, scalars, *gradient)
+    tensors.matrices.direction_known = False
 
 
-def _prepare_along(tensors: TensorSet, scalars: Scalars) -> None:
-    matrices = _matrices(tensors)
-    if not matrices.direction_known:
-        orthogonalise(matrices, scalars, "direction", source="slow_ema")
-        matrices.direction_known = True
-
-
-def _prepare_along_torch(tensors: TensorSet, scalars: Scalars) -> None:
-    matrices = _matrices(tensors)
-    if not matrices.direction_known:
-        orthogonalise_torch(matrices, scalars, "direction", "slow_ema")
-        matrices.direction_known = True
+def _prepare_along(row: Callable[..., None], tensors: TensorSet, scalars: Scalars) -> None:
+    """Orthogonalises the slow EMA, unless it has not changed since."""
+    assert tensors.matrices is not None
+    if not tensors.matrices.direction_known:
+        row(tensors.matrices, scalars, "direction", source="slow_ema")
+        tensors.matrices.direction_known = True
 
 
 MUON = Rule(
@@ -295,37 +227,25 @@ MUON = Rule(
     kernels=UpdateRule(
         constants=_constants,
         direction=_direction,
-        denominator=_denominator,
+        denominator=no_denominator,
         along=_along,
         torch=_Torch(),
         reads=("update",),
         writes=(),
         reads_along=("direction",),
         uses_gradient=False,
-        prepare=_prepare,
-        prepare_torch=_prepare_torch,
-        prepare_along=_prepare_along,
-        prepare_along_torch=_prepare_along_torch,
+        prepare=partial(_prepare, orthogonalise, _momentum),
+        prepare_torch=partial(_prepare, orthogonalise_torch, momentum_torch),
+        prepare_along=partial(_prepare_along, orthogonalise),
+        prepare_along_torch=partial(_prepare_along, orthogonalise_torch),
     ),
     rows=(FIRST_MOMENT, MOMENTUM_UPDATE),
     along_rows=(SLOW_DIRECTION,),
-    defaults={
-        "momentum": 0.95,
-        "nesterov": True,
-        "ns_coefficients": QUINTIC[0],
-        "ns_steps": 5,
-        "adjust_lr_fn": "match_rms_adamw",
-        "ns_dtype": "bfloat16",
-        "blocks": (1, 1),
-        "transposed": False,
-    },
-    check=_check,
+    options=OPTIONS,
     check_parameter=_check_parameter,
     betas=_betas,
     bind=_bind,
-    batch_key=_batch_key,
-    settings=_settings,
+    batch_key=lambda group: str(group["ns_dtype"]),
+    settings=lambda group: tuple(group[n] for n in OPTIONS if n not in ("momentum", "nesterov")),
     checkpoint_names={"momentum_buffer": "exp_avg"},
 )
-"""The first five of its options have the names and meanings of ``torch.optim.Muon``, whose
-``adjust_lr_fn`` is ``"original"`` by default."""

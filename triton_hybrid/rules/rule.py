@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.state import Member, StateRow
 
-
-def _accept(group: Mapping[str, Any]) -> None:
-    """Refuses nothing."""
-
-
-def _accept_parameter(group: Mapping[str, Any], index: int, param: Tensor) -> None:
-    """Refuses nothing."""
+Group = Mapping[str, Any]
 
 
 class Betas(NamedTuple):
-    """The decays of a rule's moments.
+    """The decays of a rule's moments, and how Muon mixes momentum and gradient."""
 
-    Attributes:
-        beta1: As the rule's formula has it.
-        beta2: As the rule's formula has it.
-        exp_avg: That of ``exp_avg``, for its bias correction.
-        nesterov_mix: Weight of the momentum against the gradient.
-    """
-
-    beta1: float
-    beta2: float
-    exp_avg: float
-    nesterov_mix: float = 1.0
+    pair: tuple[float, float]  # β1 and β2 of the rule's formula
+    exp_avg: float  # that of exp_avg, for its bias correction
+    nesterov_mix: float = 1.0  # weight of the momentum against the gradient
 
 
-def _betas(group: Mapping[str, Any]) -> Betas:
-    beta1, beta2 = group["betas"]
-    return Betas(beta1, beta2, exp_avg=beta1)
+class Option(NamedTuple):
+    """An option of a rule's groups."""
 
-
-def _nothing(group: Mapping[str, Any]) -> Hashable:
-    return None
+    default: Any
+    allowed: str  # as messages say it
+    ok: Callable[[Any, int | None], bool]  # of a value for so many parameters, None: not yet known
 
 
 @dataclass(frozen=True)
@@ -56,8 +42,7 @@ class Rule:
         kernels: What it does with a block of a tensor, for both backends.
         rows: What it keeps of every parameter.
         along_rows: What it needs besides to be followed along the slow EMA.
-        defaults: Options of a group beyond AdamW's, with their defaults.
-        check: Refuses bad options of a group, by name.
+        options: Options of a group beyond AdamW's, by name.
         check_parameter: Refuses a parameter that it cannot update: group, index, parameter.
         betas: Of a group.
         bind: Prepares the tensors of a batch, such as matrices; None where nothing is needed.
@@ -70,23 +55,24 @@ class Rule:
     kernels: UpdateRule
     rows: tuple[StateRow, ...]
     along_rows: tuple[StateRow, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    check: Callable[[Mapping[str, Any]], None] = _accept
-    check_parameter: Callable[[Mapping[str, Any], int, Tensor], None] = _accept_parameter
-    betas: Callable[[Mapping[str, Any]], Betas] = _betas
+    options: Mapping[str, Option] = field(default_factory=dict)
+    check_parameter: Callable[[Group, int, Tensor], None] = lambda group, index, param: None
+    betas: Callable[[Group], Betas] = lambda group: Betas(group["betas"], group["betas"][0])
     bind: Callable[[TensorSet, Sequence[Member]], None] | None = None
-    batch_key: Callable[[Mapping[str, Any]], Hashable] = _nothing
-    settings: Callable[[Mapping[str, Any]], Hashable] = _nothing
+    batch_key: Callable[[Group], Hashable] = lambda group: None
+    settings: Callable[[Group], Hashable] = lambda group: None
     checkpoint_names: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Its options with their defaults."""
+        return {name: option.default for name, option in self.options.items()}
 
-def check_number(name: str, value: Any, allowed: str, low: float, high: float = math.inf) -> None:
-    """Refuses what is not a number with low <= value < high.
 
-    Raises:
-        ValueError: With name, value, and what is allowed.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
-    if not low <= value < high:
-        raise ValueError(f"{name}={value!r}: must be {allowed}")
+@triton.jit
+def no_denominator(
+    addresses, tensor, begin, length, a, b, c, d,
+    STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The denominator of rules that divide by nothing: what stands in for it is never read."""
+    return a

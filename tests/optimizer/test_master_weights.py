@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_helpers import fewer
+from kernel_specs import fewer
 from torch import Tensor, nn
 from training import (
     assert_same_weights,
@@ -21,11 +21,11 @@ from training import (
     train,
     weights,
 )
-from triton_hybrid.kernels.chunks import assembled, remainder_of
+from triton_hybrid.kernels.multi_tensor import assembled, remainder_of
 
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase, split_param_groups
 
-PREDICTORS = ("slow_ema", "subspace", "linear", "none")
+PREDICTORS = ("slow_ema", "linear", "none")
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -104,7 +104,7 @@ def test_split_with_muon() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs without a GPU")
-@pytest.mark.parametrize("predictor", ["slow_ema", "subspace"])
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
 @pytest.mark.parametrize("masters", ["split", "none"])
 def test_kernels_agree_with_the_torch_backend(masters: str, predictor: str) -> None:
     results = []

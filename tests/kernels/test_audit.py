@@ -13,33 +13,22 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton_hybrid.kernels.audit import main
-from triton_hybrid.kernels.audit_assembly import (
-    Access,
-    amd_resources,
-    gcn_accesses,
-    llvm_accesses,
-    ptx_accesses,
-)
-from triton_hybrid.kernels.audit_cases import Case, cases
-from triton_hybrid.kernels.audit_findings import moved_bytes
+from triton_hybrid.kernels.audit import assembly
+from triton_hybrid.kernels.audit.__main__ import main
+from triton_hybrid.kernels.audit.assembly import Access
+from triton_hybrid.kernels.audit.cases import Case, cases
+from triton_hybrid.kernels.audit.findings import moved_bytes
+
+from triton_hybrid.rules import RULES
+
+READ, WRITE, CACHED = Access(False, 128), Access(True, 128), Access(False, 128, scratch=True)
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own, in which kernels are compiled and not interpreted."""
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**variables, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
-
-def no_launch(target: object) -> None:
-    raise AssertionError("only the byte counts of this case are used")
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
 PTX = """
@@ -59,16 +48,8 @@ PTX = """
 
 
 def test_widths_in_ptx() -> None:
-    assert ptx_accesses(PTX) == [
-        Access(False, 128),
-        Access(False, 128),
-        Access(False, 256),
-        Access(False, 32),
-        Access(False, 128, scratch=True),
-        Access(False, 128),
-        Access(True, 16),
-        Access(True, 128),
-    ]
+    others = Access(False, 256), Access(False, 32), CACHED, READ, Access(True, 16), WRITE
+    assert assembly.ptx_accesses(PTX) == [READ, READ, *others]
 
 
 LLVM = """
@@ -85,14 +66,7 @@ declare <4 x float> @llvm.amdgcn.raw.ptr.buffer.load.v4f32(ptr addrspace(8), i32
 
 
 def test_vectors_in_llvm_code_for_amd() -> None:
-    assert llvm_accesses(LLVM) == [
-        Access(False, 128),
-        Access(False, 128),
-        Access(False, 128, scratch=True),
-        Access(False, 128),
-        Access(True, 128),
-        Access(True, 128),
-    ]
+    assert assembly.llvm_accesses(LLVM) == [READ, READ, CACHED, READ, WRITE, WRITE]
 
 
 AMD = """
@@ -109,24 +83,29 @@ AMD = """
 
 
 def test_widths_and_resources_in_amd_assembly() -> None:
-    assert gcn_accesses(AMD) == [Access(False, 128), Access(False, 32), Access(True, 64)]
-    resources = amd_resources(AMD)
+    assert assembly.gcn_accesses(AMD) == [READ, Access(False, 32), Access(True, 64)]
+    resources = assembly.amd_resources(AMD)
     assert resources.registers == 112
     assert resources.spills == 1 + 2 + 8
     with pytest.raises(RuntimeError, match="vgpr_spill_count"):
-        amd_resources(".vgpr_count: 3")
+        assembly.amd_resources(".vgpr_count: 3")
+
+
+def no_launch(target: object) -> None:
+    raise AssertionError("only the byte counts of this case are used")
+
+
+ADAMW = Case("adamw", "adamw", no_launch, (4, 4, 4, 2), (4, 4, 4, 2), first_pass=(2,))  # type: ignore[arg-type]
+"""One block with a first pass: 8 elements a thread, copied by the compiler."""
 
 
 @pytest.mark.parametrize("copies", [1, 8])
 @pytest.mark.parametrize("first_copies", [1, 5])
 def test_bytes_are_those_of_the_wide_accesses(copies: int, first_copies: int) -> None:
-    """One block of AdamW with a first pass: 8 elements a thread, copied by the compiler."""
-    case = Case("adamw", "adamw", no_launch, (4, 4, 4, 2), (4, 4, 4, 2), first_pass=(2,))  # type: ignore[arg-type]
-    loads = [Access(False, 128)] * (7 * copies + first_copies)
-    stores = [Access(True, 128)] * 7 * copies
+    wide = [READ] * (7 * copies + first_copies) + [WRITE] * 7 * copies
     # Neither masked accesses nor a look at the partial sums count.
-    others = [Access(False, 32), Access(True, 16), Access(False, 128, scratch=True)]
-    assert moved_bytes(case, [*loads, *stores, *others], elements=8) == 30
+    others = [Access(False, 32), Access(True, 16), CACHED]
+    assert moved_bytes(ADAMW, [*wide, *others], elements=8) == 30
 
 
 @pytest.mark.parametrize(
@@ -140,45 +119,39 @@ def test_bytes_are_those_of_the_wide_accesses(copies: int, first_copies: int) ->
     ],
 )
 def test_an_access_too_narrow_or_unknown_breaks_the_count(loads: int, stores: int) -> None:
-    case = Case("adamw", "adamw", no_launch, (4, 4, 4, 2), (4, 4, 4, 2), first_pass=(2,))  # type: ignore[arg-type]
-    accesses = [Access(False, 128)] * loads + [Access(True, 128)] * stores
     with pytest.raises(ValueError, match="do not add up"):
-        moved_bytes(case, accesses, elements=8)
+        moved_bytes(ADAMW, [READ] * loads + [WRITE] * stores, elements=8)
 
 
 def test_bytes_of_adamw_are_the_floor_the_first_pass_and_the_averages() -> None:
     known = {case.name: case for case in cases()}
-    assert known["adamw fp32, update, clip"].bytes_per_element == 28
-    assert known["adamw bf16, update, clip"].bytes_per_element == 28
-    assert known["adamw bf16 split, update, clip"].bytes_per_element == 26
-    assert known["adamw bf16 alone, update, clip"].bytes_per_element == 22
+    updates = {"fp32": 28, "bf16": 28, "bf16 split": 26, "bf16 alone": 22}
+    for words, expected in updates.items():
+        assert known[f"adamw {words}, update, clip"].bytes_per_element == expected
     assert known["adamw fp32, one launch, clip"].bytes_per_element == 32
     assert known["adamw fp16, one launch, clip, slow EMA"].bytes_per_element == 46
-    assert {case.floor for name, case in known.items() if "launch, clip" in name} == {
-        22,
-        26,
-        28,
-        56,
-    }
+    floors = {known[name].floor for name in known if name.startswith("adamw") and "launch" in name}
+    assert floors == {22, 26, 28, 56}
     assert len(known) == len(cases())
+
+
+def test_every_rule_and_every_kernel_is_audited() -> None:
+    kernels = {case.kernel for case in cases()}
+    assert {*RULES, "predict", "check", "slopes", "decide", "correct", "gram", "reduce"} <= kernels
 
 
 def test_audit_compiles_prints_a_table_and_succeeds(tmp_path: Path) -> None:
     report = tmp_path / "audit.json"
-    result = run(
-        *("-m", "triton_hybrid.kernels.audit", "--target", "sm_90", "--jobs", "1"),
-        *("--kernel", "fp32, one launch, clip, slow EMA", "--kernel", "correct fp32"),
-        *("--json", str(report)),
-    )
+    words = ("--kernel", "fp32, one launch, clip, slow EMA", "--kernel", "correct fp32")
+    audit = ("-m", "triton_hybrid.kernels.audit", "--target", "sm_90", "--jobs", "1")
+    result = run(*audit, *words, "--json", str(report))
     assert result.returncode == 0, result.stdout + result.stderr
     header, rule, *lines = result.stdout.splitlines()
     assert header.split() == (
         ["launch", "target", "registers", "spills", "shared", "widest", "bytes/element", "floor"]
     )
     assert set(rule) == {"-", " "}
-    line = next(
-        line for line in lines if line.startswith("adamw fp32, one launch, clip, slow EMA ")
-    )
+    (line,) = (text for text in lines if text.startswith("adamw fp32, one launch, clip, slow EMA "))
     assert line.split()[-8] == "sm_90"
     assert line.split()[-3:] == ["48", "28", "ok"]
     findings = {f["case"]: f for f in json.loads(report.read_text())["findings"]}
@@ -201,10 +174,11 @@ PLANTED = """
     import triton
     import triton.language as tl
 
-    from triton_hybrid.kernels import audit, audit_findings
-    from triton_hybrid.kernels.audit_cases import Case, cases
-    from triton_hybrid.kernels.audit_targets import recorded
-    from triton_hybrid.kernels.chunks import LAUNCH
+    from triton_hybrid.kernels.audit import __main__ as audit
+    from triton_hybrid.kernels.audit import findings
+    from triton_hybrid.kernels.audit.cases import Case, cases
+    from triton_hybrid.kernels.audit.launches import launches
+    from triton_hybrid.kernels.launch import LAUNCH
 
 
     @triton.jit
@@ -220,12 +194,8 @@ PLANTED = """
 
 
     def launch(kernel):
-        def make(target):
-            with recorded(target) as launches:
-                kernel[(1,)](torch.zeros(8), torch.zeros(8), 7, BLOCK=1024, **LAUNCH)
-            return launches[0]
-
-        return make
+        call = lambda: kernel[(1,)](torch.zeros(8), torch.zeros(8), 7, BLOCK=1024, **LAUNCH)
+        return lambda target: launches(target, call)[0]
 
 
     def planted():
@@ -241,7 +211,7 @@ PLANTED = """
 
 
     audit.cases = planted
-    audit_findings.REGISTER_LIMIT = 16
+    findings.REGISTER_LIMIT = 16
     sys.exit(audit.main(["--target", "sm_90", "--jobs", "1"]))
 """
 

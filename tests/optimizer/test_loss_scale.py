@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kernel_helpers import Problem, fewer, plain, set_entries
-from test_kernels_adamw import BACKENDS as STEPS
-from test_kernels_adamw import Step
+from kernel_launches import BACKENDS, Checked
+from kernel_problems import Problem
+from kernel_specs import fewer, plain, some
 from torch import Tensor, nn
 from training import (
     assert_same_state,
@@ -27,10 +27,11 @@ from training import (
     state_copy,
     weights,
 )
-from triton_hybrid.kernels.ledger import INDEX
-from triton_hybrid.kernels.loss_scale import move_loss_scale_reference
+from triton_hybrid.kernels.ledger import INDEX, read_ledger, write_ledger
+from triton_hybrid.kernels.ledger_torch import move_loss_scale_torch
 
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase, split_param_groups
+from triton_hybrid.rules import RULES
 
 OFF = HybridConfig(predictor="none")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,6 +55,7 @@ def scale_of(optimizer: HybridOptimizer) -> float:
 
 SCALES = st.sampled_from((65536.0, 1.0, 3.0, 2.0**-148, 2.0**-149, 2.0**127, 1e38, 1.1))
 TRACKERS = st.sampled_from((0, 1, 1998, 1999, 2000))
+EVERY_RULE = pytest.mark.parametrize("rule", RULES)
 
 
 @example(scale=65536.0, tracker=2000, nonfinite=False)  # beyond the interval torch never grows it
@@ -62,60 +64,57 @@ def test_scale_moves_as_torch_moves_it(scale: float, tracker: int, nonfinite: bo
     theirs = torch.tensor(scale)
     count = torch.tensor(tracker, dtype=torch.int32)
     torch._amp_update_scale_(theirs, count, torch.tensor(float(nonfinite)), 2.0, 0.5, 2000)
-    ours = torch.zeros(len(INDEX), dtype=torch.float64)
-    set_entries(ours, loss_scale=float(torch.tensor(scale)), growth_tracker=tracker)
-    move_loss_scale_reference(ours, torch.tensor(nonfinite))
+    start = {"loss_scale": float(torch.tensor(scale)), "growth_tracker": tracker}
+    ours = write_ledger(start, torch.device("cpu"))
+    move_loss_scale_torch(ours, torch.tensor(nonfinite))
     assert float(ours[INDEX["loss_scale"]]) == float(theirs)
     # Torch counts on where a tracker has passed its interval, which never happens.
     if tracker < 2000:
         assert int(ours[INDEX["growth_tracker"]]) == int(count)
 
 
-@pytest.mark.parametrize("step", STEPS.args[1], ids=["triton", "torch"])
+@BACKENDS
 @given(scale=SCALES, tracker=TRACKERS, nonfinite=st.booleans())
 @fewer(6)
 def test_step_moves_the_scale(
-    device: torch.device, step: Step, scale: float, tracker: int, nonfinite: bool
+    backend: Checked, scale: float, tracker: int, nonfinite: bool
 ) -> None:
-    problem = Problem(plain((5,), (3, 4)), device)
-    value = float(torch.tensor(scale))
-    set_entries(problem.ledger, loss_scale=value, growth_tracker=tracker)
+    problem = Problem(plain((5,), (3, 4)))
+    problem.note(loss_scale=float(torch.tensor(scale)), growth_tracker=tracker)
     expected = problem.ledger.clone()
-    move_loss_scale_reference(expected, torch.tensor(nonfinite, device=device))
+    move_loss_scale_torch(expected, torch.tensor(nonfinite, device=expected.device))
     if nonfinite:
         problem.rows["grad"][1][0, 0] = math.inf
-    step(problem)
+    backend.step(problem)
     for name in ("loss_scale", "growth_tracker"):
         assert float(problem.ledger[INDEX[name]]) == float(expected[INDEX[name]]), name
 
 
-@pytest.mark.parametrize("step", STEPS.args[1], ids=["triton", "torch"])
+@BACKENDS
+@EVERY_RULE
 @pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_unscaled_in_the_step_bit_for_bit(
-    device: torch.device, step: Step, max_norm: float | None
-) -> None:
-    specs = plain((5,), (13, 24))
-    usual, scaled = Problem(specs, device), Problem(specs, device)
-    set_entries(scaled.ledger, loss_scale=1024.0)
+def test_unscaled_bit_for_bit(backend: Checked, rule: str, max_norm: float | None) -> None:
+    usual, scaled = (Problem(some(rule=rule), rule=rule) for _ in "ab")
+    scaled.note(loss_scale=1024.0)
     for grad in scaled.rows["grad"]:
         grad.mul_(1024.0)
     for problem in (usual, scaled):
-        step(problem, max_norm=max_norm)
-    rows = ("weight", "exp_avg", "exp_avg_sq", "slow_ema", "weight_ema")
-    scaled.assert_same(usual, range(2), rows)
-    norm = INDEX["norm"]
-    assert float(scaled.ledger[norm]) == pytest.approx(float(usual.ledger[norm]), rel=1e-12)
+        backend.step(problem, max_norm=max_norm)
+    scaled.assert_same(usual, rows=usual.state)
+    norms = [read_ledger(problem.ledger)["norm"] for problem in (usual, scaled)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-12)
 
 
-@pytest.mark.parametrize("step", STEPS.args[1], ids=["triton", "torch"])
-def test_flag_of_a_grad_scaler_skips(device: torch.device, step: Step) -> None:
-    problem = Problem(plain((5,), (3, 4)), device)
-    set_entries(problem.ledger, found_inf=1.0)
+@BACKENDS
+@EVERY_RULE
+def test_flag_of_a_grad_scaler_skips(backend: Checked, rule: str) -> None:
+    problem = Problem(some(rule=rule), rule=rule)
+    problem.note(found_inf=1.0)
     before = problem.snapshot()
-    step(problem)
-    problem.assert_unchanged(before)
-    assert float(problem.ledger[INDEX["skipped"]]) == 1
-    assert float(problem.ledger[INDEX["found_inf"]]) == 0
+    backend.step(problem)
+    problem.assert_unchanged(before, but=problem.worked_out)
+    entries = read_ledger(problem.ledger)
+    assert (entries["skipped"], entries["found_inf"]) == (1, 0)
 
 
 # --------------------------------------------------------------------- through the optimizer

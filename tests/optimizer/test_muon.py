@@ -22,11 +22,12 @@ from training import (
     weights,
 )
 from triton_hybrid.kernels.newton_schulz import POLAR
+from triton_hybrid.kernels.newton_schulz_torch import newton_schulz_torch
 
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase, split_param_groups
 
 OFF = HybridConfig(predictor="none")
-PREDICTORS = ("auto", "slow_ema", "subspace", "linear", "none")
+PREDICTORS = ("auto", "slow_ema", "linear", "none")
 
 
 def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -88,8 +89,6 @@ def test_is_torch_muon(options: dict[str, Any]) -> None:
 
 
 def test_fp32_products_match_fp64_ones() -> None:
-    from triton_hybrid.kernels.newton_schulz_reference import newton_schulz_reference
-
     ours = matrices(SHAPES)
     before = [param.detach().clone() for param in ours]
     optimizer = HybridOptimizer(
@@ -102,7 +101,7 @@ def test_fp32_products_match_fp64_ones() -> None:
     for param, start, grad in zip(ours, before, grads):
         looked = grad + 0.95 * (0.05 * grad - grad)
         scale = 0.2 * math.sqrt(max(param.shape))
-        update = scale * newton_schulz_reference(looked, steps, 1e-8)
+        update = scale * newton_schulz_torch(looked, steps, 1e-8)
         moved = (start - param.detach()).double()
         assert float((moved - update).norm() / update.norm()) < 1e-5
 
@@ -174,7 +173,7 @@ def test_state_has_no_second_moment() -> None:
     assert {"exp_avg_sq", "weight_ema"} <= set(optimizer.state[rest[0]])
 
 
-def test_auto_leaves_matrices_still() -> None:
+def test_auto_leaves_matrices_frozen() -> None:
     """Its predictions move AdamW's tensors alone; a rollback has nothing to undo in the rest."""
     model = make_model()
     optimizer = make_optimizer(model, hybrid=fast_config(predictor="auto", inline=False))

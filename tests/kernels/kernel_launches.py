@@ -1,0 +1,144 @@
+"""Launches of the kernel tests: both backends, checked after every call, counted, far away."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernel_memory import assert_same_bits
+from kernel_problems import Problem
+from torch import Tensor
+from triton_hybrid.kernels import gram, ledger, newton_schulz, predict, step, verify
+from triton_hybrid.kernels.backend import TORCH, TRITON, Backend
+from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet
+from triton_hybrid.kernels.predict import Displacement
+from triton_hybrid.kernels.rows import ROW
+
+from triton_hybrid.predictors.linear import Linear
+from triton_hybrid.predictors.slow_ema import SlowEMA
+
+SLOW_EMA, LINEAR = SlowEMA.displacement, Linear.displacement
+
+
+class Checked:
+    """A backend whose every call is given poisoned scratch and sums, and is checked."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def __repr__(self) -> str:
+        return self.backend.name
+
+    def step(self, *problems: Problem, **options: Any) -> None:
+        """One base step over problems that share their scalars."""
+        options = {"max_norm": None, "slow_beta": 0.9, "observed": True, **options}
+        sets = [problem.tensors for problem in problems]
+        self.backend.step(sets, problems[0].scalars, **options)
+        self._check(*problems)
+
+    def predict(
+        self,
+        problem: Problem,
+        along: Displacement = SLOW_EMA,
+        coefficients: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        """One predicted step."""
+        if along is LINEAR and coefficients is None:
+            coefficients = problem.ratios()
+        options = {"threshold": 0.5, "share": 1.0, "save": True, **options}
+        problem.poison(3)
+        before = problem.ledger.clone()
+        sets = problem.tensors, problem.scalars
+        self.backend.predict(*sets, along, coefficients, **options)
+        assert_same_bits(problem.ledger, before, "the ledger of a move")
+        self._check(problem)
+
+    def check_move(self, problem: Problem, **options: Any) -> None:
+        """What follows a predicted step."""
+        options = {"threshold": 0.5, "limit": 1e9, "cooldown": 10.0, "last": True, **options}
+        self.backend.check_move(problem.tensors, problem.scalars, **options)
+        self._check(problem)
+
+    def slopes(self, problem: Problem) -> Tensor:
+        """Measures the gradient along the displacement; returns the sums."""
+        problem.poison(3)
+        before = problem.snapshot()
+        self.backend.slopes(problem.tensors, problem.scalars)
+        self._check(problem)
+        problem.assert_unchanged(before)
+        return problem.sums
+
+    def correct(self, problem: Problem, *, restart: bool = False) -> None:
+        """Places the weights."""
+        prediction, ledger = problem.prediction.clone(), problem.ledger.clone()
+        self.backend.correct(problem.tensors, problem.scalars, restart=restart)
+        self._check(problem)
+        assert_same_bits(problem.prediction, prediction, "step fractions of a correction")
+        assert_same_bits(problem.ledger, ledger, "the ledger of a correction")
+
+    def gram(self, problem: Problem) -> Tensor:
+        """Ends a cycle; returns the sums."""
+        problem.products = problem.arena.carve((len(problem.specs), 2), torch.float64)
+        problem.poison(2)
+        self.backend.gram(problem.tensors, problem.products)
+        self._check(problem)
+        return problem.products
+
+    def _check(self, *problems: Problem) -> None:
+        assert problems[0].scalars.arrivals.tolist() == [0, 0], "left as it was found"
+        for problem in problems:
+            problem.check()
+
+
+KERNELS, PLAIN = Checked(TRITON), Checked(TORCH)
+ALONG = pytest.mark.parametrize("along", [SLOW_EMA, LINEAR], ids=["slow EMA", "linear"])
+BACKENDS = pytest.mark.parametrize("backend", [KERNELS, PLAIN], ids=repr)
+
+
+@contextlib.contextmanager
+def far_away(tensors: TensorSet, distance: int = (1 << 31) + 4096) -> Iterator[None]:
+    """Lets the elements of a set begin beyond the 32-bit range.
+
+    In its tables addresses are moved down and offsets up by the same distance: their sum is the
+    real memory if, and only if, it is formed in 64 bits.
+    """
+    addresses, extents = (table.clone() for table in tensors.tables())
+    for name in tensors.flat:
+        addresses[:, ROW[name]] -= distance * tensors.dtype[name].itemsize
+    extents += 2 * distance
+    near, moved = tensors.chunks, {}
+
+    def chunks(every: bool = False) -> ChunkTable:
+        if every not in moved:
+            moved[every] = table = copy.copy(near(every))
+            table.places = table.places + table.places.new_tensor([0, distance])
+        return moved[every]
+
+    vars(tensors).update(tables=lambda: (addresses, extents), chunks=chunks)
+    yield
+    del vars(tensors)["tables"], vars(tensors)["chunks"]
+
+
+@contextlib.contextmanager
+def counted_launches() -> Iterator[list[str]]:
+    """The names of all kernels launched inside the block, in order."""
+    log: list[str] = []
+
+    class Counted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            log.append(self.kernel.__name__)
+            return self.kernel[grid]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (gram, ledger, newton_schulz, predict, step, verify):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                patch.setattr(module, name, Counted(getattr(module, name)))
+        yield log

@@ -1,0 +1,53 @@
+"""Refusals that name argument, value and allowed range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raises a ValueError with name, value and what is allowed, unless it is ok."""
+    if not ok:
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -math.inf < value < math.inf
+
+
+def is_int(value: Any, least: int, most: float = math.inf) -> bool:
+    """Whether a value is a whole number in a range."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_flag(value: Any) -> bool:
+    """Whether a value is a bool."""
+    return isinstance(value, bool)
+
+
+def is_list(value: Any, suits: Callable[[Any], bool], count: int | None = None) -> bool:
+    """Whether a value is a list of what suits, of a length if one is asked for."""
+    listed = isinstance(value, (tuple, list)) and count in (None, len(value))
+    return listed and all(map(suits, value))
+
+
+def check_number(
+    name: str, value: Any, allowed: str, ok: Callable[[float], bool] = lambda x: x >= 0
+) -> None:
+    """Refuses what is not a finite number, or not ok; by default negative ones."""
+    require(is_number(value) and ok(value), name, value, allowed)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuses what is not one of some words."""
+    words = tuple(choices)
+    require(isinstance(value, str) and value in words, name, value, f"one of {words}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is not a bool."""
+    require(is_flag(value), name, value, "True or False")
