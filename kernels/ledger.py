@@ -50,7 +50,6 @@ SLOW_COUNT = _entry("slow_count")  # gradients in the slow EMA
 SLOW_NOISE = _entry("slow_noise")  # sum of their squared weights: the share of noise that is left
 UPDATE_SLOW, UPDATE_UPDATE, SLOW_SLOW = map(_entry, ("update_slow", "update_update", "slow_slow"))
 CONFIDENCE = _entry("confidence")  # cosine of base update and slow direction, at least 0
-PULL = _entry("pull")  # of gradient and weight minus weight EMA
 SIGNAL = _entry("signal")  # share of the squared gradient that is signal; the rest is noise
 # The prediction under way and its past.
 MOVED = _entry("moved")  # 1: the weights are away from the snapshot
@@ -125,20 +124,17 @@ OUTLIER = tl.constexpr(2.0)
 """The slow EMA takes a gradient with at most this many times the usual norm (the running
 geometric mean). In GPT-2 small one gradient of 250 times the squared usual norm was the slow
 EMA's direction for the 25 steps that followed."""
-WEIGHT_EMA_WARMUP = tl.constexpr(2.0)
-WEIGHT_EMA_BETA = tl.constexpr(0.85)
-"""Decay of the weight EMA: n/(n+2) after n updates, up to this, about 6 steps."""
 
 
 @triton.jit
-def decay(ledger, WARMUP: tl.constexpr, largest):
-    """Decay of an average after n gradients: n / (n + WARMUP), at most ``largest``.
+def slow_decay(ledger, largest):
+    """Decay of the slow EMA after n gradients: n / (n + SLOW_WARMUP), at most ``largest``.
 
     The window grows with the run, as AdEMAMix warms its slow momentum, and the weights of
     the gradients always add up to one, so no bias correction is needed.
     """
     count = tl.load(ledger + SLOW_COUNT)
-    return tl.minimum(count / (count + WARMUP), largest)
+    return tl.minimum(count / (count + SLOW_WARMUP), largest)
 
 
 @triton.jit
@@ -201,14 +197,10 @@ def observe(
         tl.store(ledger + CONFIDENCE, between(us / tl.sqrt(uu * ss + 1e-300), 0.0, 1.0))
     if SLOW:
         used = norm * clip * share
-        beta = decay(ledger, SLOW_WARMUP, slow_beta)
+        beta = slow_decay(ledger, slow_beta)
         gradients = tl.load(ledger + GRADIENT_SQUARE)
         gradients = gradients + (1.0 - beta) * (used * used - gradients)
         noise = beta * beta * tl.load(ledger + SLOW_NOISE) + (1.0 - beta) * (1.0 - beta)
-        # Before the first update the weight EMA is the weights, and the product is zero.
-        pull = tl.load(ledger + PULL)
-        pull_now = _total(partials, 6, COLUMNS) * share
-        tl.store(ledger + PULL, pull + DIRECTION_RATE * (pull_now - pull))
         add(ledger + SLOW_COUNT, 1.0)
         tl.store(ledger + SLOW_NOISE, noise)
         tl.store(ledger + GRADIENT_SQUARE, gradients)

@@ -27,15 +27,6 @@ def slow_clip_torch(ledger: Tensor, norm: Tensor, coefficient: Tensor) -> Tensor
     return torch.where(ledger[INDEX["norm_count"]] > 0.5, limited, coefficient)
 
 
-def weight_ema_decay_torch(ledger: Tensor) -> Tensor:
-    """`weight_ema_decay` in plain torch; 0-dim FP64."""
-    count: Tensor = ledger[INDEX["slow_count"]]
-    decay: Tensor = (count / (count + rules.WEIGHT_EMA_WARMUP.value)).clamp(
-        max=rules.WEIGHT_EMA_BETA.value
-    )
-    return decay
-
-
 def observe_torch(
     ledger: Tensor,
     norm: Tensor,
@@ -44,7 +35,6 @@ def observe_torch(
     update_slow: Tensor,
     slow_slow: Tensor,
     slow_ema_square: Tensor,
-    pull: Tensor,
     slow_beta: float,
     applied: Tensor,
     measured: bool = True,
@@ -65,8 +55,6 @@ def observe_torch(
         update_slow: 0-dim FP64, inner product of base update and older slow direction.
         slow_slow: 0-dim FP64, squared norm of the older slow direction.
         slow_ema_square: 0-dim FP64, squared norm of the slow EMA.
-        pull: 0-dim FP64, inner product of that gradient with weight minus weight EMA:
-            positive where going back to the weight EMA lowers the loss.
         slow_beta: Largest decay of the slow EMA; 0 without one.
         applied: 0-dim bool; False leaves every entry as it is.
         measured: Whether update, slow direction and slow EMA were measured in this step.
@@ -117,7 +105,6 @@ def observe_torch(
         signal = ((ratio - noise) / (1.0 - noise).clamp(min=1e-9)).clamp(0.0, 1.0)
         if measured:
             new["signal"] = torch.where(noise < 0.999, signal, torch.zeros_like(signal))
-        new["pull"] = old["pull"] + rules.DIRECTION_RATE.value * (pull - old["pull"])
         new["slow_count"] = old["slow_count"] + 1.0
         new["slow_noise"] = noise
         new["gradient_square"] = gradients

@@ -45,23 +45,20 @@ class TorchDisplacement(Protocol):
         scalars: Scalars,
         factor: Tensor,
         coefficients: Tensor | None,
-        pull: bool,
     ) -> list[Tensor]:
         """FP64 columns ``[tensors]``: what `block` needs of each tensor.
 
-        ``factor`` is the share of the whole displacement to make, FP64 ``[tensors]``; the last two
-        are as `predict` takes them.
+        ``factor`` is the share of the whole displacement to make, FP64 ``[tensors]``.
         """
 
     def block(
         self,
         tensors: TensorSet,
         rows: Mapping[str, Tensor],
-        w: Tensor,
         factors: Sequence[Any],
         out: Tensor,
     ) -> Tensor:
-        """The displacement of a block, whose weights are ``w``, in the first row of ``out``.
+        """The displacement of a block in the first row of ``out``.
 
         Its second row is scratch. ``factors`` of a tensor are floats on the CPU, else 0-dim.
         """
@@ -75,10 +72,10 @@ class Displacement:
     """
 
     factors: Any
-    """``(ledger, row, rate, factor, PULL)``: two numbers that `block` needs, computed once a chunk.
+    """``(row, rate, factor)``: the number that `block` needs, computed once a chunk.
     ``rate`` is the learning rate's factor of the tensor."""
     block: Any
-    """``(addresses, tensor, begin, length, w, two numbers, four of the rule, coefficients, ...)``:
+    """``(addresses, tensor, begin, length, that number, four of the rule, coefficients, ...)``:
     the displacement of a block."""
     torch: TorchDisplacement
     reads: tuple[str, ...]
@@ -89,10 +86,10 @@ class Displacement:
 
 @triton.jit
 def _move_chunk(
-    addresses, tensor, start, length, row, step, factor, pull, coefficients,
+    addresses, tensor, start, length, row, step, factor, coefficients,
     DISPLACEMENT: tl.constexpr, CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr,
     ALONG: tl.constexpr, PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
-    UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr, PULL: tl.constexpr,
+    UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     SAVE: tl.constexpr, SLOPES: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -106,8 +103,8 @@ def _move_chunk(
         begin = start + inner
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         displacement = DISPLACEMENT(
-            addresses, tensor, begin, length, w, factor, pull, a, b, c, d, coefficients,
-            DENOMINATOR, ALONG, STATE, UPDATE_TYPE, PULL, BLOCK, FULL,
+            addresses, tensor, begin, length, factor, a, b, c, d, coefficients,
+            DENOMINATOR, ALONG, STATE, UPDATE_TYPE, BLOCK, FULL,
         )  # fmt: skip
         if SLOPES:
             m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
@@ -135,7 +132,7 @@ def _predict_kernel(
     FACTORS: tl.constexpr, DISPLACEMENT: tl.constexpr, CONSTANTS: tl.constexpr,
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, FACTORED: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
-    MASTER: tl.constexpr, KEPT: tl.constexpr, PULL: tl.constexpr,
+    MASTER: tl.constexpr, KEPT: tl.constexpr,
     SAVE: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     moving = gate(ledger, threshold)
@@ -150,14 +147,14 @@ def _predict_kernel(
             step = tl.maximum(tl.load(steps + tensor).to(tl.float64), 1.0)
             own = tl.load(prediction + PREDICTION_COLUMNS * tensor + FACTOR_COLUMN).to(tl.float64)
             rate = tl.load(rate_factors + tensor) if FACTORED else 1.0
-            factor, pull = FACTORS(ledger, row, rate, horizon * own, PULL)
+            factor = FACTORS(row, rate, horizon * own)
             for FULL in tl.static_range(2):
                 if full == FULL:
                     slope, square, bad = _move_chunk(
                         addresses, tensor, start, length, row, step,
-                        factor.to(STATE), pull.to(STATE), coefficients,
+                        factor.to(STATE), coefficients,
                         DISPLACEMENT, CONSTANTS, DENOMINATOR, ALONG, PARAM_TYPE, STATE,
-                        UPDATE_TYPE, MASTER, KEPT, PULL, SAVE, SLOPES,
+                        UPDATE_TYPE, MASTER, KEPT, SAVE, SLOPES,
                         BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
@@ -175,7 +172,6 @@ def predict(
     threshold: float,
     share: float,
     save: bool,
-    pull: bool = True,
     with_slopes: bool = True,
 ) -> None:
     """Moves the weights of one tensor set by one predicted step. Two launches.
@@ -193,7 +189,6 @@ def predict(
         threshold: Confidence below which nothing moves.
         share: Part of the whole displacement that this step makes.
         save: Whether to keep the weights in ``snapshot`` first.
-        pull: Whether to use ``weight_ema``, where there is one.
         with_slopes: False: exp_avg is not read, and the first sum is left as it is.
     """
     rule = tensors.rule
@@ -210,7 +205,6 @@ def predict(
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
         FACTORED=tensors.rate_factors is not None,
         UPDATE_TYPE=tensors.dtype_of("direction"), MASTER=tensors.has_master,
-        PULL=pull and displacement.along_rule and tensors.has("weight_ema"),
         SAVE=save, SLOPES=with_slopes,
     )  # fmt: skip
     sums = scalars.sums[tensors.place]
@@ -226,7 +220,6 @@ def predict_torch(
     threshold: float,
     share: float,
     save: bool,
-    pull: bool = True,
     with_slopes: bool = True,
 ) -> None:
     """`predict` in plain torch."""
@@ -247,8 +240,7 @@ def predict_torch(
     inverse_correction1 = 1.0 / (1.0 - (step * decay).exp())
     prediction = scalars.prediction[tensors.place]
     factor = prediction[:, FACTOR_COLUMN.value].double() * ledger[INDEX["horizon"]] * share
-    pulled = pull and displacement.along_rule and tensors.has("weight_ema")
-    columns = displacement.torch.factors(tensors, scalars, factor, coefficients, pulled)
+    columns = displacement.torch.factors(tensors, scalars, factor, coefficients)
     table = torch.stack([inverse_correction1, *columns], dim=1).to(compute)
     numbers = table.tolist() if on_cpu else [row.unbind() for row in table.unbind()]
 
@@ -260,7 +252,7 @@ def predict_torch(
         for part in tensors.torch_blocks(index):
             w = tensors.weight(index, part)
             rows = tensors.block_rows(index, part)
-            moved = displacement.torch.block(tensors, rows, w, factors, scratch[:, : w.numel()])
+            moved = displacement.torch.block(tensors, rows, factors, scratch[:, : w.numel()])
             if on_cpu:
                 if save:
                     rows["snapshot"].copy_(w)

@@ -24,13 +24,12 @@ EPS = _column("eps")
 WEIGHT_DECAY = _column("weight_decay")
 SIGN = _column("sign")  # -1 when maximising
 STEPS_AHEAD = _column("horizon")  # base steps that one predicted step stands for
-PULL_SHARE = _column("pull_share")  # part of the way to the weight EMA that it goes
 NESTEROV_MIX = _column("nesterov_mix")  # weight of Muon's momentum against the gradient
 HYPER_COLUMNS = tl.constexpr(len(HYPER))
 
-UPDATE_SUMS = 5
+UPDATE_SUMS = 4
 """Sums of an update: its square, its product with the slow direction, the squared slow direction,
-the squared slow EMA, gradient · (weight - weight EMA)."""
+the squared slow EMA."""
 
 
 class Scalars:

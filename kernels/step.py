@@ -5,10 +5,10 @@ the second updates. The second needs the result of the first for *all* tensors (
 clipping; a non-finite gradient must change nothing), so between them lies either a grid barrier
 (one cooperative launch) or the end of a launch (two launches).
 
-What an update does is the rule's (`UpdateRule`); clipping, weight decay, masters, the slow EMA, the
-weight EMA and the measurements are the same for every rule, and written here once. With AdamW the
+What an update does is the rule's (`UpdateRule`); clipping, weight decay, masters, the slow EMA and
+the measurements are the same for every rule, and written here once. With AdamW the
 update moves 28 bytes a parameter, in FP32 and in 16 bit with FP32 masters; the first part reads
-the gradient once more, the slow EMA adds 8 bytes and the weight EMA 8.
+the gradient once more, the slow EMA adds 8 bytes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ import triton
 import triton.language as tl
 from triton_hybrid.kernels.launch import INTERPRETED, RESIDENT_LAUNCH
 from triton_hybrid.kernels.ledger import (
-    SLOW_WARMUP,
-    WEIGHT_EMA_BETA,
-    WEIGHT_EMA_WARMUP,
     close_gradient,
-    decay,
     observe,
+    slow_decay,
     slow_share,
 )
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
@@ -49,7 +46,6 @@ from triton_hybrid.kernels.scalars import (
 )
 
 SLOW_EMA = address_row("slow_ema")
-WEIGHT_EMA = address_row("weight_ema")
 
 
 @triton.jit
@@ -69,11 +65,11 @@ def _gradient_sums(
 
 @triton.jit
 def _update_chunk(
-    addresses, tensor, start, length, row, step, factor, clip, slow_rate, share, ema_rate,
+    addresses, tensor, start, length, row, step, factor, clip, slow_rate, share,
     CONSTANTS: tl.constexpr, DIRECTION: tl.constexpr, ALONG: tl.constexpr,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
-    SLOW: tl.constexpr, WEIGHT_AVERAGE: tl.constexpr, COMPARE: tl.constexpr,
+    SLOW: tl.constexpr, COMPARE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Updates a chunk; returns what `UPDATE_SUMS` names."""
@@ -81,16 +77,11 @@ def _update_chunk(
     keep = (1.0 - lr * tl.load(row + WEIGHT_DECAY)).to(STATE)
     size, a, b, c, d = CONSTANTS(row, step, lr * factor, STATE)
     zero = tl.full((), 0.0, tl.float32)
-    uu, us, ss, ee, pull = zero, zero, zero, zero, zero
+    uu, us, ss, ee = zero, zero, zero, zero
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL) * clip
-        if WEIGHT_AVERAGE:
-            # Read here and, from cache, once more at the end: kept in between, it would spill
-            # registers (8 bytes on sm_120, 51 registers of 16-bit weights on gfx942).
-            m = load_row(addresses, WEIGHT_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-            pull += tl.sum((g * (w - m)).to(tl.float32), axis=0)
         direction, denominator = DIRECTION(
             addresses, tensor, begin, length, g, a, b, c, d, STATE, UPDATE_TYPE, BLOCK, FULL
         )
@@ -112,11 +103,7 @@ def _update_chunk(
             s = s + slow_rate * (share * g - s)
             ee += tl.sum((s * s).to(tl.float32), axis=0)
             store_row(addresses, SLOW_EMA, tensor, begin, length, s, STATE, STATE, BLOCK, FULL)
-        if WEIGHT_AVERAGE:
-            m = load_row(addresses, WEIGHT_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-            m = m + ema_rate * (w - m)
-            store_row(addresses, WEIGHT_EMA, tensor, begin, length, m, STATE, STATE, BLOCK, FULL)
-    return uu, us, ss, ee, pull
+    return uu, us, ss, ee
 
 
 @triton.jit
@@ -152,7 +139,7 @@ def _step_kernel(
     CONSTANTS: tl.constexpr, DIRECTION: tl.constexpr, ALONG: tl.constexpr, FACTORED: tl.constexpr,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
-    SLOW: tl.constexpr, WEIGHT_AVERAGE: tl.constexpr, COMPARE: tl.constexpr,
+    SLOW: tl.constexpr, COMPARE: tl.constexpr,
     MEASURE: tl.constexpr, CLIP: tl.constexpr, STATISTICS: tl.constexpr, UPDATE: tl.constexpr,
     LAST: tl.constexpr, OBSERVE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TENSORS: tl.constexpr,
@@ -193,41 +180,36 @@ def _step_kernel(
         )
         slow_rate = 0.0
         share = 1.0
-        ema_rate = 0.0
         if SLOW:
-            slow_rate = (1.0 - decay(ledger, SLOW_WARMUP, slow_beta)).to(STATE)
+            slow_rate = (1.0 - slow_decay(ledger, slow_beta)).to(STATE)
             share = slow_share(ledger, norm, coefficient).to(STATE)
-        if WEIGHT_AVERAGE:
-            ema_rate = (1.0 - decay(ledger, WEIGHT_EMA_WARMUP, WEIGHT_EMA_BETA)).to(STATE)
 
-        sum_uu, sum_us, sum_ss, sum_ee, sum_pull = zero, zero, zero, zero, zero
+        sum_uu, sum_us, sum_ss, sum_ee = zero, zero, zero, zero
         for chunk in range(program, tl.where(applied, n_chunks, 0), programs):
             tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
             row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
             step = tl.load(steps + tensor).to(tl.float64) + 1.0
             factor = tl.load(rate_factors + tensor) if FACTORED else 1.0
             clip = (coefficient * unscale * tl.load(row + SIGN)).to(STATE)
-            uu, us, ss, ee, pull = zero, zero, zero, zero, zero
+            uu, us, ss, ee = zero, zero, zero, zero
             for FULL in tl.static_range(2):
                 if full == FULL:
-                    uu, us, ss, ee, pull = _update_chunk(
+                    uu, us, ss, ee = _update_chunk(
                         addresses, tensor, start, length, row, step, factor,
-                        clip, slow_rate, share, ema_rate, CONSTANTS, DIRECTION, ALONG,
+                        clip, slow_rate, share, CONSTANTS, DIRECTION, ALONG,
                         PARAM_TYPE, GRAD_TYPE, STATE, UPDATE_TYPE, MASTER, KEPT, SLOW,
-                        WEIGHT_AVERAGE, COMPARE, BLOCK if FULL else BLOCK // TAIL_SHARE,
+                        COMPARE, BLOCK if FULL else BLOCK // TAIL_SHARE,
                         CHUNK, FULL,
                     )  # fmt: skip
             sum_uu += uu
             sum_us += us
             sum_ss += ss
             sum_ee += ee
-            sum_pull += pull
         if SLOW:
             tl.store(own + 2 * COLUMNS, sum_uu)
             tl.store(own + 3 * COLUMNS, sum_us)
             tl.store(own + 4 * COLUMNS, sum_ss)
             tl.store(own + 5 * COLUMNS, sum_ee)
-            tl.store(own + 6 * COLUMNS, sum_pull)
 
         # The last program to finish closes the step: nobody else reads its scalars any more.
         tl.debug_barrier()
@@ -265,7 +247,6 @@ def step(
     slow_beta: float,
     observed: bool,
     measured: bool = True,
-    weight_ema: bool = True,
     cooperative: bool | None = None,
 ) -> None:
     """One base step over tensor sets of different dtypes and rules on one device.
@@ -279,11 +260,10 @@ def step(
         scalars: Of these sets. ``hold`` in the ledger keeps the update back.
         max_norm: Global-norm clipping threshold, or None.
         slow_beta: Largest decay of the slow EMA, 0 to leave it out. The rest of the decay
-            warms up with the number of gradients (see `decay`).
+            warms up with the number of gradients (see `slow_decay`).
         observed: Whether the running statistics take this step in.
         measured: Whether update, slow direction and slow EMA are compared for them; False saves
             the arithmetic, and leaves what rests on it as it is.
-        weight_ema: Whether ``weight_ema`` is kept up to date, where there is one.
         cooperative: None chooses; True or False forces one or two launches.
 
     Raises:
@@ -315,7 +295,7 @@ def step(
                 CONSTANTS=rule.constants, DIRECTION=rule.direction, ALONG=rule.along,
                 FACTORED=tensors.rate_factors is not None, MASTER=tensors.has_master,
                 GRAD_TYPE=tensors.dtype_of("grad"), UPDATE_TYPE=tensors.dtype_of("update"),
-                SLOW=slow, WEIGHT_AVERAGE=weight_ema and slow and tensors.has("weight_ema"),
+                SLOW=slow,
                 COMPARE=compare, MEASURE=measured and slow, CLIP=max_norm is not None,
                 STATISTICS=statistics, UPDATE=update, LAST=tensors is sets[-1], OBSERVE=observed,
                 COLUMNS=scalars.partials.shape[1], TENSORS=128,

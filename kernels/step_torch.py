@@ -13,7 +13,6 @@ from triton_hybrid.kernels.ledger_torch import (
     observe_torch,
     slow_clip_torch,
     slow_decay_torch,
-    weight_ema_decay_torch,
 )
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet
 from triton_hybrid.kernels.scalars import HYPER, UPDATE_SUMS, Scalars
@@ -28,7 +27,6 @@ def step_torch(
     slow_beta: float,
     observed: bool,
     measured: bool = True,
-    weight_ema: bool = True,
     cooperative: bool | None = None,
 ) -> None:
     """`step` in plain torch.
@@ -57,7 +55,7 @@ def step_torch(
             if tensors.rule.prepare_torch is not None:
                 tensors.rule.prepare_torch(tensors, scalars, compared, clip, skip)
             table = update_numbers(tensors, scalars, clip)
-            sums += _update(tensors, table, skip, rates, measured, compared, weight_ema)
+            sums += _update(tensors, table, skip, rates, measured, compared)
             here: float | Tensor = 1.0
             if not all(tensors.present):
                 here = torch.tensor(tensors.present, device=ledger.device)
@@ -71,10 +69,8 @@ def step_torch(
         used = norm * coefficient
         # A norm that overflowed would spoil every running mean for good.
         seen = applied & used.isfinite()
-        uu, us, ss, ee, pull = sums.unbind()
-        observe_torch(
-            ledger, norm, used * steady, uu, us, ss, ee, pull * steady, slow_beta, seen, measured
-        )
+        uu, us, ss, ee = sums.unbind()
+        observe_torch(ledger, norm, used * steady, uu, us, ss, ee, slow_beta, seen, measured)
     ledger[INDEX["loss"]] = torch.nan
     ledger[INDEX["hold"]] = 0.0
     ledger[INDEX["found_inf"]] = 0.0
@@ -102,10 +98,10 @@ def gradient_sums_torch(sets: Sequence[TensorSet], ledger: Tensor) -> tuple[Tens
 
 
 def averaging_rates(ledger: Tensor, slow_beta: float, norm: Tensor, coefficient: Tensor) -> Tensor:
-    """FP64 ``[3]``: rate of the slow EMA, factor on its gradient, rate of the weight EMA."""
+    """FP64 ``[2]``: rate of the slow EMA, factor on its gradient."""
     steady = slow_clip_torch(ledger, norm, coefficient) / coefficient.clamp(min=1e-300)
     slow_rate = 1.0 - slow_decay_torch(ledger, slow_beta)
-    return torch.stack([slow_rate, steady, 1.0 - weight_ema_decay_torch(ledger)])
+    return torch.stack([slow_rate, steady])
 
 
 def update_numbers(tensors: TensorSet, scalars: Scalars, clip: Tensor) -> Tensor:
@@ -141,7 +137,6 @@ def _update(
     rates: Tensor | None,
     measured: bool,
     compared: bool,
-    weight_ema: bool,
 ) -> Tensor:
     """Updates one set, where ``skip`` is not true; returns what `UPDATE_SUMS` names.
 
@@ -153,9 +148,8 @@ def _update(
     numbers = table.tolist() if on_host else [r.unbind() for r in table.to(compute).unbind()]
     if rates is not None:
         known: Any = rates.tolist() if on_host else rates.to(compute).unbind()
-        slow_rate, steady, average_rate = known
-    averages = rates is not None and weight_ema and tensors.has("weight_ema")
-    written = [*rule.writes, *["slow_ema"] * (rates is not None), *["weight_ema"] * averages]
+        slow_rate, steady = known
+    written = [*rule.writes, *["slow_ema"] * (rates is not None)]
     sums = torch.zeros(UPDATE_SUMS, dtype=torch.float64, device=tensors.device)
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
     after = tensors.steps + 1.0
@@ -169,11 +163,7 @@ def _update(
             rows = tensors.block_rows(index, part)
             block = Block(w, g, rows, its, after[index], scratch[:, : w.numel()])
             before = None if on_host else [t.clone() for t in (w, *(rows[n] for n in written))]
-            if averages:
-                sums[4] += g.dot(torch.sub(w, rows["weight_ema"], out=block.scratch[0]))
             rule.torch.update(block)
-            if averages:
-                rows["weight_ema"].lerp_(w, average_rate)
             if rates is not None:
                 s = rows["slow_ema"]
                 if compared:

@@ -13,7 +13,6 @@ from triton_hybrid.config import Settings
 from triton_hybrid.engine import Engine
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.phases import Phase, PhaseController
-from triton_hybrid.predictors.slow_ema import EARLY_STEPS
 from triton_hybrid.rules import RULES
 from triton_hybrid.state import DECLARED, Home, Member, State, StepPlan, state_bytes
 from triton_hybrid.stats import HybridStats
@@ -134,7 +133,6 @@ class Binding:
             gradient=phase.needs_gradient,
             measured=controller.measures,
             edge=phase is Phase.CORRECT or controller.ends_gradients,
-            early=self.progress.gradients < EARLY_STEPS,
             first=phase is Phase.PREDICT and controller.in_row == 0,
             trajectory=engine.predictor.follows_trajectory,
         )

@@ -23,8 +23,9 @@ PROGRESS = "hybrid_progress"
 
 OLD_ENTRIES = {"verdict": "decision", "subspace": "quiet"}
 """What was called otherwise in version 0.1.0, in the ledger and in the predictor's state."""
-OLD_ROWS = {"gram", "coefficients", *(f"history_{slot}" for slot in range(8))}
-"""Rows of version 0.1.0, which kept a ring of displacements and all their inner products."""
+OLD_ROWS = {"gram", "coefficients", "weight_ema", *(f"history_{slot}" for slot in range(8))}
+"""Rows of version 0.1.0, which kept a ring of displacements, all their inner products, and an
+average of the weights."""
 
 
 @dataclass

@@ -20,14 +20,14 @@ from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import STEP_LIMIT, Predictor
-from triton_hybrid.predictors.slow_ema import PULL_SHARE_AT_CONSTANT_RATE, steps_ahead
+from triton_hybrid.predictors.slow_ema import is_other_run, steps_ahead
 from triton_hybrid.rules import RULES
 from triton_hybrid.state import Batch, Member, State, StepPlan
 
 LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
 """What is remembered of a group's learning rate, in the group, for checkpoints."""
 FRESH_RATES: dict[str, Any] = {LARGEST_LR: 0.0, LAST_LR: -1.0}
-"""Before the first step; -1 stands for the rate of that step."""
+"""Before the first step; -1 stands for no rate yet."""
 
 
 class Engine:
@@ -123,12 +123,11 @@ class Engine:
             slow_beta=self.config.slow_beta if predicts else 0.0,
             observed=predicts,
             measured=plan.measured,
-            weight_ema=plan.early,
         )
 
     def predict(self, plan: StepPlan, in_row: int) -> None:
         """Moves the weights by one more predicted step, or undoes them all where that fails."""
-        self.predictor.predict(plan.first, plan.early)
+        self.predictor.predict(plan.first)
         for batch in self.batches:
             self.backend.check_move(
                 batch.tensors,
@@ -207,13 +206,14 @@ class Engine:
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[index] = lr
-                rows.append(_row(group, 0.0, 0.0, 0.0))
+                rows.append(_row(group, 0.0, 0.0))
                 continue
             lr = float(lr)
-            last = float(group.get(LAST_LR, -1.0))
-            largest = max(float(group.get(LARGEST_LR, 0.0)), lr)
-            group[LARGEST_LR], group[LAST_LR] = largest, lr
-            rows.append(_row(group, lr, largest, lr if last < 0 else last))
+            largest, last = (float(group.get(name, FRESH_RATES[name])) for name in FRESH_RATES)
+            if lr > 0:
+                largest, last = lr if is_other_run(last, lr) else max(largest, lr), lr
+            group[LARGEST_LR], group[LAST_LR] = largest, last
+            rows.append(_row(group, lr, largest))
         if rows != self._hyperparameters or on_device:
             self._hyperparameters = rows
             table.copy_(upload(torch.tensor(rows, dtype=torch.float64), table.device))
@@ -242,7 +242,7 @@ class Engine:
                     batch.adopt(index)
 
 
-def _row(group: dict[str, Any], lr: float, largest: float, last: float) -> list[float]:
+def _row(group: dict[str, Any], lr: float, largest: float) -> list[float]:
     betas = RULES[group["base"]].betas(group)
     beta1, beta2 = betas.pair
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in (betas.exp_avg, beta2)]
@@ -256,7 +256,6 @@ def _row(group: dict[str, Any], lr: float, largest: float, last: float) -> list[
         "weight_decay": group["weight_decay"],
         "sign": -1.0 if group["maximize"] else 1.0,
         "horizon": steps_ahead(1.0 - lr / largest if largest > 0 else 0.0),
-        "pull_share": PULL_SHARE_AT_CONSTANT_RATE * (lr == last),
         "nesterov_mix": betas.nesterov_mix,
     }
     return [values[name] for name in HYPER]
@@ -265,14 +264,13 @@ def _row(group: dict[str, Any], lr: float, largest: float, last: float) -> list[
 def _take_from_device(group: dict[str, Any], row: Tensor, lr: Tensor) -> None:
     """The same for a learning rate on the device, without reading it on the host."""
     now = lr.detach().double().reshape(())
-    for name in (LARGEST_LR, LAST_LR):
-        known = group.get(name, -1.0)
+    for name, fresh in FRESH_RATES.items():
+        known = group.get(name, fresh)
         if not isinstance(known, Tensor) or known.device != now.device:
-            known = now if not isinstance(known, Tensor) and known < 0 else known
             group[name] = torch.as_tensor(known, dtype=now.dtype).to(now.device, copy=True)
     largest, last = group[LARGEST_LR], group[LAST_LR]
-    torch.maximum(largest, now, out=largest)
+    highest = torch.where(is_other_run(last, now), now, torch.maximum(largest, now))
+    largest.copy_(torch.where(now > 0, highest, largest))
+    last.copy_(torch.where(now > 0, now, last))
     row[HYPER["lr"]].copy_(now)
     row[HYPER["horizon"]].copy_(steps_ahead(1.0 - now / largest.clamp(min=1e-300)))
-    row[HYPER["pull_share"]].copy_(PULL_SHARE_AT_CONSTANT_RATE * (last == now))
-    last.copy_(now)

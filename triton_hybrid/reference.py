@@ -18,7 +18,7 @@ from torch import Tensor
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.phases import Phase, PhaseController, Report
 
-LEDGER = """norm_count norm_mean norm_variance loss_count loss_mean loss_variance gradients pull
+LEDGER = """norm_count norm_mean norm_variance loss_count loss_mean loss_variance gradients
     update_square update_count gradient_square slow_count slow_noise update_slow update_update
     slow_slow confidence signal moved stretch jump_square rejections cooldown blocked nonfinite
     accepted rejected largest_lr"""
@@ -55,13 +55,12 @@ class Reference:
         defaults |= {"momentum": 0.95, "max_grad_norm": math.inf}
         self.options = SimpleNamespace(**{**defaults, **options})
         self.config, self.base, self.phases = config, base, PhaseController(config)
-        self.linear, self.cycles, self.last_lr = config.predictor == "linear", -1, math.nan
-        self.averages = config.predictor == "slow_ema" and base != "muon"
+        self.linear, self.cycles, self.last_lr = config.predictor == "linear", -1, -1.0
         self.ledger = SimpleNamespace(**dict.fromkeys(LEDGER.split(), 0.0), horizon=1.0)
         self.ledger.loss_previous = math.nan
         self.tensors = [
-            SimpleNamespace(w=w, m=0.0 * w, v=0.0 * w, slow=0.0 * w, average=w.clone(),
-                            start=0.0 * w, last=0.0 * w, ratio=0.0, cross=0.0, past=0.0,
+            SimpleNamespace(w=w, m=0.0 * w, v=0.0 * w, slow=0.0 * w, start=0.0 * w,
+                            last=0.0 * w, ratio=0.0, cross=0.0, past=0.0,
                             square=0.0, steps=0, factor=1.0, slope=0.0)
             for w in weights
         ]  # fmt: skip
@@ -71,8 +70,9 @@ class Reference:
     def step(self, gradients: Sequence[Tensor], loss: float = math.nan) -> None:
         """One gradient step, and the predictions that follow it."""
         o, ledger, phases = self.options, self.ledger, self.phases
-        ledger.largest_lr = max(ledger.largest_lr, o.lr)
-        self.constant, self.last_lr = self.last_lr in (o.lr, math.nan), o.lr
+        other_run = o.lr > 2.0 * self.last_lr or o.lr < self.last_lr / 20.0
+        ledger.largest_lr = o.lr if other_run else max(ledger.largest_lr, o.lr)
+        self.last_lr = o.lr
         norm = math.sqrt(sum(dot(g, g) for g in gradients))
         ledger.nonfinite = not all(bool(g.isfinite().all()) for g in gradients)
         correct, decision = phases.phase is Phase.CORRECT, "none"
@@ -105,17 +105,14 @@ class Reference:
         clip = min(o.max_grad_norm / (norm + 1e-6), 1.0)
         usual = 2.0 * math.exp(ledger.norm_mean) / (norm + 1e-30)
         steady = min(clip, usual) / clip if ledger.norm_count else 1.0  # outliers count double
-        beta, average_beta = min(n / (n + 4), self.config.slow_beta), min(n / (n + 2), 0.85)
-        uu = us = ss = ee = pull = 0.0
+        beta = min(n / (n + 4), self.config.slow_beta)
+        uu = us = ss = ee = 0.0
         for p, g in zip(self.tensors, (clip * g for g in gradients)):
             p.steps += 1
-            pull += steady * dot(g, p.w - p.average)
             size, direction = self.size(p), self.direction(p, g)
             update, ahead = size * direction, size * self.along(p, p.slow)
             p.w.mul_(1.0 - o.lr * o.weight_decay).sub_(update)
             p.slow += (1.0 - beta) * (steady * g - p.slow)
-            if self.averages and ledger.gradients < 256:
-                p.average += (1.0 - average_beta) * (p.w - p.average)
             if not (self.linear and self.base == "muon"):  # which orthogonalises no slow EMA then
                 uu, us = uu + dot(update, update), us + dot(update, ahead)
                 ss += dot(ahead, ahead)
@@ -135,7 +132,6 @@ class Reference:
         if self.phases.measures:  # E|g|² = s + n, E|slow EMA|² = s + noise · n
             share = ee / (ledger.gradient_square + 1e-300) - noise
             ledger.signal = min(max(share / max(1.0 - noise, 1e-9), 0.0), 1.0) * (noise < 0.999)
-        ledger.pull += 0.2 * (pull - ledger.pull) if self.averages else 0.0
         ledger.slow_count += 1
         ledger.cooldown = max(ledger.cooldown - 1.0, 0.0)
 
@@ -209,7 +205,6 @@ class Reference:
         fresh = not ledger.stretch and not ledger.cooldown and not ledger.nonfinite and sure
         if not (fresh or (ledger.stretch and ledger.moved)):
             return
-        fading = min(64.0 / max(ledger.slow_count, 1.0), 1.0) ** 2
         decayed = 1.0 - o.lr / ledger.largest_lr if ledger.largest_lr else 0.0
         square, slopes, decay = 0.0, [], o.betas[self.base == "lion"]
         decay = o.momentum if self.base == "muon" else decay
@@ -221,8 +216,6 @@ class Reference:
                 p.start = p.w.clone() if first else p.start
                 rate = o.lr * (0.2 * math.sqrt(max(p.w.shape)) if self.base == "muon" else 1.0)
                 move = -factor * rate * (0.25 + 3.0 * decayed) * self.along(p, p.slow)
-                if self.averages and self.constant and ledger.gradients < 256 and ledger.pull > 0:
-                    move += min(0.5 * fading * factor, 1.0) * (p.average - p.w)
             p.w += move
             square += dot(move, move)
             slopes.append(dot(p.m, move) / (1.0 - decay ** max(p.steps, 1)))

@@ -44,7 +44,6 @@ class StepPlan:
     gradient: bool  # is it a Warmup, Full or Correct step?
     measured: bool  # does it compare update and slow direction, for the confidence?
     edge: bool  # does a stretch of predictions end, or may one begin?
-    early: bool  # is it one of the early steps, in which the weight EMA serves?
     first: bool  # is it the first prediction in a row?
     trajectory: bool  # does the predictor move along the displacements of cycles?
 
@@ -203,10 +202,6 @@ class Batch:
         if REMAINDER.name in entry:
             # Which elements were written is not known: all are what the parameter says.
             entry[REMAINDER.name].zero_()
-        for row in self._rows:
-            if row.init == WEIGHTS:
-                # An average of weights that are gone would pull the new ones back to them.
-                entry[row.name].copy_(self._weight(param))
 
     def keep_snapshot(self) -> None:
         """Copies the weights to the snapshot, for a batch that no prediction moves."""

@@ -114,24 +114,16 @@ def _step_case(
     own = tuple(itemsize(rule, row, precision) for row in kernels.reads)
     written = tuple(itemsize(rule, row, precision) for row in kernels.writes)
     gradient = (narrow,) * (kernels.uses_gradient or slow)
-    # slow EMA, weight EMA (not along matrices), which is read twice, and the slow direction
-    average = slow and not rule.along_rows
-    extra = (wide,) * (slow + average)
+    extra = (wide,) * slow
     along = tuple(itemsize(rule, row.name, precision) for row in rule.along_rows)
     bare = own + written + precision.weights + precision.stored
     return Case(
         name,
         rule.name,
         launch,
-        precision.weights
-        + own
-        + gradient
-        + extra
-        + (wide,) * average
-        + along * (slow and measured),
+        precision.weights + own + gradient + extra + along * (slow and measured),
         precision.stored + written + extra,
         first_pass=(narrow,) if part == "one launch" else (),
-        untaken=wide * average,
         floor=sum(bare) + narrow * kernels.uses_gradient,
         may_spill=precision == FP64,
     )
@@ -171,14 +163,13 @@ def _predict_case(
     vectors = (wide,) * (uses_gradient or not displacement.along_rule)
     if displacement.along_rule:
         vectors += tuple(itemsize(rule, row, precision) for row in rule.kernels.reads_along)
-    average = (wide,) * (displacement.along_rule and not rule.along_rows)
     saved = (wide,) * (not again)
     # The bare move needs no exp_avg and keeps no snapshot.
     return Case(
         f"{words}",
         "predict" if uses_gradient else rule.name,
         launch,
-        precision.weights + vectors + average + saved,
+        precision.weights + vectors + saved,
         saved + precision.stored,
         floor=sum(precision.weights + vectors + precision.stored),
     )

@@ -160,7 +160,7 @@ def hyper_table(groups: Sequence[dict[str, float]], rule: str = "adamw") -> Tens
         "weight_decay": 0.0,
         "sign": 1.0,
     }
-    start |= {"horizon": 3.0, "pull_share": 0.5, "nesterov_mix": 1.0}
+    start |= {"horizon": 3.0, "nesterov_mix": 1.0}
     rows = []
     for group in groups:
         row = {**start, **group}

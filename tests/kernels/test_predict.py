@@ -16,7 +16,6 @@ from kernel_specs import FP16, THREE, fewer, plain, some
 from triton_hybrid.kernels.ledger import FACTOR_COLUMN, SLOPE_COLUMN, read_ledger
 from triton_hybrid.kernels.predict import Displacement
 
-from triton_hybrid.predictors.slow_ema import PULL_AGE
 from triton_hybrid.rules import RULES
 
 
@@ -27,15 +26,14 @@ from triton_hybrid.rules import RULES
     data=st.data(),
     share=st.sampled_from((1.0, 0.25)),
     save=st.booleans(),
-    pull=st.sampled_from((1.0, -1.0)),
 )
 def test_both_backends_match_the_fp64_oracle(
-    rule: str, along: Displacement, data: st.DataObject, share: float, save: bool, pull: float
+    rule: str, along: Displacement, data: st.DataObject, share: float, save: bool
 ) -> None:
     make = data.draw(problems(rule, groups=3))
     problem, twin = make(), make()
     for actual in (problem, twin):
-        actual.confident(pull=pull, slow_count=99.0)
+        actual.confident()
         factors = torch.linspace(0.2, 2.0, len(actual.specs), device=DEVICE)
         actual.prediction[:, FACTOR_COLUMN.value] = factors
     oracle, before = problem.promoted(), problem.snapshot()
@@ -143,31 +141,6 @@ def test_a_tensor_without_any_step_yet_does_not_move(backend: Checked) -> None:
     assert_same_bits(problem.rows["weight"][0], before["weight"][0], "weight")
     assert (problem.sums[0] == 0).all()
     assert not torch.equal(problem.rows["weight"][1], before["weight"][1])
-
-
-@BACKENDS
-@pytest.mark.parametrize(
-    ("pull", "count", "used", "share"),
-    [
-        (1.0, 10.0, True, 0.5),
-        (1.0, 2 * PULL_AGE.value, True, 0.125),
-        (-1.0, 10.0, True, 0.0),
-        (0.0, 10.0, True, 0.0),
-        (1.0, 10.0, False, 0.0),
-    ],
-)
-def test_a_prediction_goes_part_of_the_way_to_the_weight_ema(
-    backend: Checked, pull: float, count: float, used: bool, share: float
-) -> None:
-    steady = {"lr": 1e-2, "weight_decay": 0.1, "horizon": 0.0}
-    problem = Problem(some(), groups=(steady,)).confident(horizon=1.0)
-    problem.note(pull=pull, slow_count=count)
-    before = problem.snapshot()
-    backend.predict(problem, pull=used)
-    for index, weight in enumerate(problem.rows["weight"]):
-        old, average = before["weight"][index], before["weight_ema"][index]
-        assert_near(weight, old + share * (average - old), f"weight {index}", atol=1e-6)
-        assert_same_bits(problem.rows["weight_ema"][index], average, "average")
 
 
 @BACKENDS

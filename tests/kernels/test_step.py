@@ -16,7 +16,7 @@ from kernel_problems import Make, Problem, assert_ledgers_near, changed_entries,
 from kernel_specs import FP16, FP32, FP64, ONE, PRECISIONS, THREE, Precision, fewer, plain, some
 from triton_hybrid.kernels import multi_tensor
 from triton_hybrid.kernels.launch import INTERPRETED
-from triton_hybrid.kernels.ledger import OUTLIER, WEIGHT_EMA_BETA, read_ledger
+from triton_hybrid.kernels.ledger import OUTLIER, read_ledger
 from triton_hybrid.kernels.step_torch import _update, averaging_rates, update_numbers
 
 from triton_hybrid.rules import RULES
@@ -32,7 +32,6 @@ STEADY = {"lr": 1e-2, "weight_decay": 0.1, "horizon": 0.0}
     max_norm=st.sampled_from((None, 0.5, 1e6)),
     slow_beta=st.sampled_from((0.0, 0.5, 0.99)),
     measured=st.booleans(),
-    weight_ema=st.booleans(),
 )
 def test_both_backends_match_the_fp64_oracle(
     rule: str, data: st.DataObject, slow_count: int, **options: Any
@@ -43,7 +42,6 @@ def test_both_backends_match_the_fp64_oracle(
         actual.note(slow_count=slow_count, loss=2.0, loss_previous=2.5)
     oracle, before = problem.promoted(), problem.snapshot()
     written = ["weight", *problem.moments, *["slow_ema"] * bool(options["slow_beta"])]
-    written += ["weight_ema"] * bool(options["slow_beta"] and options["weight_ema"])
 
     for actual, backend in ((problem, KERNELS), (twin, PLAIN), (oracle, PLAIN)):
         backend.step(actual, **options)
@@ -121,14 +119,14 @@ def test_the_torch_step_that_never_waits_for_the_device_matches_too(
         if prepare is not None:
             prepare(tensors, scalars, True, one, skipped)
         table = update_numbers(tensors, scalars, one)
-        sums = _update(tensors, table, skipped, rates, True, True, weight_ema=True)
+        sums = _update(tensors, table, skipped, rates, True, True)
         problem.check()
         if skip:
             problem.assert_unchanged(before, but=problem.worked_out)
     problem.assert_near(oracle, problem.state, rtol=4e-6, atol=1e-6)
-    entries, names = read_ledger(oracle.ledger), ("update_slow", "slow_slow", "pull")
+    entries, names = read_ledger(oracle.ledger), ("update_slow", "slow_slow")
     expected = [entries["update_square"], *(5 * entries[name] for name in names)]
-    assert sums[[0, 1, 2, 4]].tolist() == pytest.approx(expected, rel=1e-5)
+    assert sums[:3].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @EVERY_RULE
@@ -249,28 +247,6 @@ def test_an_outlier_enters_the_slow_ema_at_twice_the_usual_norm(backend: Checked
     for old, gradient, now in zip(before["slow_ema"], before["grad"], problem.rows["slow_ema"]):
         assert_near(now, 0.5 * old + 0.5 * (OUTLIER.value / 50) * gradient, "slow EMA", atol=1e-6)
     assert read_ledger(problem.ledger)["norm"] == pytest.approx(norm), "decisions see all of it"
-
-
-@BACKENDS
-def test_the_first_weights_are_the_weight_ema_and_later_ones_are_averaged(backend: Checked) -> None:
-    problem = Problem(some(), groups=(STEADY,))
-    for count in (0, 1, 100):
-        problem.note(slow_count=count)
-        before = problem.snapshot()["weight_ema"]
-        backend.step(problem)
-        decay = min(count / (count + 2), WEIGHT_EMA_BETA.value)
-        for old, weight, now in zip(before, problem.rows["weight"], problem.rows["weight_ema"]):
-            assert_near(now, decay * old + (1 - decay) * weight, "weight EMA", atol=1e-6)
-
-
-@BACKENDS
-def test_the_gradient_along_the_way_from_the_weight_ema_is_measured(backend: Checked) -> None:
-    problem = Problem(some(), groups=(STEADY,))
-    triples = zip(*(problem.rows[name] for name in ("grad", "weight", "weight_ema")))
-    slope = sum(float((g.double() * (w.double() - a.double())).sum()) for g, w, a in triples)
-    problem.note(slow_count=9, pull=3.0)
-    backend.step(problem)
-    assert read_ledger(problem.ledger)["pull"] == pytest.approx(3.0 + 0.2 * (slope - 3.0), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------ the ledger

@@ -125,7 +125,7 @@ def test_horizon_grows_as_the_learning_rate_decays() -> None:
     for rate in (1e-3, 5e-4, 1e-4, 1e-5):
         model, optimizer = at_predict("torch")
         optimizer.param_groups[0]["largest_lr"] = 1e-3
-        optimizer.param_groups[0]["last_lr"] = 7.0  # a constant rate would pull as well
+        optimizer.param_groups[0]["last_lr"] = rate
         optimizer.param_groups[0]["lr"] = rate
         before = torch.cat([w.flatten() for w in weights(optimizer)])
         train(model, optimizer, 1)

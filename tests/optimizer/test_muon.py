@@ -170,7 +170,7 @@ def test_state_has_no_second_moment() -> None:
         "snapshot",
         "prediction",
     }
-    assert {"exp_avg_sq", "weight_ema"} <= set(optimizer.state[rest[0]])
+    assert {"exp_avg_sq", "slow_ema"} <= set(optimizer.state[rest[0]])
 
 
 def test_auto_leaves_matrices_frozen() -> None:

@@ -44,15 +44,15 @@ RATIO = StateRow("ratio", fixed(torch.float32), shape=())
 
 
 @triton.jit
-def _factors(ledger, row, rate, factor, PULLED: tl.constexpr):
-    return factor, factor
+def _factors(row, rate, factor):
+    return factor
 
 
 @triton.jit
 def _block(
-    addresses, tensor, begin, length, w, factor, pull, a, b, c, d, coefficients,
+    addresses, tensor, begin, length, factor, a, b, c, d, coefficients,
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
-    UPDATE_TYPE: tl.constexpr, PULLED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     last = load_row(addresses, DISPLACEMENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     return factor * (tl.load(coefficients + tensor).to(STATE) * last)
@@ -62,14 +62,12 @@ class _Torch:
     """The displacement in plain torch."""
 
     def factors(
-        self, tensors: TensorSet, scalars: Scalars, factor: Tensor, ratio: Tensor | None, pull: bool
+        self, tensors: TensorSet, scalars: Scalars, factor: Tensor, ratio: Tensor | None
     ) -> list[Tensor]:
         assert ratio is not None
         return [factor, ratio.double()]
 
-    def block(
-        self, tensors: TensorSet, rows: Rows, w: Tensor, factors: Sequence[Any], out: Tensor
-    ) -> Tensor:
+    def block(self, tensors: TensorSet, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
         factor, ratio = factors
         return torch.mul(rows["displacement"], ratio, out=out[0]).mul_(factor)
 

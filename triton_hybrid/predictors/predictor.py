@@ -104,11 +104,8 @@ class Predictor(Choice):
         """A number for each tensor that the displacement takes, FP32 ``[tensors]``, or None."""
         return None
 
-    def predict(self, first: bool, early: bool) -> None:
-        """Moves the weights by one predicted step, the first in a row or a further one.
-
-        The first keeps the snapshot; early in training all may pull towards the weight EMA.
-        """
+    def predict(self, first: bool) -> None:
+        """Moves the weights by one predicted step; the first in a row keeps the snapshot."""
         engine, sums = self.engine, self.engine.scalars.sums
         # A trajectory makes the same step again, along the same slopes, bit for bit.
         known = self.follows_trajectory and not first and self._slopes_known
@@ -130,6 +127,5 @@ class Predictor(Choice):
                 threshold=self.config.confidence_threshold,
                 share=self.share,
                 save=first and not self.follows_trajectory,
-                pull=early,
                 with_slopes=measured,
             )
