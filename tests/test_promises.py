@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_memory import DEVICE
 from torch import Tensor, nn
 from training import (
     assert_same_state,
@@ -36,7 +37,8 @@ NONE = HybridConfig(predictor="none")
 
 def random_gradient_run(make: Any, steps: int = 100, scheduled: bool = False) -> Tensor:
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape)) for shape in ((30, 17), (9,), (2, 3, 4, 5), ())]
+    shapes = ((30, 17), (9,), (2, 3, 4, 5), ())
+    params = [nn.Parameter(torch.randn(shape).to(DEVICE)) for shape in shapes]
     optimizer = make(params)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps) if scheduled else None
     generator = torch.Generator().manual_seed(1)
@@ -45,7 +47,8 @@ def random_gradient_run(make: Any, steps: int = 100, scheduled: bool = False) ->
             if index == 1 and step % 3 == 0:
                 param.grad = None
             else:
-                param.grad = torch.randn(param.shape, generator=generator) * 0.1
+                drawn = torch.randn(param.shape, generator=generator) * 0.1
+                param.grad = drawn.to(DEVICE)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -214,7 +217,7 @@ def test_promise_5_nonfinite_gradient_changes_nothing(
 def test_promise_5_grad_scaler_skip_does_not_advance_the_phase() -> None:
     model = make_model()
     optimizer = HybridOptimizer(model.parameters(), hybrid=fast_config())
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0)
     for step in range(12):
         x, y = next(make_batches(step))
         loss = nn.functional.cross_entropy(model(x), y)
@@ -250,11 +253,11 @@ def test_promise_6_same_inputs_same_bits(backend: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="synchronisation exists on a GPU only")
 def test_promise_7_no_host_synchronisation_on_the_gpu() -> None:
-    model = make_model().cuda()
+    model = make_model()
     optimizer = HybridOptimizer(
         model.parameters(), hybrid=fast_config(inline=False), capturable=True
     )
-    train_on = [(x.cuda(), y.cuda()) for x, y in (next(make_batches(i)) for i in range(30))]
+    train_on = [next(make_batches(i)) for i in range(30)]
     for step, batch in enumerate(train_on):
         if optimizer.needs_backward:
             optimizer.observe_loss(backward(model, batch))
@@ -316,14 +319,14 @@ def test_promise_8_memory_is_flat_after_the_first_step(predictor: str) -> None:
 def test_promise_9_unpredictable_training_is_left_to_adamw() -> None:
     """Gradients without any signal: predictions switch off, and AdamW's path is kept."""
     torch.manual_seed(0)
-    param = nn.Parameter(torch.randn(4000))
+    param = nn.Parameter(torch.randn(4000).to(DEVICE))
     config = HybridConfig(warmup_steps=5, predictor="slow_ema", confidence_threshold=0.9)
     optimizer = HybridOptimizer([param], lr=1e-3, hybrid=config)
     twin = nn.Parameter(param.detach().clone())
     adamw = torch.optim.AdamW([twin], lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     for _ in range(300):
-        param.grad = torch.randn(param.shape, generator=generator)
+        param.grad = torch.randn(param.shape, generator=generator).to(DEVICE)
         twin.grad = param.grad.clone()
         optimizer.step()
         adamw.step()

@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from rich.console import Console
 from rich.table import Table
-from suite_gpt2_shapes import PARAMETERS, gpt2_small_shapes
 from torch import nn
 
 from lib.environment import environment
 from lib.files import write_json
 from lib.flags import parse, whole_number
+from lib.gpt2_shapes import PARAMETERS, gpt2_small_shapes
 from lib.progress import progress
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 

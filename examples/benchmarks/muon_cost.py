@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from rich.console import Console
 from rich.table import Table
-from suite_gpt2_shapes import GPT2_SIZES, Gpt2Size, Matrix
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +34,7 @@ from triton_hybrid.kernels.multi_tensor import TensorSet
 from lib.environment import versions
 from lib.files import write_json
 from lib.flags import parse
+from lib.gpt2_shapes import GPT2_SIZES, Gpt2Size, Matrix
 
 # Internals of the library, all there are here: the tables of the launches are counted.
 from triton_hybrid.rules.muon import MUON, schedule

@@ -8,13 +8,14 @@ from pathlib import Path
 import muon_cost
 import pytest
 import torch
+from kernel_launches import counted_launches
 from rich.console import Console
-from suite_gpt2_shapes import GPT2_SIZES, PARAMETERS, Gpt2Size, Matrix
-from suite_muon_contenders import hybrid_muon
-from suite_problems import Launches
 from torch import nn
-from triton_hybrid.kernels.chunks import INTERPRETED
+from triton_hybrid.kernels.launch import INTERPRETED
 from triton_hybrid.kernels.matrices import MatrixTiling
+
+from gpu.muon import hybrid_muon
+from lib.gpt2_shapes import GPT2_SIZES, PARAMETERS, Gpt2Size, Matrix
 
 SMALL = MatrixTiling(32, 32, 32, 4)
 TINY = Gpt2Size("tiny", 64, 2)
@@ -60,10 +61,9 @@ def test_the_optimizer_launches_as_often_as_counted() -> None:
     params = [nn.Parameter(torch.randn(matrix.shape)) for matrix in matrices]
     for param in params:
         param.grad = torch.randn_like(param)
-    launches = Launches()
-    with launches.counted():
+    with counted_launches() as launches:
         hybrid_muon(params, matrices).step()
-    assert len(launches.names) == muon_cost.our_cost(matrices).launches
+    assert len(launches) == muon_cost.our_cost(matrices).launches
 
 
 @needs_muon

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from kernel_memory import DEVICE
 from torch import Tensor, nn
 
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase
@@ -22,14 +23,15 @@ def fast_config(**changes: Any) -> HybridConfig:
 
 def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, 17), nn.Tanh(), nn.Linear(17, 5)).to(dtype)
+    return nn.Sequential(nn.Linear(12, 17), nn.Tanh(), nn.Linear(17, 5)).to(DEVICE, dtype)
 
 
 def make_batches(seed: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         x = torch.randn(32, 12, generator=generator)
-        yield x, (x[:, :5] * 2 + 0.1 * torch.randn(32, 5, generator=generator)).argmax(-1)
+        y = (x[:, :5] * 2 + 0.1 * torch.randn(32, 5, generator=generator)).argmax(-1)
+        yield x.to(DEVICE), y.to(DEVICE)
 
 
 def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,0 +1,207 @@
+"""Sections: the grid barrier under stress, and how many bytes a second each kernel moves."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton_hybrid.kernels.audit.cases import Case, cases
+from triton_hybrid.kernels.backend import TRITON
+from triton_hybrid.kernels.launch import MAX_PROGRAMS, Tiling
+from triton_hybrid.kernels.ledger import FRACTION_COLUMN, START, write_ledger
+from triton_hybrid.kernels.multi_tensor import TensorSet
+from triton_hybrid.kernels.scalars import Scalars
+from triton_hybrid.kernels.step import cooperative_launches
+
+from gpu.context import Context, different, parameters
+from gpu.timing import Clock, Run, ratios, spread
+from lib.gpt2_shapes import gpt2_small_shapes
+from triton_hybrid import HybridConfig, HybridOptimizer
+from triton_hybrid.engine import Engine
+from triton_hybrid.predictors.linear import Linear
+from triton_hybrid.predictors.slow_ema import SlowEMA
+from triton_hybrid.rules import RULES
+
+STEPS = 200
+LENGTHS = (1, 8193, 40_003, 100_003)  # hardly any work between two barriers
+BARE: dict[str, Any] = {"max_norm": None, "slow_beta": 0.0, "observed": False}
+FULL: dict[str, Any] = {"max_norm": 1.0, "slow_beta": 0.9, "observed": True}
+VARIANTS = (("bare, fp32", torch.float32, BARE), ("clip, slow EMA, bf16", torch.bfloat16, FULL))
+"""The leanest kernel and the one with the most registers."""
+
+
+def barrier(context: Context) -> None:
+    """Takes many steps of one launch in a row, alone and beside other work."""
+    if not cooperative_launches(context.device):
+        context.skip("grid barrier", "this Triton cannot launch cooperatively")
+        return
+    steps, lengths = (STEPS, LENGTHS) if context.on_gpu else (2, LENGTHS[:2])
+    for name, dtype, options in VARIANTS:
+        one, two = (engine_of(context, lengths, dtype) for _ in range(2))
+        for crowded in (False, True):
+            context.check_time()
+            elapsed = consecutive(context, one, options, steps, crowded)
+            context.row(step=name, beside_products=crowded, steps=steps, ms_a_step=elapsed)
+        for _ in range(2 * steps):
+            TRITON.step([two.batches[0].tensors], two.scalars, cooperative=False, **options)
+        apart = different(everything(one), everything(two))
+        context.check(f"{name}: tensors unlike those of two launches a step", apart == 0, apart, 0)
+        left = one.scalars.arrivals.tolist()
+        context.check(f"{name}: counters are left at zero", left == [0, 0], detail=str(left))
+    too_many_programs(context)
+
+
+def engine_of(
+    context: Context,
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    predictor: str = "slow_ema",
+    **options: Any,
+) -> Engine:
+    """What an optimizer has bound in a first step, with gradients in place."""
+    params = parameters(*(context.normal(lengths, 1.0, offset, dtype) for offset in range(2)))
+    config = HybridConfig(predictor=predictor, warmup_steps=9, inline=False)
+    optimizer = HybridOptimizer(params, lr=1e-5, backend="triton", hybrid=config, **options)
+    optimizer.step()
+    engine = optimizer._binding.engine
+    assert engine is not None
+    engine.take_gradients()
+    return engine
+
+
+def consecutive(
+    context: Context, engine: Engine, options: dict[str, Any], steps: int, crowded: bool
+) -> float:
+    """Milliseconds of a step of many; crowded: other kernels take processors away meanwhile."""
+    side = torch.cuda.Stream() if context.on_gpu else None  # type: ignore[no-untyped-call]
+    (matrix,) = context.normal([(2048, 2048) if context.on_gpu else (8, 8)], 1.0)
+    started = time.perf_counter()
+    for _ in range(steps):
+        if crowded:
+            with torch.cuda.stream(side):
+                torch.mm(matrix, matrix)
+        TRITON.step([engine.batches[0].tensors], engine.scalars, cooperative=True, **options)
+    context.synchronise()
+    return 1e3 * (time.perf_counter() - started) / steps
+
+
+def everything(engine: Engine) -> list[Tensor]:
+    """Ledger, weights and state."""
+    rows = engine.batches[0].tensors.flat.values()
+    return [engine.scalars.ledger, *(tensor for row in rows for tensor in row)]
+
+
+def too_many_programs(context: Context) -> None:
+    """More programs than fit at a time must be refused, or all have room: never wait in vain."""
+    names = ("param", "grad", "exp_avg", "exp_avg_sq")
+    rows = {name: [torch.ones(1 << 20, device=context.device)] for name in names}
+    tensors = TensorSet(rows, Tiling(1024, 1024, MAX_PROGRAMS), rule=RULES["adamw"].kernels)
+    try:
+        TRITON.step([tensors], Scalars([tensors]), cooperative=True, **BARE)
+        context.synchronise()
+        outcome = "all had room"
+    except Exception as error:  # what it is depends on the driver
+        outcome = f"refused: {(str(error).splitlines() or [''])[0]}"
+    context.check(f"{MAX_PROGRAMS} programs at a time do not hang", True, detail=outcome)
+
+
+# Neither the number of tensors nor that of chunks is a multiple of 16, in all three alike:
+# Triton compiles other code for such numbers, and each size would measure another kernel.
+SIZES: dict[str, tuple[int, ...]] = {
+    "124M": tuple(torch.Size(shape).numel() for shape in gpt2_small_shapes()),
+    "1M": (87_380,) * 12,
+    "1B": (33_333_333,) * 30,
+}
+CHUNK = (1 << 16,)  # one full chunk of the interpreter
+ROUNDS = {"124M": 12, "1M": 20, "1B": 6}
+Kind = tuple[str, str, torch.dtype, str]
+"""Rule, precision as the audit calls it, dtype of parameters, ``master_weights``."""
+KINDS: tuple[Kind, ...] = (
+    ("adamw", "fp32", torch.float32, "auto"), ("adamw", "bf16", torch.bfloat16, "auto"),
+    ("adamw", "bf16 split", torch.bfloat16, "split"), ("lion", "fp32", torch.float32, "auto"),
+)  # fmt: skip
+BYTES = 40  # of a parameter with gradient and every row of state, and a little more
+COPY, COPIED = "copy", 14  # bytes of a parameter that AdamW reads, and writes
+DECIDED = {"confidence": 0.9, "update_square": 1.0, "decision": 1.0}
+"""Ledger entries: with a closed gate or without a decision a kernel would do nothing, very fast."""
+
+
+class Buffers:
+    """Parameters with all their rows, as the optimizer binds them; their launchers in `runs`."""
+
+    def __init__(self, context: Context, lengths: tuple[int, ...], kind: Kind) -> None:
+        base, name, dtype, masters = kind
+        engine = engine_of(context, lengths, dtype, "auto", base=base, master_weights=masters)
+        tensors, self.scalars = sets = engine.batches[0].tensors, engine.scalars
+        self._ledger = write_ledger({**START, **DECIDED}, context.device)
+        numbers = torch.full((len(lengths),), 0.01, device=context.device)
+        products = torch.zeros(len(lengths), 2, dtype=torch.float64, device=context.device)
+        move: dict[str, Any] = {"threshold": 0.0, "share": 1.0, "save": True}
+        back: dict[str, Any] = {"threshold": 0.0, "limit": 0.0, "cooldown": 1.0, "last": True}
+        words = f"{base} {name}, one launch, clip"
+        step = partial(TRITON.step, [tensors], self.scalars)
+        slow, last = SlowEMA.displacement, Linear.displacement
+        self.runs: dict[str, Run] = {
+            words: partial(step, **{**BARE, "max_norm": 1.0}),
+            f"{words}, slow EMA": partial(step, **FULL),
+        }
+        if base == "adamw":
+            self.runs |= {
+                f"predict {name}, slow EMA": partial(TRITON.predict, *sets, slow, **move),
+                f"predict {name}, linear": partial(TRITON.predict, *sets, last, numbers, **move),
+                f"check {name} (when it rolls back)": partial(TRITON.check_move, *sets, **back),
+                f"slopes {name}": partial(TRITON.slopes, *sets),
+                f"gram {name}": partial(TRITON.gram, tensors, products),
+                f"correct {name}, restart": partial(TRITON.correct, *sets, restart=True),
+            }
+
+    def ready(self) -> None:
+        """Everything that a decision rests on as before the first launch."""
+        self.scalars.ledger.copy_(self._ledger)
+        self.scalars.sums.fill_(1.0)
+        self.scalars.prediction[:, FRACTION_COLUMN.value] = 0.625
+
+
+def counted_bytes(case: Case) -> int:
+    """Bytes of a parameter, each input and each output once."""
+    return sum(case.reads) + sum(case.writes) - case.untaken
+
+
+def bandwidth(context: Context) -> None:
+    """Measures every kernel at every size that fits."""
+    known = {case.name: case for case in cases()}
+    clock = Clock(context)
+    for size, lengths in (SIZES if context.on_gpu else {"chunk": CHUNK}).items():
+        for kind in KINDS:
+            count = sum(lengths)
+            if not context.has_room(f"{size}, {kind[:2]}", BYTES * count):
+                continue
+            buffers = Buffers(context, lengths, kind)
+            free = torch.cuda.mem_get_info()[0] if context.on_gpu else 1 << 40
+            length = min(COPIED * count, free // 3)
+            source = torch.zeros(length, dtype=torch.uint8, device=context.device)
+            runs = {name: run for name, run in buffers.runs.items() if name in known}
+            runs[COPY] = partial(torch.empty_like(source).copy_, source)
+            times, _ = clock.in_turn(runs, ROUNDS.get(size, 1), buffers.ready)
+            copied = [2 * len(source) / ms / 1e6 for ms in times.pop(COPY)]
+            for name, found in times.items():
+                tell(context, known[name], size, count, found, copied)
+            del buffers, runs, source
+
+
+def tell(
+    context: Context, case: Case, size: str, count: int, times: list[float], copied: list[float]
+) -> None:
+    """Summarises the rounds of a kernel; `copied` are the copy's GB/s."""
+    counted = counted_bytes(case)
+    again = (case.bytes_per_element or counted) - counted
+    speeds = [counted * count / ms / 1e6 for ms in times]
+    share = ratios(speeds, copied)["median"]
+    numbers = {"GB/s": spread(speeds)["median"], "of_copy": share}
+    numbers["moved,_of_copy"] = share * (counted + again) / counted
+    copy = {"copy_GB/s": spread(copied)["median"]}
+    bytes_ = {"B/param": counted, "read_again": again}
+    context.row(kernel=case.name, size=size, **bytes_, ms=spread(times), **numbers, **copy)
