@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from triton_hybrid.kernels.fingerprint import fingerprint, fingerprint_torch
 from triton_hybrid.kernels.gram import gram, gram_torch
 from triton_hybrid.kernels.ledger import decide
 from triton_hybrid.kernels.ledger_torch import decide_torch
@@ -23,41 +24,22 @@ from triton_hybrid.kernels.verify import (
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs the steps.
-
-    Attributes:
-        name: ``"triton"`` or ``"torch"``.
-        step: One base step.
-        predict: One predicted step.
-        check_move: Keeps a predicted step, or rolls it back at once.
-        slopes: Measures a gradient along the displacement.
-        decide: Decides on the prediction.
-        correct: Does what was decided.
-        gram: Ends a cycle of a trajectory.
-        measures_slopes_in_passing: Whether slopes cost nothing beside what is measured anyway.
-    """
+    """What runs the steps."""
 
     name: str
-    step: Callable[..., None]
-    predict: Callable[..., None]
-    check_move: Callable[..., None]
-    slopes: Callable[..., None]
-    decide: Callable[..., None]
-    correct: Callable[..., None]
-    gram: Callable[..., None]
-    measures_slopes_in_passing: bool
+    step: Callable[..., None]  # one base step
+    predict: Callable[..., None]  # one predicted step
+    check_move: Callable[..., None]  # keeps a predicted step, or rolls it back at once
+    slopes: Callable[..., None]  # measures a gradient along the displacement
+    decide: Callable[..., None]  # on the prediction
+    correct: Callable[..., None]  # does what was decided
+    gram: Callable[..., None]  # ends a cycle of a trajectory
+    fingerprint: Callable[..., None]  # of all parameters, to see what others write
 
 
-TRITON = Backend("triton", step, predict, check_move, slopes, decide, correct, gram, True)
+TRITON = Backend("triton", step, predict, check_move, slopes, decide, correct, gram, fingerprint)
 TORCH = Backend(
-    "torch",
-    step_torch,
-    predict_torch,
-    check_move_torch,
-    slopes_torch,
-    decide_torch,
-    correct_torch,
-    gram_torch,
-    False,
-)
+    "torch", step_torch, predict_torch, check_move_torch, slopes_torch, decide_torch,
+    correct_torch, gram_torch, fingerprint_torch,
+)  # fmt: skip
 BACKENDS = {backend.name: backend for backend in (TRITON, TORCH)}

@@ -58,14 +58,16 @@ def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: i
 
 @triton.jit
 def totals(sums, n_tensors, TENSORS: tl.constexpr):
-    """Of a move or a gradient: its square, and whether it is not finite anywhere."""
+    """Of a move or a gradient: its slope, its square, and whether it is not finite anywhere."""
+    slopes = tl.zeros([TENSORS], tl.float64)
     squares = tl.zeros([TENSORS], tl.float64)
     flags = tl.zeros([TENSORS], tl.float64)
     for begin in range(0, n_tensors, TENSORS):
         t = begin + tl.arange(0, TENSORS)
+        slopes += tl.load(sums + 3 * t, mask=t < n_tensors, other=0.0)
         squares += tl.load(sums + 3 * t + 1, mask=t < n_tensors, other=0.0)
         flags += tl.load(sums + 3 * t + 2, mask=t < n_tensors, other=0.0)
-    return tl.sum(squares, axis=0), tl.sum(flags, axis=0) > 0
+    return tl.sum(slopes, axis=0), tl.sum(squares, axis=0), tl.sum(flags, axis=0) > 0
 
 
 @triton.jit

@@ -51,11 +51,8 @@ def gpu_tiling(processors: int, warp_size: int = 32, itemsize: int = 4) -> Tilin
 
 
 def default_tiling(device: torch.device, itemsize: int = 4) -> Tiling:
-    """The tiling for a device and weights of ``itemsize`` bytes.
-
-    On the CPU (the interpreter) one program takes large blocks, because there a block costs
-    the same whatever its size.
-    """
+    """The tiling for a device and weights of ``itemsize`` bytes."""
+    # In the interpreter a block costs the same whatever its size.
     if device.type != "cuda":
         return Tiling(1 << 16, 1 << 16, 1)
     properties = torch.cuda.get_device_properties(device)
@@ -86,16 +83,9 @@ def launch_options(backend: str, resident: bool = False) -> dict[str, object]:
     resident together, for which 4 waves allow no more than ``REGISTERS``; a compiler that took
     more would make the device refuse a cooperative launch.
     """
-    options: dict[str, object] = {
-        "num_warps": NUM_WARPS,
-        "num_stages": 1,
-        "enable_fp_fusion": False,
-    }
-    if backend == "cuda":
-        options["maxnreg"] = REGISTERS
-    elif backend == "hip":
-        options["waves_per_eu"] = 4 if resident else 3
-    return options
+    limits = {"cuda": {"maxnreg": REGISTERS}, "hip": {"waves_per_eu": 4 if resident else 3}}
+    common = {"num_warps": NUM_WARPS, "num_stages": 1, "enable_fp_fusion": False}
+    return {**common, **limits.get(backend, {})}
 
 
 def matrix_launch_options(backend: str) -> dict[str, object]:

@@ -55,11 +55,13 @@ SIGNAL = _entry("signal")  # share of the squared gradient that is signal; the r
 MOVED = _entry("moved")  # 1: the weights are away from the snapshot
 STRETCH = _entry("stretch")  # predicted steps since the snapshot
 JUMP_SQUARE = _entry("jump_square")  # squared distance from the snapshot
-DECISION = _entry("decision")  # on the last prediction: 0 none, 1 accepted, 2 rolled back
+# On the last prediction: 0 none, 1 accepted, 2 rolled back, 3 ended by what others wrote.
+DECISION = _entry("decision")
 HORIZON = _entry("horizon")  # factor on every displacement; halved by a rejection
 REJECTIONS = _entry("rejections")  # in a row
 COOLDOWN = _entry("cooldown")  # real steps before the next prediction is allowed
 BLOCKED = _entry("blocked")  # non-finite gradients in a row at the predicted point
+WRITTEN = _entry("written")  # 1: somebody else wrote weights since they were last looked at
 STEP_FRACTION = _entry("step_fraction")  # mean secant step fraction of the last correction
 # Counters.
 ACCEPTED, REJECTED = map(_entry, ("accepted", "rejected"))
@@ -88,15 +90,14 @@ def read_ledger(ledger: Tensor) -> dict[str, float]:
 def write_ledger(values: Mapping[str, float], device: torch.device) -> Tensor:
     """A ledger with the given entries, zero elsewhere."""
     entries = [float(values.get(name, 0.0)) for name in INDEX]
-    return torch.tensor(entries, dtype=torch.float64).to(device)
+    return torch.tensor(entries, dtype=torch.float64, device=device)
 
 
-FACTOR_COLUMN = tl.constexpr(0)
-SLOPE_COLUMN = tl.constexpr(1)
-FRACTION_COLUMN = tl.constexpr(2)
-PREDICTION_COLUMNS = tl.constexpr(3)
+FACTOR_COLUMN, SLOPE_COLUMN, FRACTION_COLUMN, PART_COLUMN = map(tl.constexpr, range(4))
+FINGERPRINT_COLUMN, PREDICTION_COLUMNS = map(tl.constexpr, (4, 6))
 """Columns of the table of predictions: a tensor's own factor on the horizon, the slope before the
-move, and where verification placed the weights along it."""
+move, where verification placed the weights along it, whether the tensor takes part (1 or 0), and
+two for the fingerprint of the parameter as a step left it (0 where that is not known)."""
 
 
 @triton.jit
@@ -172,7 +173,8 @@ def observe(
 ):  # fmt: skip
     """Takes one applied base update into the running statistics (see `observe_torch`)."""
     share = slow_share(ledger, norm, clip) if SLOW else 1.0
-    _average(ledger + NORM_COUNT, tl.log(norm + 1e-30))
+    if norm > 0:  # a batch that is masked altogether says nothing of the usual norm
+        _average(ledger + NORM_COUNT, tl.log(norm))
     loss = tl.load(ledger + LOSS)
     previous = tl.load(ledger + LOSS_PREVIOUS)
     if tl.abs(loss) < float("inf"):
@@ -254,6 +256,10 @@ def close_gradient(ledger, norm, nonfinite, applied):
 NORM_DEVIATION_FLOOR = tl.constexpr(0.4)
 """Smallest standard deviation of log(norm) that is believed. Gradient norms have heavy
 tails; below this, ordinary steps of a short run would count as divergence."""
+PINNED_VARIANCE = tl.constexpr(1e-4)
+"""Variance of log(norm) below which something else fixes the norm: gradients that were clipped."""
+BACKWARD = tl.constexpr(0.5)
+"""Cosine of gradient and move from which on the move went too far, where the norm says nothing."""
 LOSS_DEVIATION_FLOOR = tl.constexpr(1e-3)
 """Smallest standard deviation of the loss change that is believed, relative to the loss."""
 LARGEST_FRACTION = tl.constexpr(2.0)
@@ -278,12 +284,13 @@ def gate(ledger, threshold):
     """Whether the weights may move.
 
     At the start of a stretch, if the model is confident and nothing forbids it; later in
-    it, if the first move was not rolled back.
+    it, if the first move was not rolled back. Never where somebody else has written them.
     """
     fresh = tl.load(ledger + STRETCH) == 0
     calm = (tl.load(ledger + COOLDOWN) == 0) & (tl.load(ledger + NONFINITE) == 0)
     sure = tl.load(ledger + CONFIDENCE) >= threshold
-    return (fresh & calm & sure) | ((fresh == 0) & (tl.load(ledger + MOVED) > 0))
+    going_on = (fresh == 0) & (tl.load(ledger + MOVED) > 0)
+    return ((fresh & calm & sure) | going_on) & (tl.load(ledger + WRITTEN) == 0)
 
 
 @triton.jit
@@ -300,7 +307,7 @@ def reject(ledger, cooldown):
 def _decide_kernel(
     ledger, sums, prediction, n_tensors, threshold, cooldown, TENSORS: tl.constexpr
 ):  # fmt: skip
-    square, nonfinite = totals(sums, n_tensors, TENSORS)
+    slope, square, nonfinite = totals(sums, n_tensors, TENSORS)
     norm = tl.sqrt(square)
     nonfinite = nonfinite | (tl.load(ledger + FOUND_INF) > 0)
     moved = tl.load(ledger + MOVED) > 0
@@ -309,8 +316,11 @@ def _decide_kernel(
 
     deviation = tl.maximum(tl.sqrt(tl.load(ledger + NORM_VARIANCE)), NORM_DEVIATION_FLOOR)
     excess = tl.log(norm + 1e-30) - tl.load(ledger + NORM_MEAN)
-    by_norm = (excess > threshold * deviation) & (tl.load(ledger + NORM_COUNT) > 1.5)
-    by_norm = by_norm & (nonfinite == 0)
+    # Clipped outside, the gradient hides its norm, but not that it points back along the move.
+    hidden = tl.load(ledger + NORM_VARIANCE) < PINNED_VARIANCE
+    back = slope > BACKWARD * norm * tl.sqrt(tl.load(ledger + JUMP_SQUARE))
+    by_norm = (excess > threshold * deviation) | (hidden & back)
+    by_norm = by_norm & (tl.load(ledger + NORM_COUNT) > 1.5) & (nonfinite == 0)
     loss = tl.load(ledger + LOSS)
     previous = tl.load(ledger + LOSS_PREVIOUS)
     floor = LOSS_DEVIATION_FLOOR * tl.abs(previous)
@@ -321,8 +331,13 @@ def _decide_kernel(
 
     rejected = moved & (point_to_blame | by_norm | by_loss)
     accepted = moved & (rejected == 0) & (nonfinite == 0)
+    decided = accepted | rejected
+    # Where others wrote weights, the decision is about what they wrote too: the rest is placed by
+    # it, but nothing is learnt, and the gradient is one at weights that stay.
+    written = decided & (tl.load(ledger + WRITTEN) > 0)
+    undone, accepted, rejected = rejected, accepted & (written == 0), rejected & (written == 0)
     n_accepted = tl.where(accepted, n_tensors, 0)
-    n_decided = tl.where(accepted | rejected, n_tensors, 0)
+    n_decided = tl.where(decided, n_tensors, 0)
     trust = between(2.0 * tl.load(ledger + SIGNAL) - 1.0, 0.0, 1.0)
     total = tl.zeros([TENSORS], dtype=tl.float64)
     for begin in range(0, n_tensors, TENSORS):
@@ -335,7 +350,8 @@ def _decide_kernel(
         secant = tl.where(curved, before / tl.where(curved, before - after, 1.0), 1.0)
         fraction = 1.0 + trust * (between(secant, SMALLEST_FRACTION, LARGEST_FRACTION) - 1.0)
         fraction = tl.where(tl.abs(fraction - 1.0) < FRACTION_TOLERANCE, 1.0, fraction)
-        fraction = tl.where(accepted, fraction, tl.where(rejected, 0.0, 1.0))
+        fraction = tl.where(accepted, fraction, tl.where(undone, 0.0, 1.0))
+        fraction = tl.where(tl.load(cell + PART_COLUMN, mask=here, other=0.0) > 0, fraction, 1.0)
         scale = tl.load(cell + FACTOR_COLUMN, mask=here, other=1.0).to(tl.float64)
         scale = (1.0 + SCALE_MEMORY * (scale - 1.0)) * fraction
         scale = between(scale, SMALLEST_SCALE, LARGEST_SCALE)
@@ -346,7 +362,7 @@ def _decide_kernel(
 
     # One thread writes the ledger; first every thread must have read what it decides by.
     tl.debug_barrier()
-    tl.store(ledger + BLOCKED, tl.where(moved & (rejected == 0), blocked, 0.0))
+    tl.store(ledger + BLOCKED, tl.where(moved & (undone == 0), blocked, 0.0))
     if accepted:
         add(ledger + ACCEPTED, 1.0)
         tl.store(ledger + REJECTIONS, 0.0)
@@ -356,14 +372,13 @@ def _decide_kernel(
         reject(ledger, cooldown)
         tl.store(ledger + HOLD, 1.0)
         tl.store(ledger + LOSS, float("nan"))
-        if point_to_blame:
-            add(ledger + CAUSE_NONFINITE, 1.0)
-        if by_norm:
-            add(ledger + CAUSE_NORM, 1.0)
-        if by_loss:
-            add(ledger + CAUSE_LOSS, 1.0)
-    tl.store(ledger + DECISION, tl.where(accepted, 1.0, tl.where(rejected, 2.0, 0.0)))
-    if accepted | rejected:
+        add(ledger + CAUSE_NONFINITE, point_to_blame.to(tl.float64))
+        add(ledger + CAUSE_NORM, by_norm.to(tl.float64))
+        add(ledger + CAUSE_LOSS, by_loss.to(tl.float64))
+    outcome = tl.where(rejected, 2.0, tl.where(written, 3.0, 0.0))
+    tl.store(ledger + DECISION, tl.where(accepted, 1.0, outcome))
+    if decided:
+        tl.store(ledger + WRITTEN, 0.0)
         tl.store(ledger + MOVED, 0.0)
         tl.store(ledger + STRETCH, 0.0)
         tl.store(ledger + JUMP_SQUARE, 0.0)
@@ -372,14 +387,10 @@ def _decide_kernel(
 def decide(scalars: Scalars, threshold: float, cooldown: float) -> None:
     """Decides on a prediction by the real gradient at the predicted point. One launch.
 
-    Reads what `slopes` measured; changes the ledger, and writes the step fraction of every tensor:
-    0 is the rollback, 1 leaves the weights where the prediction put them, τ places them at
-    snapshot + τ · displacement.
-
-    Args:
-        scalars: Of all tensors of the device.
-        threshold: Standard deviations above the running mean that norm and loss may have.
-        cooldown: Real steps that a first rejection forces before the next prediction.
+    Reads what `slopes` measured of all tensors of the device; changes the ledger, and writes their
+    step fractions: 0 is the rollback, 1 leaves the weights where the prediction put them, τ places
+    them at snapshot + τ · displacement. Norm and loss may be ``threshold`` standard deviations over
+    their running mean; a first rejection forces ``cooldown`` real steps before the next prediction.
     """
     prediction = scalars.prediction
     with on_device(prediction.device):

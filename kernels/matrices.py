@@ -62,16 +62,11 @@ def tile_at(matrices, tiles):
 
 @triton.jit
 def in_scratch(matrix, TILE: tl.constexpr):
-    """Where a matrix begins in scratch memory, its height and its width."""
+    """Where a matrix and its Gram matrix begin in scratch memory, its height and its width."""
     place = tl.multiple_of(tl.load(matrix + PLACE), TILE)
+    gram = tl.multiple_of(tl.load(matrix + GRAM_PLACE), TILE)
     height = tl.multiple_of(tl.load(matrix + HEIGHT), TILE)
-    return place, height, tl.multiple_of(tl.load(matrix + WIDTH), TILE)
-
-
-@triton.jit
-def gram_place(matrix, TILE: tl.constexpr):
-    """Where the Gram matrix of a matrix begins."""
-    return tl.multiple_of(tl.load(matrix + GRAM_PLACE), TILE)
+    return place, gram, height, tl.multiple_of(tl.load(matrix + WIDTH), TILE)
 
 
 @triton.jit
@@ -153,10 +148,10 @@ class Block:
         """Its wide shape."""
         return min(self.rows, self.columns), max(self.rows, self.columns)
 
-    def padded(self, tiling: MatrixTiling) -> tuple[int, int]:
+    def padded(self, tile: int) -> tuple[int, int]:
         """Height and width in scratch memory."""
-        high, wide = (-(-length // tiling.tile) * tiling.tile for length in self.shape)
-        return high, wide
+        high, wide = self.shape
+        return -(-high // tile) * tile, -(-wide // tile) * tile
 
     def view(self, flat: Tensor) -> Tensor:
         """The wide matrix, in the memory of its tensor's dense view."""
@@ -166,9 +161,7 @@ class Block:
 
 
 def blocks_of(index: int, tensor: Tensor, grid: tuple[int, int]) -> list[Block]:
-    """The blocks of a dense tensor, which is number ``index`` of its set.
-
-    ``grid`` are the equal parts along its first and its second dimension.
+    """The blocks of a dense tensor, number ``index`` of its set, cut into equal parts.
 
     Raises:
         ValueError: Not a matrix, or not divisible.
@@ -184,9 +177,9 @@ def blocks_of(index: int, tensor: Tensor, grid: tuple[int, int]) -> list[Block]:
         size, grid = size[::-1], grid[::-1]
     rows, columns = size[0] // grid[0], size[1] // grid[1]
     return [
-        Block(index, i * rows * size[1] + j * columns, rows, columns, size[1])
-        for i in range(grid[0])
-        for j in range(grid[1])
+        Block(index, row * size[1] + column, rows, columns, size[1])
+        for row in range(0, size[0], rows)
+        for column in range(0, size[1], columns)
     ]
 
 
@@ -207,7 +200,7 @@ class Wave:
         tiles: list[tuple[int, int, int]] = []
         halves: list[tuple[int, int, int]] = []
         for index, block in enumerate(blocks):
-            high, wide = block.padded(tiling)
+            high, wide = block.padded(tiling.tile)
             down, across = high // tiling.tile, wide // tiling.tile
             even = block.offset % 8 == 0 and block.pitch % 8 == 0
             memory = (block.tensor, block.offset, block.rows, block.columns, block.pitch)
@@ -217,10 +210,9 @@ class Wave:
             halves.extend((index, i, j) for i in range(down) for j in range(i + 1))
             self.elements += high * wide
             self.gram_elements += high * high
-        self.n_tiles, self.n_halves = len(tiles), len(halves)
-        self.table = torch.tensor(rows, dtype=torch.int64).to(device)
-        self.tiles = torch.tensor(tiles, dtype=torch.int32).to(device)
-        self.halves = torch.tensor(halves, dtype=torch.int32).to(device)
+        self.table = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
+        self.halves = torch.tensor(halves, dtype=torch.int32, device=device)
 
 
 class MatrixSet:
@@ -229,8 +221,8 @@ class MatrixSet:
     Args:
         tensors: With rows ``grad``, ``exp_avg`` and ``update``, and ``slow_ema`` and
             ``direction`` where predictions are made.
-        grids: For each tensor, equal parts along its two dimensions.
-        coefficients: For each tensor, the coefficients of each step.
+        grids: Of each tensor, equal parts along its two dimensions.
+        coefficients: Of each tensor, for each step.
         tiling: How products are cut; the default for the dtype of ``update`` when None.
         limit: Bytes of scratch memory; one matrix alone may exceed it.
     """
@@ -246,8 +238,7 @@ class MatrixSet:
         self.tensors = tensors
         self.dtype = tensors.dtype["update"]
         self.tiling = tiling or matrix_tiling(self.dtype, tensors.device)
-        self.direction_known = False
-        """Whether the row ``direction`` belongs to the present slow EMA."""
+        self.direction_known = False  # whether ``direction`` belongs to the present slow EMA
         by_steps: dict[Coefficients, list[Block]] = {}
         for index, (tensor, grid) in enumerate(zip(tensors.shapes, grids)):
             by_steps.setdefault(coefficients[index], []).extend(blocks_of(index, tensor, grid))
@@ -262,7 +253,7 @@ class MatrixSet:
         parts: list[list[Block]] = []
         room = 0
         for block in blocks:
-            high, wide = block.padded(self.tiling)
+            high, wide = block.padded(self.tiling.tile)
             # The matrix twice, its Gram matrix and that one's polynomial.
             needed = 2 * high * (wide + high) * self.dtype.itemsize
             if not parts or needed > room:
@@ -278,12 +269,10 @@ class MatrixSet:
         Allocated once, for the largest wave.
         """
         if not self._scratch:
-            elements, grams, tiles = (
-                max((getattr(wave, name) for wave in self.waves), default=0)
-                for name in ("elements", "gram_elements", "n_tiles")
-            )
-            device = self.tensors.device
-            sizes = (elements, elements, grams, grams)
-            buffers = (torch.zeros(size, dtype=self.dtype, device=device) for size in sizes)
-            self._scratch = (*buffers, torch.zeros(tiles, device=device))
+            elements = max((wave.elements for wave in self.waves), default=0)
+            grams = max((wave.gram_elements for wave in self.waves), default=0)
+            tiles = max((len(wave.tiles) for wave in self.waves), default=0)
+            like = torch.empty(0, dtype=self.dtype, device=self.tensors.device)
+            buffers = map(like.new_zeros, (elements, elements, grams, grams))
+            self._scratch = (*buffers, like.new_zeros(tiles, dtype=torch.float32))
         return self._scratch

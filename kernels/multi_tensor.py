@@ -1,15 +1,13 @@
 """Many tensors, one launch.
 
 A launch over one tensor costs 8 to 10 µs of host time, and GPT-2 small has 148 tensors, so every
-kernel of this package works on a *list* of tensors at once. The list is described by tables in
-device memory:
+kernel works on a *list* of tensors at once, described by tables in device memory:
 
-* ``addresses``: int64, ``[tensors, MOST_ROWS]``. Column ``r`` holds the address of one row
-  (parameter, gradient, moment, ...) of every tensor; those of a tensor lie side by side, so that
-  one register reaches them all.
-* ``places``: int64, ``[chunks, 2]``: which tensor a chunk belongs to, and at which element of that
-  tensor it begins. A program takes the chunks ``program, program + programs, ...``, so who sums
-  what is fixed, and the same inputs give the same bits.
+* ``addresses``: int64, ``[tensors, MOST_ROWS]``, of each row (parameter, gradient, moment, ...);
+  those of a tensor lie side by side, so that one register reaches them all.
+* ``places``: int64, ``[chunks, 2]``: the tensor of a chunk, and the element at which it begins.
+  A program takes the chunks ``program, program + programs, ...``, so who sums what is fixed, and
+  the same inputs give the same bits.
 * ``extents``: int64, ``[tensors]``: twice the length of a tensor, and one more where each of its
   addresses is a multiple of 16 bytes. Addresses loaded from a table carry no alignment for the
   compiler; the kernels promise it only where the host has looked.
@@ -76,9 +74,9 @@ class ChunkTable:
             places.extend((index, begin) for begin in range(0, length if here else 0, chunk))
             first.append(len(places))
         self.count = len(places)
-        self.places = torch.tensor(places, dtype=torch.int64).view(-1, 2).to(device)
-        self.first = torch.tensor(first, dtype=torch.int32).to(device)
-        self.present = torch.tensor(list(present), dtype=torch.int32).to(device)
+        self.places = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2)
+        self.first = torch.tensor(first, dtype=torch.int32, device=device)
+        self.present = torch.tensor(list(present), dtype=torch.int32, device=device)
 
 
 class TensorSet:
@@ -118,29 +116,27 @@ class TensorSet:
             raise ValueError("rows['param'] is empty: at least one tensor is needed")
         count = len(params)
         self.shapes = params
-        self.device = params[0].device
+        self.device = device = params[0].device
         self.kept = OWN if kept is None else kept
         self.rule = rule
-        self.matrices: MatrixSet | None = None
-        """The tensors as matrices to be orthogonalised; None where the rule does not."""
+        self.matrices: MatrixSet | None = None  # to be orthogonalised, where the rule does so
         wide = 4 if self.kept != OWN else (rows.get("weight") or params)[0].element_size()
-        self.tiling = tiling or default_tiling(self.device, wide)
+        self.tiling = tiling or default_tiling(device, wide)
         self.lengths = [p.numel() for p in params]
-        self.flat: dict[str, list[Tensor]] = {}
-        """Name of a row to dense 1-D views of its tensors."""
+        self.flat: dict[str, list[Tensor]] = {}  # dense 1-D views of the tensors of each row
         self.dtype: dict[str, torch.dtype] = {} if self.kept == OWN else {"weight": torch.float32}
-        self.present = [True] * count
-        """For each tensor, whether it has a gradient."""
-        self.group = torch.tensor(groups or [0] * count, dtype=torch.int32).to(self.device)
-        self.steps = torch.zeros(count, device=self.device)
-        """FP32, applied base updates of each tensor."""
+        self.present = [True] * count  # whether each tensor has a gradient
+        self.group = torch.tensor(groups or [0] * count, dtype=torch.int32, device=device)
+        # Applied base updates of each tensor.
+        self.steps = torch.zeros(count, dtype=torch.float32, device=device)
         self.rate_factors: Tensor | None = None
         """FP64, what the group's learning rate is multiplied with for each tensor; None for 1.
         (Reading a table of ones spilled registers on gfx942.)"""
-        self._address = torch.zeros(count, MOST_ROWS, dtype=torch.int64)
+        self.short: tuple[Any, ...] | None = None  # tables of `fingerprint_torch`
+        self._address = torch.zeros(count, MOST_ROWS, dtype=torch.int64, device="cpu")
         self._tables: tuple[Tensor, Tensor] | None = None
         self._chunks: OrderedDict[tuple[bool, ...], ChunkTable] = OrderedDict()
-        self._partials = torch.empty(0, device=self.device)
+        self._partials = torch.empty(0, dtype=torch.float32, device=device)
         for name, tensors in rows.items():
             self.set_row(name, list(tensors))
         if "weight" not in rows and self.kept == OWN:
@@ -166,35 +162,34 @@ class TensorSet:
             except ValueError as error:
                 raise ValueError(f"row {name!r}, tensor {index}: {error}") from None
         if dtype is not None:
-            self._require_one_width(name, dtype)
-            self.dtype[name] = dtype
+            self._set_dtype(name, dtype)
         self.flat[name] = flat
         if name == "grad":
             self.present = [tensor is not None for tensor in tensors]
-        address = torch.tensor([view.data_ptr() if view.numel() else 0 for view in flat])
+        places = [view.data_ptr() if view.numel() else 0 for view in flat]
+        address = torch.tensor(places, dtype=torch.int64, device="cpu")
         if not torch.equal(address, self._address[:, ROW[name]]):
             self._address[:, ROW[name]] = address
             self._tables = None
 
-    def _require_one_width(self, name: str, dtype: torch.dtype) -> None:
+    def _set_dtype(self, name: str, dtype: torch.dtype) -> None:
         """Kernels read weight and state with one dtype; another would be read as garbage."""
         known = {**self.dtype, name: dtype}
-        weight = known.pop("weight", None)
-        for row, state in known.items():
-            if weight is None or row in OWN_DTYPE:
-                continue
+        weight = known.get("weight")
+        states = [row for row in known if weight and row != "weight" and row not in OWN_DTYPE]
+        for row in states:
             if weight not in (torch.float32, torch.float64):
                 raise ValueError(
                     f"row 'weight': dtype {weight}, must be torch.float32 or torch.float64 where "
                     f"there is a row {row!r}: a 16-bit parameter needs a master"
                 )
-            if state != weight:
-                raise ValueError(f"row {row!r}: dtype {state}, must be {weight} as 'weight'")
+            if known[row] != weight:
+                raise ValueError(f"row {row!r}: dtype {known[row]}, must be {weight} as 'weight'")
+        self.dtype[name] = dtype
 
     def announce(self, name: str, dtype: torch.dtype) -> None:
         """Says that the tensors have a row whose memory comes by a later `set_row`."""
-        self._require_one_width(name, dtype)
-        self.dtype[name] = dtype
+        self._set_dtype(name, dtype)
         self.release(name)
 
     def release(self, name: str) -> None:
@@ -204,7 +199,8 @@ class TensorSet:
     def tables(self) -> tuple[Tensor, Tensor]:
         """``addresses`` and ``extents``, uploaded only after a change."""
         if self._tables is None:
-            extents = 2 * torch.tensor(self.lengths) + (self._address % 16 == 0).all(1)
+            lengths = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
+            extents = 2 * lengths + (self._address % 16 == 0).all(1)
             # A copy even where the device is the host: the table of a launch stays as it was.
             addresses = upload(self._address.clone(), self.device)
             self._tables = addresses, upload(extents, self.device)
@@ -226,7 +222,7 @@ class TensorSet:
         """Scratch for the chunk sums of a kernel: FP32 ``[chunks · columns]``."""
         needed = self.chunks(every=True).count * columns
         if self._partials.numel() < needed:
-            self._partials = torch.empty(needed, device=self.device)
+            self._partials = torch.empty(needed, dtype=torch.float32, device=self.device)
         return self._partials[:needed]
 
     def launch(
@@ -269,11 +265,16 @@ class TensorSet:
         """Weights of one tensor for plain torch, in the dtype of the mathematics.
 
         To be changed in place and handed to `put_weight`: where they are kept otherwise, this is
-        a copy.
+        a copy. What somebody else wrote into a parameter goes to its master (see `load_weight`).
         """
-        if self.kept == OWN:
-            return self.flat["weight"][index][part]
         param = self.flat["param"][index][part]
+        if self.kept == OWN:
+            weight = self.flat["weight"][index][part]
+            if self.has_master:
+                kept = weight.to(param.dtype) == param
+                if kept.device.type != "cpu" or not bool(kept.all()):
+                    weight.copy_(torch.where(kept, weight, param.to(weight.dtype)))
+            return weight
         if self.kept == NONE:
             return param.float()
         return assembled(param, self.flat["remainder"][index][part])
@@ -363,8 +364,10 @@ def chunk_length(start, length, CHUNK: tl.constexpr, FULL: tl.constexpr):
 
 def assembled(param: Tensor, remainder: Tensor) -> Tensor:
     """The FP32 masters of BF16 parameters from what is missing in them (see `store_weight`)."""
-    high = param.view(torch.int16).to(torch.int32) << 16
-    return (high + remainder.to(torch.int32)).view(torch.float32)
+    high, low = param.view(torch.int16).to(torch.int32), remainder.to(torch.int32)
+    low = torch.where((high & 0x7FFF) == 0, low.clamp(min=0), low)
+    low = torch.where((high & 0x7FFF) == 0x7F80, low.clamp(max=0), low)
+    return ((high << 16) + low).view(torch.float32)
 
 
 def remainder_of(weight: Tensor, param: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from triton_hybrid.kernels.matrices import (
     TILES,
     Coefficients,
     MatrixSet,
-    gram_place,
     in_memory,
     in_scratch,
     tile_at,
@@ -65,76 +64,57 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def _load(pointers, here, FULL: tl.constexpr):
-    return tl.load(pointers) if FULL else tl.load(pointers, mask=here, other=0.0)
-
-
-@triton.jit
-def _gather_tile(
-    addresses, matrix, tensor, row, column, tall, source, scratch, clip, beta1, nesterov_mix,
-    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
-    TILE: tl.constexpr, STRIP: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Copies a tile into scratch memory; updates the momentum on the way. Returns its square."""
-    origin = row_pointer(addresses, source, tensor, STATE, FULL)
-    grad = row_pointer(addresses, GRAD, tensor, GRAD_TYPE, FULL)
-    exp_avg = row_pointer(addresses, EXP_AVG, tensor, STATE, FULL)
-    offset, pitch, rows, columns = in_memory(matrix, FULL)
-    place, _, width = in_scratch(matrix, TILE)
-    c = column + tl.arange(0, TILE)
-    square = tl.full((), 0.0, tl.float32)
-    for begin in range(0, TILE, STRIP):
-        r = row + begin + tl.arange(0, STRIP)
-        at = offset + r.to(tl.int64)[:, None] * pitch + c[None, :]
-        here = (r < rows)[:, None] & (c < columns)[None, :]
-        if MOMENTUM:
-            g = _load(grad + at, here, FULL).to(STATE) * clip
-            m = _load(exp_avg + at, here, FULL)
-            m = m + (1.0 - beta1) * (g - m)
-            tl.store(exp_avg + at, m, mask=None if FULL else here)
-            value = m - (1.0 - nesterov_mix) * (m - g)
-        else:
-            value = _load(origin + at, here, FULL)
-        value = narrow(value.to(tl.float32), DTYPE)
-        wide = value.to(tl.float32)
-        square += tl.sum(tl.sum(wide * wide, axis=1), axis=0)
-        if tall:
-            turned = place + c.to(tl.int64)[:, None] * width + r[None, :]
-            tl.store(scratch + turned, tl.trans(value))
-        else:
-            tl.store(scratch + place + r.to(tl.int64)[:, None] * width + c[None, :], value)
-    return square
-
-
-@triton.jit
 def _gather_kernel(
     addresses, extents, matrices, tiles, present, group, hyperparameters,
     partials, ledger, max_norm, source, scratch, squares,
     GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
     CLIP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
+    """Copies a tile into scratch memory, and sums its square; on the way updates the momentum."""
     matrix, i, j = tile_at(matrices, tiles)
     tensor, row, column, tall, whole = tile_in_memory(matrix, i, j, extents, TILE)
     wanted = True
     clip = 1.0
-    beta1 = 0.0
+    rate = 1.0
     nesterov_mix = 0.0
     if MOMENTUM:
         _, _, applied, clip, unscale = gradient_norm(partials, ledger, max_norm, CLIP, COLUMNS)
         wanted = applied & (tl.load(present + tensor) != 0)
         settings = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
         clip = (clip * unscale * tl.load(settings + SIGN)).to(STATE)
-        beta1 = tl.load(settings + BETA1).to(STATE)
+        rate = (1.0 - tl.load(settings + BETA1)).to(STATE)
         nesterov_mix = tl.load(settings + NESTEROV_MIX).to(STATE)
-    if wanted:
-        for FULL in tl.static_range(2):
-            if whole == FULL:
-                square = _gather_tile(
-                    addresses, matrix, tensor, row, column, tall, source, scratch,
-                    clip, beta1, nesterov_mix,
-                    GRAD_TYPE, STATE, DTYPE, MOMENTUM, TILE, STRIP, FULL,
-                )  # fmt: skip
-                tl.store(squares + tl.program_id(0), square)
+    for FULL in tl.static_range(2):
+        if wanted & (whole == FULL):
+            origin = row_pointer(addresses, source, tensor, STATE, FULL)
+            grad = row_pointer(addresses, GRAD, tensor, GRAD_TYPE, FULL)
+            exp_avg = row_pointer(addresses, EXP_AVG, tensor, STATE, FULL)
+            offset, pitch, rows, columns = in_memory(matrix, FULL)
+            c = column + tl.arange(0, TILE)
+            square = tl.full((), 0.0, tl.float32)
+            for begin in range(0, TILE, STRIP):
+                r = row + begin + tl.arange(0, STRIP)
+                at = offset + r.to(tl.int64)[:, None] * pitch + c[None, :]
+                here = None if FULL else (r < rows)[:, None] & (c < columns)[None, :]
+                if MOMENTUM:
+                    g = tl.load(grad + at, here, None if FULL else 0.0).to(STATE) * clip
+                    m = tl.load(exp_avg + at, here, None if FULL else 0.0)
+                    m = m + rate * (g - m)
+                    tl.store(exp_avg + at, m, here)
+                    value = m - (1.0 - nesterov_mix) * (m - g)
+                else:
+                    value = tl.load(origin + at, here, None if FULL else 0.0)
+                value = narrow(value.to(tl.float32), DTYPE)
+                wide = value.to(tl.float32)
+                square += tl.sum(tl.sum(wide * wide, axis=1), axis=0)
+                # Looked up for every strip: kept for all of them, 8 bytes spilled on sm_80.
+                place, _gram, _height, width = in_scratch(matrix, TILE)
+                if tall:
+                    turned = place + c.to(tl.int64)[:, None] * width + r[None, :]
+                    tl.store(scratch + turned, tl.trans(value))
+                else:
+                    tl.store(scratch + place + r.to(tl.int64)[:, None] * width + c[None, :], value)
+            tl.store(squares + tl.program_id(0), square)
 
 
 @triton.jit
@@ -155,7 +135,7 @@ def _normalise_kernel(
     # Rounded as torch.optim.Muon does: later steps blow a difference of 0.2% up to 4%.
     norm = narrow(precise_sqrt(tl.sum(total, axis=0)), DTYPE).to(tl.float32)
     norm = narrow(tl.maximum(norm, least), DTYPE).to(tl.float32)
-    place, _, width = in_scratch(matrix, TILE)
+    place, _, _, width = in_scratch(matrix, TILE)
     columns = j * TILE + tl.arange(0, TILE)
     for begin in range(0, TILE, STRIP):
         rows = i * TILE + begin + tl.arange(0, STRIP)
@@ -181,8 +161,7 @@ def _symmetric_kernel(
 ):  # fmt: skip
     """X Xᵀ, or b A + c A A of a symmetric A: the lower triangle of tiles, and its mirror."""
     matrix, i, j = tile_at(matrices, tiles)
-    place, height, length = in_scratch(matrix, TILE)
-    gram = gram_place(matrix, TILE)
+    place, gram, height, length = in_scratch(matrix, TILE)
     if POLYNOMIAL:
         place = gram
         length = height
@@ -210,11 +189,11 @@ def _polynomial_kernel(
 ):  # fmt: skip
     """The product a X + B X; the last step writes it to the row ``goal`` of its tensor."""
     matrix, i, j = tile_at(matrices, tiles)
-    place, height, width = in_scratch(matrix, TILE)
+    place, gram, height, width = in_scratch(matrix, TILE)
     rows = i * TILE + tl.arange(0, TILE)
     columns = j * TILE + tl.arange(0, TILE)
     inner = tl.arange(0, DEPTH)
-    left = factor + gram_place(matrix, TILE) + rows.to(tl.int64)[:, None] * height + inner[None, :]
+    left = factor + gram + rows.to(tl.int64)[:, None] * height + inner[None, :]
     right = scratch + place + inner.to(tl.int64)[:, None] * width + columns[None, :]
     total = tl.zeros([TILE, TILE], tl.float32)
     for begin in range(0, height, DEPTH):
@@ -263,40 +242,31 @@ def orthogonalise(
     """
     tensors, tiling = matrices.tensors, matrices.tiling
     addresses, extents = tensors.tables()
-    present = tensors.chunks().present
     first, second, gram, square, squares = matrices.scratch()
     groups = (tensors.group, scalars.hyperparameters)
-    dtype = TRITON_DTYPES[matrices.dtype]
-    options = {"num_warps": tiling.warps, **MATRIX_LAUNCH}
-    cut = {"TILE": tiling.tile, "DEPTH": tiling.depth, "DTYPE": dtype}
+    common = {"DTYPE": TRITON_DTYPES[matrices.dtype], "TILE": tiling.tile}
+    common |= {"num_warps": tiling.warps, **MATRIX_LAUNCH}
+    strips, products = {"STRIP": tiling.strip, **common}, {"DEPTH": tiling.depth, **common}
     with on_device(tensors.device):
         for wave in matrices.waves:
             where = (wave.table, wave.tiles)
-            _gather_kernel[(wave.n_tiles,)](
-                addresses, extents, *where, present, *groups,
+            programs, half = (len(wave.tiles),), (len(wave.halves),)
+            _gather_kernel[programs](
+                addresses, extents, *where, tensors.chunks().present, *groups,
                 scalars.partials, scalars.ledger, max_norm or 0.0,
                 ROW[source or "exp_avg"], first, squares,
                 GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
-                DTYPE=dtype, MOMENTUM=source is None, CLIP=max_norm is not None,
-                COLUMNS=scalars.partials.shape[1],
-                TILE=tiling.tile, STRIP=tiling.strip, **options,
+                MOMENTUM=source is None, CLIP=max_norm is not None,
+                COLUMNS=scalars.partials.shape[1], **strips,
             )  # fmt: skip
-            _normalise_kernel[(wave.n_tiles,)](
-                *where, *groups, squares, first,
-                DTYPE=dtype, TILE=tiling.tile, STRIP=tiling.strip, **options,
-            )  # fmt: skip
+            _normalise_kernel[programs](*where, *groups, squares, first, **strips)
             x, y = first, second
-            final = len(wave.coefficients) - 1
-            for step, (a, b, c) in enumerate(wave.coefficients):
-                half = (wave.table, wave.halves)
-                _symmetric_kernel[(wave.n_halves,)](
-                    *half, x, gram, 0.0, 0.0, POLYNOMIAL=False, **cut, **options
-                )
-                _symmetric_kernel[(wave.n_halves,)](
-                    *half, gram, square, b, c, POLYNOMIAL=True, **cut, **options
-                )
-                _polynomial_kernel[(wave.n_tiles,)](
+            for step, (a, b, c) in enumerate(wave.coefficients, 1):
+                lower = (wave.table, wave.halves)
+                _symmetric_kernel[half](*lower, x, gram, 0.0, 0.0, POLYNOMIAL=False, **products)
+                _symmetric_kernel[half](*lower, gram, square, b, c, POLYNOMIAL=True, **products)
+                _polynomial_kernel[programs](
                     addresses, extents, *where, x, square, y, ROW[goal], a,
-                    LAST=step == final, **cut, **options,
+                    LAST=step == len(wave.coefficients), **products,
                 )  # fmt: skip
                 x, y = y, x

@@ -47,17 +47,14 @@ def momentum_torch(
 ) -> None:
     """Updates ``exp_avg`` with the gradient, and ``update`` with the orthogonalised momentum.
 
-    Args:
-        matrices: The matrices of a tensor set.
-        scalars: Of their tensors.
-        clip: 0-dim FP64, what clipping and the loss scale multiply the gradient with.
-        skip: 0-dim bool; where it is true ``exp_avg`` stays as it is. None: it is not.
+    ``clip`` is what clipping and the loss scale multiply the gradient with, 0-dim FP64; where
+    ``skip`` is true (0-dim bool; None: it is not) ``exp_avg`` stays as it is.
     """
     tensors = matrices.tensors
     flat, compute = tensors.flat, tensors.compute_dtype
     rows = scalars.hyperparameters[tensors.group.long()]
-    columns = (clip * rows[:, HYPER["sign"]], 1.0 - rows[:, HYPER["beta1"]])
-    table = torch.stack([*columns, rows[:, HYPER["nesterov_mix"]]], dim=1).to(compute)
+    factors, rates = clip * rows[:, HYPER["sign"]], 1.0 - rows[:, HYPER["beta1"]]
+    table = torch.stack([factors, rates, rows[:, HYPER["nesterov_mix"]]], dim=1).to(compute)
     mixed = {}
     for index, here in enumerate(tensors.present):
         if not here:

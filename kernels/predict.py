@@ -2,7 +2,7 @@
 
 Which vectors make up the displacement is the predictor's (`Displacement`); saving the weights,
 masters, rounding and what is measured is written here once. What the move amounts to is looked at
-afterwards (``rollback.py``). Neither reads a gradient, and the ledger, not the host, decides
+afterwards (``verify.py``). Neither reads a gradient, and the ledger, not the host, decides
 whether anything moves at all.
 """
 
@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.gram import reduce_partials
-from triton_hybrid.kernels.ledger import FACTOR_COLUMN, HORIZON, INDEX, PREDICTION_COLUMNS, gate
+from triton_hybrid.kernels.ledger import (
+    FACTOR_COLUMN,
+    HORIZON,
+    INDEX,
+    PART_COLUMN,
+    PREDICTION_COLUMNS,
+    gate,
+)
 from triton_hybrid.kernels.ledger_torch import gate_torch
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import (
@@ -143,13 +150,13 @@ def _predict_kernel(
         if moving:
             tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
             row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
-            # A tensor that never had a gradient has empty moments, and does not move.
             step = tl.maximum(tl.load(steps + tensor).to(tl.float64), 1.0)
-            own = tl.load(prediction + PREDICTION_COLUMNS * tensor + FACTOR_COLUMN).to(tl.float64)
+            own = prediction + PREDICTION_COLUMNS * tensor
             rate = tl.load(rate_factors + tensor) if FACTORED else 1.0
-            factor = FACTORS(row, rate, horizon * own)
+            factor = FACTORS(row, rate, horizon * tl.load(own + FACTOR_COLUMN).to(tl.float64))
+            takes_part = tl.load(own + PART_COLUMN) > 0
             for FULL in tl.static_range(2):
-                if full == FULL:
+                if takes_part & (full == FULL):
                     slope, square, bad = _move_chunk(
                         addresses, tensor, start, length, row, step,
                         factor.to(STATE), coefficients,
@@ -226,6 +233,7 @@ def predict_torch(
     rule, ledger = tensors.rule, scalars.ledger
     assert rule is not None
     moving = gate_torch(ledger, threshold)
+    takes_part = scalars.prediction[tensors.place, PART_COLUMN.value] > 0
     on_cpu = ledger.device.type == "cpu"
     sums = scalars.sums[tensors.place]
     written = sums if with_slopes else sums[:, 1:]
@@ -246,22 +254,23 @@ def predict_torch(
 
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
     totals = []
-    for index in range(len(tensors)):
+    for index, here in enumerate(takes_part.tolist() if on_cpu else takes_part):
         inverse1, *factors = numbers[index]
         total = torch.zeros(MOVE_COLUMNS, dtype=torch.float64, device=tensors.device)
-        for part in tensors.torch_blocks(index):
+        moves = None if on_cpu else moving & here
+        for part in tensors.torch_blocks(index) if not on_cpu or here else ():
             w = tensors.weight(index, part)
             rows = tensors.block_rows(index, part)
             moved = displacement.torch.block(tensors, rows, factors, scratch[:, : w.numel()])
-            if on_cpu:
+            if moves is None:
                 if save:
                     rows["snapshot"].copy_(w)
                 w.add_(moved)
             else:
                 if save:
-                    rows["snapshot"].copy_(torch.where(moving, w, rows["snapshot"]))
-                moved.copy_(torch.where(moving, moved, torch.zeros_like(moved)))
-                w.copy_(torch.where(moving, w + moved, w))
+                    rows["snapshot"].copy_(torch.where(moves, w, rows["snapshot"]))
+                moved.copy_(torch.where(moves, moved, torch.zeros_like(moved)))
+                w.copy_(torch.where(moves, w + moved, w))
             tensors.put_weight(index, part, w)
             seen = tensors.flat["param"][index][part] if tensors.has_master else w
             if with_slopes:

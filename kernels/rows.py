@@ -142,14 +142,23 @@ def load_weight(
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """A block of weights in ``STATE``, however they are kept."""
+    """A block of weights in ``STATE``, however they are kept.
+
+    A parameter that is not its master, rounded, was written by somebody else, and its value counts.
+    """
     if KEPT == _OWN:
         weight = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        if PARAM_TYPE != STATE:
+            seen = load_row(addresses, PARAM, tensor, begin, length, PARAM_TYPE, STATE, BLOCK, FULL)
+            weight = tl.where(narrow(weight, PARAM_TYPE).to(STATE) == seen, weight, seen)
     elif KEPT == _SPLIT:
         high = load_row(addresses, PARAM, tensor, begin, length, tl.int16, tl.int32, BLOCK, FULL, 0)
         low = load_row(
             addresses, REMAINDER, tensor, begin, length, tl.int16, tl.int32, BLOCK, FULL, 0
         )
+        # Below a zero and above an infinity that somebody else wrote lie the bits of NaNs.
+        low = tl.where((high & 0x7FFF) == 0, tl.maximum(low, 0), low)
+        low = tl.where((high & 0x7FFF) == 0x7F80, tl.minimum(low, 0), low)
         weight = ((high << 16) + low).to(tl.float32, bitcast=True)
     else:
         weight = load_row(addresses, PARAM, tensor, begin, length, PARAM_TYPE, STATE, BLOCK, FULL)

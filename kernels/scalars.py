@@ -53,12 +53,13 @@ class Scalars:
             programs += tensors.tiling.programs
         self.hyperparameters = torch.zeros(groups, len(HYPER), dtype=torch.float64, device=device)
         self.ledger = new_ledger(device)
-        # FP32: factor, slope and fraction of each tensor.
-        self.prediction = torch.tensor([[1.0, 0.0, 1.0]], device=device).repeat(count, 1)
+        # FP32: factor, slope, fraction, part and fingerprint of each tensor.
+        start = [[1.0, 0.0, 1.0, 0.0, 0.0, 0.0]] * count
+        self.prediction = torch.tensor(start, dtype=torch.float32, device=device)
         self.sums = torch.zeros(count, 3, dtype=torch.float64, device=device)
         """What a kernel measured of each tensor."""
         columns = triton.next_power_of_2(programs)
-        self.partials = torch.zeros(2 + UPDATE_SUMS, columns, device=device)
+        self.partials = torch.zeros(2 + UPDATE_SUMS, columns, dtype=torch.float32, device=device)
         """FP32, first-stage sums of each program: squared gradient, non-finite gradients, and those
         of an update."""
         self.arrivals = torch.zeros(2, dtype=torch.int32, device=device)

@@ -20,12 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from triton_hybrid.kernels.launch import INTERPRETED, RESIDENT_LAUNCH
-from triton_hybrid.kernels.ledger import (
-    close_gradient,
-    observe,
-    slow_decay,
-    slow_share,
-)
+from triton_hybrid.kernels.ledger import close_gradient, observe, slow_decay, slow_share
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import (
     GRAD,
@@ -198,8 +193,7 @@ def _step_kernel(
                         addresses, tensor, start, length, row, step, factor,
                         clip, slow_rate, share, CONSTANTS, DIRECTION, ALONG,
                         PARAM_TYPE, GRAD_TYPE, STATE, UPDATE_TYPE, MASTER, KEPT, SLOW,
-                        COMPARE, BLOCK if FULL else BLOCK // TAIL_SHARE,
-                        CHUNK, FULL,
+                        COMPARE, BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
             sum_uu += uu
             sum_us += us
@@ -295,8 +289,7 @@ def step(
                 CONSTANTS=rule.constants, DIRECTION=rule.direction, ALONG=rule.along,
                 FACTORED=tensors.rate_factors is not None, MASTER=tensors.has_master,
                 GRAD_TYPE=tensors.dtype_of("grad"), UPDATE_TYPE=tensors.dtype_of("update"),
-                SLOW=slow,
-                COMPARE=compare, MEASURE=measured and slow, CLIP=max_norm is not None,
+                SLOW=slow, COMPARE=compare, MEASURE=measured and slow, CLIP=max_norm is not None,
                 STATISTICS=statistics, UPDATE=update, LAST=tensors is sets[-1], OBSERVE=observed,
                 COLUMNS=scalars.partials.shape[1], TENSORS=128,
                 options={**RESIDENT_LAUNCH, **extra},

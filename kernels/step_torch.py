@@ -11,8 +11,8 @@ from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.ledger_torch import (
     move_loss_scale_torch,
     observe_torch,
-    slow_clip_torch,
     slow_decay_torch,
+    slow_share_torch,
 )
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet
 from triton_hybrid.kernels.scalars import HYPER, UPDATE_SUMS, Scalars
@@ -69,8 +69,7 @@ def step_torch(
         used = norm * coefficient
         # A norm that overflowed would spoil every running mean for good.
         seen = applied & used.isfinite()
-        uu, us, ss, ee = sums.unbind()
-        observe_torch(ledger, norm, used * steady, uu, us, ss, ee, slow_beta, seen, measured)
+        observe_torch(ledger, norm, used * steady, sums, slow_beta, seen, measured)
     ledger[INDEX["loss"]] = torch.nan
     ledger[INDEX["hold"]] = 0.0
     ledger[INDEX["found_inf"]] = 0.0
@@ -99,33 +98,27 @@ def gradient_sums_torch(sets: Sequence[TensorSet], ledger: Tensor) -> tuple[Tens
 
 def averaging_rates(ledger: Tensor, slow_beta: float, norm: Tensor, coefficient: Tensor) -> Tensor:
     """FP64 ``[2]``: rate of the slow EMA, factor on its gradient."""
-    steady = slow_clip_torch(ledger, norm, coefficient) / coefficient.clamp(min=1e-300)
-    slow_rate = 1.0 - slow_decay_torch(ledger, slow_beta)
-    return torch.stack([slow_rate, steady])
+    share = slow_share_torch(ledger, norm, coefficient)
+    return torch.stack([1.0 - slow_decay_torch(ledger, slow_beta), share])
 
 
 def update_numbers(tensors: TensorSet, scalars: Scalars, clip: Tensor) -> Tensor:
-    """FP64 ``[tensors, len(Numbers)]``: the `Numbers` of each tensor.
-
-    Args:
-        tensors: The tensors.
-        scalars: Of these tensors.
-        clip: 0-dim FP64, what clipping and the loss scale multiply the gradient with.
-    """
-    rows = scalars.hyperparameters[tensors.group.long()]
-    lr = rows[:, HYPER["lr"]]
-    rate = lr if tensors.rate_factors is None else lr * tensors.rate_factors
+    """FP64 ``[tensors, len(Numbers)]``: the `Numbers` of each tensor."""
+    hyper = dict(zip(HYPER, scalars.hyperparameters[tensors.group.long()].unbind(dim=1)))
+    rate = hyper["lr"] * (1.0 if tensors.rate_factors is None else tensors.rate_factors)
     step = tensors.steps.double() + 1.0
     numbers = Numbers(
-        clip=clip * rows[:, HYPER["sign"]],
-        decay=1.0 - lr * rows[:, HYPER["weight_decay"]],
-        beta1=rows[:, HYPER["beta1"]],
-        beta2=rows[:, HYPER["beta2"]],
-        root_correction2=(1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt(),
-        eps=rows[:, HYPER["eps"]],
-        size=rate / (1.0 - (step * rows[:, HYPER["log_exp_avg"]]).exp()),
+        clip=clip * hyper["sign"],
+        decay=1.0 - hyper["lr"] * hyper["weight_decay"],
+        beta1=hyper["beta1"],
+        beta2=hyper["beta2"],
+        rate1=1.0 - hyper["beta1"],
+        rate2=1.0 - hyper["beta2"],
+        root_correction2=(1.0 - (step * hyper["log_beta2"]).exp()).sqrt(),
+        eps=hyper["eps"],
+        size=rate / (1.0 - (step * hyper["log_exp_avg"]).exp()),
         lr=rate,
-        weight_decay=rows[:, HYPER["weight_decay"]],
+        weight_decay=hyper["weight_decay"],
     )
     return torch.stack(list(numbers), dim=1)
 
@@ -162,7 +155,8 @@ def _update(
                 g = g * its.clip
             rows = tensors.block_rows(index, part)
             block = Block(w, g, rows, its, after[index], scratch[:, : w.numel()])
-            before = None if on_host else [t.clone() for t in (w, *(rows[n] for n in written))]
+            changed = [w, *(rows[name] for name in written)]
+            before = [] if on_host else [tensor.clone() for tensor in changed]
             rule.torch.update(block)
             if rates is not None:
                 s = rows["slow_ema"]
@@ -177,8 +171,8 @@ def _update(
                     s.add_(slow_rate * (steady * g - s))
                 if measured:
                     sums[3] += s.dot(s)
-            if skip is not None and before is not None:
-                for now, old in zip((w, *(rows[n] for n in written)), before):
+            if skip is not None:
+                for now, old in zip(changed, before):
                     now.copy_(torch.where(skip, old, now))
             tensors.put_weight(index, part, w)
     return sums

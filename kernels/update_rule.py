@@ -16,6 +16,8 @@ class Numbers(NamedTuple):
     decay: Any
     beta1: Any
     beta2: Any
+    rate1: Any  # 1 - beta1, which FP32 would not know well enough
+    rate2: Any
     root_correction2: Any
     eps: Any
     size: Any
@@ -26,23 +28,14 @@ class Numbers(NamedTuple):
 
 @dataclass
 class Block:
-    """One block of one tensor, for a rule in plain torch.
+    """One block of one tensor, for a rule in plain torch."""
 
-    Attributes:
-        w: Weights, changed in place.
-        g: Gradient, clipped.
-        rows: The block of every other row that the tensor has.
-        numbers: Of its tensor.
-        step: FP32, 0-dim: base updates with this one.
-        scratch: ``[2, elements]``.
-    """
-
-    w: Tensor
-    g: Tensor
-    rows: Mapping[str, Tensor]
-    numbers: Numbers
-    step: Tensor
-    scratch: Tensor
+    w: Tensor  # weights, changed in place
+    g: Tensor  # gradient, clipped
+    rows: Mapping[str, Tensor]  # the block of every other row that the tensor has
+    numbers: Numbers  # of its tensor
+    step: Tensor  # FP32, 0-dim: base updates with this one
+    scratch: Tensor  # ``[2, elements]``
 
 
 class TorchUpdate(Protocol):
@@ -55,13 +48,9 @@ class TorchUpdate(Protocol):
         """The update just made, that for the slow EMA, and the square of their common unit."""
 
     def along(self, rows: Mapping[str, Tensor], x: Tensor, eps: Any, out: Tensor) -> Tensor:
-        """The direction for a gradient ``x``, times `unit`; ``out`` is ``[2, elements]``.
+        """The direction for a gradient ``x``, times `unit`, in the first row of ``out``.
 
-        Args:
-            rows: As in `Block`.
-            x: The gradient.
-            eps: The group's, over `unit`.
-            out: Takes the result in its first row; the second is scratch.
+        The second row of ``out`` is scratch; ``eps`` is the group's, over `unit`.
         """
 
     def unit(self, root_correction2: Tensor) -> Tensor:
@@ -73,39 +62,30 @@ class UpdateRule:
     """A base rule as the kernels see it: what it does with a block of a tensor.
 
     The four ``@triton.jit`` functions are handed to the kernels as compile-time constants.
-
-    Attributes:
-        constants: ``(row, step, rate, STATE)``: what a tensor's step needs, computed once a chunk:
-            the step size for a learning rate, and four numbers of the rule's own.
-        direction: ``(addresses, tensor, begin, length, g, four numbers, ...)``: updates the rule's
-            moments with the gradient; returns the direction of the update and a denominator.
-        denominator: ``(addresses, tensor, begin, length, four numbers, ...)``: the same denominator
-            without an update, for predictions.
-        along: ``(addresses, tensor, begin, length, x, denominator, ...)``: the direction that the
-            rule would take for a gradient ``x``.
-        torch: The same in plain torch.
-        reads: Rows that `direction` reads, beside weight and gradient.
-        writes: Rows that it writes, beside the weight.
-        reads_along: Rows that `denominator` and `along` read, beside ``x``.
-        uses_gradient: Whether `direction` reads the gradient, and `along` its ``x``; False where
-            `prepare` has done so.
-        prepare: ``(tensors, scalars, compare, max_norm)``: launches between the statistics and the
-            update, or None.
-        prepare_torch: ``(tensors, scalars, compare, clip, skip)``: the same in plain torch.
-        prepare_along: ``(tensors, scalars)``: launches before `along` serves a prediction, or None.
-        prepare_along_torch: The same in plain torch.
     """
 
     constants: Any
+    """``(row, step, rate, STATE)``: what a tensor's step needs, computed once a chunk: the step
+    size for a learning rate, and four numbers of the rule's own."""
     direction: Any
+    """``(addresses, tensor, begin, length, g, four numbers, ...)``: updates the rule's moments with
+    the gradient; returns the direction of the update and a denominator."""
     denominator: Any
+    """``(addresses, tensor, begin, length, four numbers, ...)``: the same denominator without an
+    update, for predictions."""
     along: Any
-    torch: TorchUpdate
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    reads_along: tuple[str, ...] = ()
+    """``(addresses, tensor, begin, length, x, denominator, ...)``: the direction that the rule
+    would take for a gradient ``x``."""
+    torch: TorchUpdate  # the same in plain torch
+    reads: tuple[str, ...]  # rows that `direction` reads, beside weight and gradient
+    writes: tuple[str, ...]  # rows that it writes, beside the weight
+    reads_along: tuple[str, ...] = ()  # rows that `denominator` and `along` read, beside ``x``
     uses_gradient: bool = True
+    """Whether `direction` reads the gradient, and `along` its ``x``; False where `prepare` has."""
     prepare: Callable[..., None] | None = None
+    """``(tensors, scalars, compare, max_norm)``: launches between statistics and update."""
     prepare_torch: Callable[..., None] | None = None
+    """``(tensors, scalars, compare, clip, skip)``: the same in plain torch."""
     prepare_along: Callable[..., None] | None = None
+    """``(tensors, scalars)``: launches before `along` serves a prediction."""
     prepare_along_torch: Callable[..., None] | None = None

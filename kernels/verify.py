@@ -1,9 +1,9 @@
 """Verification: what happens to a predicted move before and after the next gradient.
 
 `check_move` looks at a move before any gradient does: a stretch of moves goes back to its snapshot
-where the result is not finite, or leads further than the usual update allows. `slopes` measures the
-gradient at the predicted point along the displacement, `decide` (``ledger.py``) decides by it, and
-`correct` places the weights where the decision says.
+where the result is not finite, leads further than the usual update allows, or leads uphill.
+`slopes` measures the gradient at the predicted point along the displacement, `decide`
+(``ledger.py``) decides by it, and `correct` places the weights where the decision says.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from triton_hybrid.kernels.ledger import (
     JUMP_SQUARE,
     LOSS_SCALE,
     MOVED,
+    PART_COLUMN,
     PREDICTION_COLUMNS,
     SLOPE_COLUMN,
     STRETCH,
@@ -92,7 +93,7 @@ def _slopes_kernel(
         tl.store(cell + 2, bad)
 
 
-def slopes(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True) -> None:
+def slopes(tensors: TensorSet, scalars: Scalars) -> None:
     """Measures a gradient along the displacement ``weight - snapshot``. Two launches.
 
     Sums, in ``scalars.sums``: slope (descent is negative, also when maximising), squared gradient,
@@ -101,7 +102,6 @@ def slopes(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True) -> No
     Args:
         tensors: With rows ``grad``, ``weight`` and ``snapshot``.
         scalars: Of these tensors.
-        with_slopes: False allows to leave the slopes out; these kernels measure them in passing.
     """
     partials = tensors.room_for(SLOPE_SUMS)
     tensors.launch(
@@ -111,11 +111,8 @@ def slopes(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True) -> No
     reduce_partials(partials, tensors.chunks(), scalars.sums[tensors.place])
 
 
-def slopes_torch(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True) -> None:
-    """`slopes` in plain torch.
-
-    Without ``with_slopes`` the first sum stays zero, and weights are not read.
-    """
+def slopes_torch(tensors: TensorSet, scalars: Scalars) -> None:
+    """`slopes` in plain torch."""
     flat, ledger = tensors.flat, scalars.ledger
     compute = tensors.compute_dtype
     totals = []
@@ -124,9 +121,7 @@ def slopes_torch(tensors: TensorSet, scalars: Scalars, with_slopes: bool = True)
         for part in tensors.torch_blocks(index) if here else ():
             g = flat["grad"][index][part].to(compute)
             square = g.dot(g)
-            if with_slopes:
-                start = flat["snapshot"][index][part]
-                total[0] += g.dot(tensors.weight(index, part) - start)
+            total[0] += g.dot(tensors.weight(index, part) - flat["snapshot"][index][part])
             total[1] += square
             # A finite sum of squares has finite terms; the second look costs only when not.
             if square.device.type != "cpu" or not bool(square.isfinite()):
@@ -168,22 +163,24 @@ def _place_chunk(
 @triton.jit
 def _check_move_kernel(
     addresses, extents, places, n_chunks,
-    sums, prediction, n_tensors, ledger, arrivals, threshold, limit, cooldown,
+    own, sums, prediction, n_tensors, ledger, arrivals, threshold, limit, cooldown,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
     MASTER: tl.constexpr, KEPT: tl.constexpr, LAST: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
     if gate(ledger, threshold):
-        square, nonfinite = totals(sums, n_tensors, TENSORS)
+        slope, square, nonfinite = totals(sums, n_tensors, TENSORS)
         distance = tl.sqrt(tl.load(ledger + JUMP_SQUARE)) + tl.sqrt(square)
         usual = tl.sqrt(tl.load(ledger + UPDATE_SQUARE))
         nonfinite = nonfinite | (distance != distance)
         rejected = nonfinite | (distance > limit * usual)
-        if rejected:
+        undone = rejected | (slope > 0)
+        if undone:
             for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
                 tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
+                takes_part = tl.load(own + PREDICTION_COLUMNS * tensor + PART_COLUMN) > 0
                 for FULL in tl.static_range(2):
-                    if full == FULL:
+                    if takes_part & (full == FULL):
                         _place_chunk(
                             addresses, tensor, start, length, 0.0,
                             PARAM_TYPE, STATE, MASTER, KEPT, True, False,
@@ -198,14 +195,14 @@ def _check_move_kernel(
                 for begin in range(0, n_tensors, TENSORS):
                     t = begin + tl.arange(0, TENSORS)
                     cell = prediction + PREDICTION_COLUMNS * t + SLOPE_COLUMN
-                    slope = tl.load(sums + 3 * t, mask=t < n_tensors, other=0.0)
-                    slope += tl.load(cell, mask=t < n_tensors, other=0.0).to(tl.float64)
-                    slope = tl.where(rejected, 0.0, slope)
-                    tl.store(cell, slope.to(tl.float32), mask=t < n_tensors)
+                    so_far = tl.load(sums + 3 * t, mask=t < n_tensors, other=0.0)
+                    so_far += tl.load(cell, mask=t < n_tensors, other=0.0).to(tl.float64)
+                    so_far = tl.where(undone, 0.0, so_far)
+                    tl.store(cell, so_far.to(tl.float32), mask=t < n_tensors)
                 stretch = tl.load(ledger + STRETCH) + 1.0
-                tl.store(ledger + STRETCH, tl.where(rejected, 0.0, stretch))
-                tl.store(ledger + MOVED, tl.where(rejected, 0.0, 1.0))
-                tl.store(ledger + JUMP_SQUARE, tl.where(rejected, 0.0, distance * distance))
+                tl.store(ledger + STRETCH, tl.where(undone, 0.0, stretch))
+                tl.store(ledger + MOVED, tl.where(undone, 0.0, 1.0))
+                tl.store(ledger + JUMP_SQUARE, tl.where(undone, 0.0, distance * distance))
                 if rejected:
                     reject(ledger, cooldown)
                     add(ledger + CAUSE_NONFINITE, nonfinite.to(tl.float64))
@@ -223,6 +220,7 @@ def check_move(
 ) -> None:
     """Keeps a predicted step, or rolls the stretch back bit for bit. One launch.
 
+    A step that leads uphill along exp_avg is not made, and nothing is blamed for it.
     Reads what `predict` measured of all tensors; advances their slopes, and changes the ledger in
     the launch of the last set.
 
@@ -235,7 +233,8 @@ def check_move(
         last: Whether this is the last set of the device.
     """
     tensors.launch(
-        _check_move_kernel, scalars.sums, scalars.prediction, len(scalars.sums),
+        _check_move_kernel, scalars.prediction[tensors.place], scalars.sums, scalars.prediction,
+        len(scalars.sums),
         scalars.ledger, scalars.arrivals, float(threshold), float(limit), float(cooldown),
         every=True, MASTER=tensors.has_master, LAST=last, TENSORS=128,
     )  # fmt: skip
@@ -258,24 +257,25 @@ def check_move_torch(
     nonfinite = (sums[:, 2].sum() > 0) | distance.isnan()
     too_far = (distance > limit * entries["update_square"].sqrt()) & ~nonfinite
     rejected = moving & (nonfinite | too_far)
-    if ledger.device.type != "cpu" or bool(rejected):
-        for index in range(len(tensors)):
+    undone = rejected | (moving & (sums[:, 0].sum() > 0))
+    if ledger.device.type != "cpu" or bool(undone):
+        for index, part in enumerate(prediction[tensors.place, PART_COLUMN.value] > 0):
             whole = slice(0, tensors.lengths[index])
             w, snapshot = tensors.weight(index, whole), tensors.flat["snapshot"][index]
-            w.copy_(torch.where(rejected, snapshot, w))
+            w.copy_(torch.where(undone & part, snapshot, w))
             tensors.put_weight(index, whole, w)
     if not last:
         return
     slope = prediction[:, SLOPE_COLUMN.value]
     advanced = torch.where(moving, (slope.double() + sums[:, 0]).float(), slope)
-    prediction[:, SLOPE_COLUMN.value] = torch.where(rejected, torch.zeros_like(slope), advanced)
+    prediction[:, SLOPE_COLUMN.value] = torch.where(undone, torch.zeros_like(slope), advanced)
     zero = torch.zeros_like(distance)
-    kept = moving & ~rejected
+    kept = moving & ~undone
     entries["stretch"] = torch.where(kept, entries["stretch"] + 1.0, entries["stretch"])
     entries["jump_square"] = torch.where(kept, distance * distance, entries["jump_square"])
     entries["moved"] = torch.where(kept, zero + 1.0, entries["moved"])
     for name in ("stretch", "jump_square", "moved"):
-        entries[name] = torch.where(rejected, zero, entries[name])
+        entries[name] = torch.where(undone, zero, entries[name])
     reject_torch(entries, cooldown, rejected)
     entries["cause_nonfinite"] = entries["cause_nonfinite"] + (rejected & nonfinite)
     entries["cause_jump"] = entries["cause_jump"] + (rejected & too_far)

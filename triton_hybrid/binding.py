@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import operator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import Settings
+from triton_hybrid.distributed import Ranks
 from triton_hybrid.engine import Engine
-from triton_hybrid.kernels.ledger import INDEX
+from triton_hybrid.groups import check_parameter
+from triton_hybrid.kernels.fingerprint import fingerprint_of
+from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, INDEX, PART_COLUMN
+from triton_hybrid.kernels.multi_tensor import dense_view
 from triton_hybrid.phases import Phase, PhaseController
 from triton_hybrid.rules import RULES
-from triton_hybrid.state import DECLARED, Home, Member, State, StepPlan, state_bytes
+from triton_hybrid.state import (
+    DECLARED,
+    PREDICTION,
+    Home,
+    Member,
+    State,
+    StepPlan,
+    is_dense,
+    restore_snapshot,
+    state_bytes,
+)
 from triton_hybrid.stats import HybridStats
 
 Groups = Sequence[dict[str, Any]]
@@ -23,44 +42,86 @@ Groups = Sequence[dict[str, Any]]
 class Binding:
     """Settings and progress of an optimizer and, from the first step on, its engine."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, ranks: Ranks) -> None:
+        self.settings, self._ranks = settings, ranks
         self.progress = Progress(PhaseController(settings.config))
         self.engine: Engine | None = None  # before the first step and after a change
-        self._pending_loss: Tensor | None = None
+        self._pending_losses: list[Tensor | float] = []
         self._bound: list[Any] = []
+        self._params: list[Tensor] = []
+        self._state: State = {}
+        self._held: list[int] = []
+        self._installs = 0
+        self._mentioned = False
 
     def bind(self, groups: Groups, state: State) -> Engine | None:
         """The engine of the parameters in the groups; None in an initialising first call.
 
-        Parameters may be replaced in the groups between steps (accelerate does it for
-        FSDP2), so what is bound is compared every time.
+        Anybody may replace parameters in the groups, their memory or their state between steps, so
+        what is bound is compared every time.
         """
-        members = [
-            Member(param, group, group_index, index)
-            for group_index, group in enumerate(groups)
-            for index, param in enumerate(group["params"])
-            if param.requires_grad
-        ]
-        bound: list[Any] = [(id(member.param), member.group_index) for member in members]
-        bound += [(g["base"], RULES[g["base"]].settings(g)) for g in groups]
-        if self.engine is not None and bound == self._bound:
-            self.engine.adopt_outside_changes()
-        else:
+        bound = _whereabouts([param for group in groups for param in group["params"]])
+        for group in groups:
+            bound += [len(group["params"]), group["base"], RULES[group["base"]].settings(group)]
+        if self.engine is None or bound != self._bound or not self._holds(state):
+            members = [
+                Member(param, group, group_index, index)
+                for group_index, group in enumerate(groups)
+                for index, param in enumerate(group["params"])
+                if param.requires_grad and not is_lazy(param)
+            ]
+            if self.progress.gradients and not any(state.get(m.param) for m in members):
+                self.unbind()
+                self.restart()  # nothing is left of the state that the ledger is about
             if not members or (not state and all(m.param.grad is None for m in members)):
                 return None
+            masters = self.settings.master_weights
+            for member in members:
+                check_parameter(member.group, member.place, member.param, masters)
             initialising = not state and _only_initialises(members)
-            self.unbind()
-            self.engine = Engine(members, state, len(groups), self.settings)
-            self.engine.restore(self.progress.ledger, self.progress.predictor)
-            if self._pending_loss is not None:
-                self.engine.observe_loss(self._pending_loss)
-                self._pending_loss = None
+            self._rebind(members, state, len(groups))
             self._bound = bound
             if initialising:
                 return None
+        assert self.engine is not None
         self.engine.refresh(groups)
         return self.engine
+
+    def _rebind(self, members: Sequence[Member], state: State, groups: int) -> None:
+        self.unbind()
+        ledger, old = self.progress.ledger, self._params
+        self._params = [member.param for member in members]
+        standing = ledger.get("moved", 0.0) > 0
+        known, present = set(map(id, old)), set(map(id, self._params))
+        for param in old:
+            if id(param) not in present and param in state:
+                _leave(param, state[param], standing)
+        if standing and old and known != present:
+            ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
+        self.engine = Engine(members, state, groups, self.settings)
+        self.engine.restore(self.progress.ledger, self.progress.predictor)
+        for loss in self._pending_losses:
+            self.engine.observe_loss(loss)
+        self._pending_losses.clear()
+        self._state = state
+        self._note_state()
+
+    def restart(self) -> None:
+        """Begins anew with Warmup; counters and the loss scale go on."""
+        before, self.progress = self.progress, Progress(PhaseController(self.settings.config))
+        self.progress.steps, self.progress.seconds = before.steps, before.seconds
+        kept = ("loss_scale", "growth_tracker")
+        self.progress.ledger = {k: v for k, v in before.ledger.items() if k in kept}
+
+    def _holds(self, state: State) -> bool:
+        """Whether the state holds the tensors that are bound."""
+        assert self.engine is not None
+        return self.engine.offload.installs != self._installs or self._held == _tensors(state)
+
+    def _note_state(self) -> None:
+        """Notes which tensors the state holds."""
+        assert self.engine is not None
+        self._held, self._installs = _tensors(self._state), self.engine.offload.installs
 
     def unbind(self, save: bool = True) -> None:
         """Lets go of bound memory; the state stays where it is, scalars in the progress."""
@@ -84,10 +145,12 @@ class Binding:
             group[PROGRESS] = progress
 
     def load(self, groups: Groups) -> None:
-        """The inverse of `save`; without progress in the groups everything stays as it is."""
+        """The inverse of `save`; a checkpoint of another optimizer begins a run."""
         saved = groups[0].get(PROGRESS) if groups else None
         if saved:
             self.progress = Progress.from_dict(saved, self.settings.config)
+        elif self.progress.gradients:
+            self.restart()
 
     def at_home_on_host(self, name: str) -> bool:
         """Whether state of this name is at home in host memory."""
@@ -97,7 +160,7 @@ class Binding:
     def observe_loss(self, loss: Tensor | float) -> None:
         """Notes the loss of the coming gradient."""
         if self.engine is None:
-            self._pending_loss = torch.as_tensor(loss).detach()
+            self._pending_losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         else:
             self.engine.observe_loss(loss)
 
@@ -125,6 +188,46 @@ class Binding:
             on_device += engine.offload.visiting_bytes()
         return HybridStats.of(self.progress, ledger, predictor, (on_device, on_host))
 
+    def agree(self, engine: Engine) -> None:
+        """Lets the ranks of data-parallel training decide by the same numbers."""
+        if self._ranks.together:
+            ledger, predicts = engine.scalars.ledger, engine.predictor.predicts
+            self._ranks.agree(ledger, engine.first_fingerprints, predicts)
+
+    def mention_unread_gradients(self, groups: Groups) -> None:
+        """Warns, once, of gradients that were computed for a Predict step; zeros are none."""
+        if self._mentioned or not has_gradients(groups):
+            return
+        self._mentioned = True
+        grads = [param.grad for group in groups for param in group["params"]]
+        if any(bool(grad.any()) for grad in grads if grad is not None):
+            warnings.warn(
+                "gradients were computed for a Predict step, which does not read them: do so only "
+                "where optimizer.needs_backward is True, or use inline=True",
+                stacklevel=4,
+            )
+
+    @contextmanager
+    def undisturbed(self, engine: Engine, plan: StepPlan) -> Iterator[None]:
+        """What surrounds the work of a step: memory in its place, and an eye on what others write.
+
+        Autocast is off, which would round the products of matrices.
+        """
+        with torch.autocast(engine.device.type, enabled=False):
+            engine.gather()
+            engine.offload.fetch(plan)
+            follows = engine.predictor.follows_trajectory
+            if self.progress.controller.stands or follows:
+                engine.find_writes()
+            yield
+            stands, follows = self.progress.controller.stands, engine.predictor.follows_trajectory
+            if stands or follows:
+                engine.note_weights(every=not stands)
+            engine.scatter()
+            engine.offload.place(self.plan(engine), self.progress.controller.left_in_row)
+            if engine.offload.installs != self._installs:
+                self._note_state()
+
     def plan(self, engine: Engine) -> StepPlan:
         """What the next step does."""
         controller = self.progress.controller
@@ -136,6 +239,46 @@ class Binding:
             first=phase is Phase.PREDICT and controller.in_row == 0,
             trajectory=engine.predictor.follows_trajectory,
         )
+
+
+def has_gradients(groups: Groups) -> bool:
+    """Whether a parameter has one."""
+    return any(param.grad is not None for group in groups for param in group["params"])
+
+
+_PROPERTIES = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "shape")))
+
+
+def _whereabouts(params: Sequence[Tensor]) -> list[Any]:
+    """What parameters are, and where; changes with all that has to be bound anew."""
+    try:
+        # A pass for each property costs a third of a tuple for each parameter.
+        found: list[Any] = [*map(id, params), *map(Tensor.data_ptr, params)]
+        found += map(Tensor.stride, params)
+        for read in _PROPERTIES:
+            found += map(read, params)
+    except ValueError:  # one of them waits for its shape (`torch.nn.UninitializedParameter`)
+        return _whereabouts([param for param in params if not is_lazy(param)])
+    return found
+
+
+def _tensors(state: State) -> list[int]:
+    """Identities of all tensors in the state of parameters."""
+    entries = [entry.values() for entry in state.values() if isinstance(entry, dict)]
+    return list(map(id, itertools.chain.from_iterable(entries)))
+
+
+def _leave(param: Tensor, entry: dict[str, Any], standing: bool) -> None:
+    """Ends what predictions have to do with a parameter that is frozen, or no longer ours."""
+    if PREDICTION.name not in entry:
+        return
+    noted = entry[PREDICTION.name][FINGERPRINT_COLUMN.value :]
+    if standing and bool(noted.any()):
+        dense = param.detach() if is_dense(param) else param.detach().clone()
+        if torch.equal(noted, fingerprint_of(dense_view(dense)).to(noted.device)):
+            restore_snapshot(param.detach(), entry)
+    entry[PREDICTION.name] = entry[PREDICTION.name].clone()
+    entry[PREDICTION.name][PART_COLUMN.value :] = 0.0
 
 
 def _only_initialises(members: Sequence[Member]) -> bool:

@@ -6,21 +6,24 @@ lie in the groups. What is bound for launches is made anew from all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.phases import PHASES, Phase, PhaseController
 from triton_hybrid.rules import RULES
-from triton_hybrid.state import State
+from triton_hybrid.state import DECLARED, State
 
 PROGRESS = "hybrid_progress"
 """Key of every parameter group that carries phase, counters and ledger in checkpoints."""
 
+ROW_NAMES = {old: new for rule in RULES.values() for old, new in rule.checkpoint_names.items()}
+"""Names of rows in torch's optimizers, and ours."""
 OLD_ENTRIES = {"verdict": "decision", "subspace": "quiet"}
 """What was called otherwise in version 0.1.0, in the ledger and in the predictor's state."""
 OLD_ROWS = {"gram", "coefficients", "weight_ema", *(f"history_{slot}" for slot in range(8))}
@@ -75,10 +78,39 @@ class Progress:
         )
 
 
+def check_checkpoint(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Refuses a checkpoint whose state does not fit, before anything is changed.
+
+    Raises:
+        ValueError: The checkpoint is of AMSGrad, or a row has not the shape of its parameter.
+    """
+    if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+        raise ValueError("amsgrad=True in the checkpoint: must be False, it is not built")
+    for index, param in _paired(state_dict, groups):
+        for key, value in state_dict["state"].get(index, {}).items():
+            row = DECLARED.get(ROW_NAMES.get(key, key))
+            like_param = row is not None and row.shape is None and isinstance(value, Tensor)
+            if like_param and not is_lazy(param) and value.shape != param.shape:
+                raise ValueError(
+                    f"state of parameter {index}: {key!r} has shape {tuple(value.shape)}, must be "
+                    f"{tuple(param.shape)} as the parameter"
+                )
+
+
+def _paired(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
+) -> Iterator[tuple[Any, Tensor]]:
+    """Each number in a checkpoint with its parameter: both are in the order of the groups."""
+    numbers = [index for group in state_dict["param_groups"] for index in group["params"]]
+    return zip(numbers, [param for group in groups for param in group["params"]])
+
+
 def without_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict with what `load_rows` leaves to torch: hyperparameters and plain values."""
     plain = {
         index: {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
+        if isinstance(entry, dict)
+        else entry
         for index, entry in state_dict["state"].items()
     }
     return {**state_dict, "state": plain}
@@ -95,15 +127,14 @@ def load_rows(
     Torch would cast floating state to its parameter's dtype, and FP32 state of FP16 parameters
     would die; and what lives in host memory would visit the device on its way there.
     """
-    names = {old: new for rule in RULES.values() for old, new in rule.checkpoint_names.items()}
     slot = _trajectory_slot(state_dict)
-    saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-    params = [param for group in groups for param in group["params"]]
-    for index, param in zip(saved_ids, params):
+    for index, param in _paired(state_dict, groups):
+        if index not in state_dict["state"]:
+            continue
         entry = state[param]
-        for key, value in _converted(state_dict["state"].get(index, {}), slot).items():
+        for key, value in _converted(state_dict["state"][index], slot).items():
             if isinstance(value, Tensor):
-                key = names.get(key, key)
+                key = ROW_NAMES.get(key, key)
                 place = torch.device("cpu") if hosted(key) else param.device
                 entry[key] = value.detach().to(device=place, copy=True)
 
@@ -120,6 +151,10 @@ def _converted(entry: Mapping[str, Any], slot: int | None) -> dict[str, Any]:
     if slot is None:
         return dict(entry)
     found = {key: value for key, value in entry.items() if key not in OLD_ROWS}
+    if "prediction" in entry:
+        # Every tensor took part, and nobody noted how the prediction left it.
+        known = entry["prediction"]
+        found["prediction"] = torch.cat([known, known.new_tensor([1.0, 0.0, 0.0])])
     if slot >= 0 and f"history_{slot}" in entry:
         found["displacement"] = entry[f"history_{slot}"]
         found["ratio"] = entry["coefficients"][slot]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ def require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return number and -math.inf < value < math.inf
 
 

@@ -150,7 +150,7 @@ class Settings:
         if scale is not None and scale != "dynamic":
             allowed = "None, 'dynamic', or a positive number that FP32 can hold"
             check_number("loss_scale", scale, allowed)
-            single = float(torch.tensor(float(scale), dtype=torch.float32))
+            single = float(torch.tensor(float(scale), dtype=torch.float32, device="cpu"))
             require(0 < single < math.inf, "loss_scale", scale, allowed)
             object.__setattr__(self, "loss_scale", single)
 

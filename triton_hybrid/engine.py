@@ -14,14 +14,20 @@ from torch import Tensor
 
 from triton_hybrid.config import Settings
 from triton_hybrid.kernels.backend import BACKENDS
-from triton_hybrid.kernels.ledger import INDEX, read_ledger, write_ledger
+from triton_hybrid.kernels.ledger import (
+    FINGERPRINT_COLUMN,
+    INDEX,
+    PART_COLUMN,
+    read_ledger,
+    write_ledger,
+)
 from triton_hybrid.kernels.multi_tensor import require_launchable, upload
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import STEP_LIMIT, Predictor
 from triton_hybrid.predictors.slow_ema import is_other_run, steps_ahead
-from triton_hybrid.rules import RULES
+from triton_hybrid.rules import RULES, follow_schedulers
 from triton_hybrid.state import Batch, Member, State, StepPlan
 
 LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
@@ -64,25 +70,31 @@ class Engine:
         self.params = [param for batch in self.batches for param in batch.params]
         self.scalars = Scalars([batch.tensors for batch in self.batches], groups)
         self._hyperparameters: list[list[float]] = []  # as they are on the device
+        self._losses = 0  # observed since the last gradient
+        signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
+        self._sign = signs.pop() if len(signs) == 1 else None
         for batch in self.batches:
             batch.adopt_tables(self.scalars)
         self.offload = Offload(self.batches, state, config, self.choice.lends_moments)
         self.choice.bind(self)
-        self.remember_weights()
+        # Compiled now, and its tables made: memory does not grow after the first step.
+        self.gather()
+        self.first_fingerprints = self._fingerprints()
 
     def _make_batches(self, members: Sequence[Member], state: State) -> list[Batch]:
         alike: dict[Any, list[Member]] = {}
-        for member in members:
+        for member, rank in zip(members, overlapping([member.param for member in members])):
             rule = RULES[member.group["base"]]
-            key = (member.param.dtype, rule.name, rule.batch_key(member.group))
+            key = (member.param.dtype, rule.name, rank, rule.batch_key(member.group))
             alike.setdefault(key, []).append(member)
         offload = self.config.offload if moves(self.config, self.device) else "none"
         masters = self.settings.master_weights
         batches = []
-        for (_, name, _), its in alike.items():
+        for (_, name, rank, _), its in alike.items():
             rule = RULES[name]
             rows = tuple(dict.fromkeys((*rule.rows, *self.choice.rows_for(rule))))
             batch = Batch(its, rows, rule, state, offload=offload, masters=masters)
+            batch.aliased = rank > 0
             if self.predictor.predicts:
                 # Memory is allocated at the first step and never grows after it.
                 batch.tensors.room_for(max(row.shape[0] for row in rows if row.shape))
@@ -115,7 +127,7 @@ class Engine:
 
     def base_step(self, plan: StepPlan) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
-        predicts = self.predictor.predicts
+        predicts, self._losses = self.predictor.predicts, 0
         self.backend.step(
             [batch.tensors for batch in self.batches],
             self.scalars,
@@ -144,22 +156,13 @@ class Engine:
         They stay, are corrected by the residual along the displacement, or are rolled back.
         """
         for batch in self.batches:
-            self.backend.slopes(batch.tensors, self.scalars, self.wants_slopes)
+            self.backend.slopes(batch.tensors, self.scalars)
         self.backend.decide(self.scalars, self.config.divergence_threshold, self._cooldown)
+        if self.settings.capturable:  # then nobody else looks
+            self.scalars.ledger[INDEX["written"]].zero_()
         restart = self.predictor.follows_trajectory
         for batch in self.batches:
             self.backend.correct(batch.tensors, self.scalars, restart=restart)
-
-    @property
-    def wants_slopes(self) -> bool:
-        """Whether the correction will look at slopes.
-
-        It does not where noise dominates. Where reading the signal share is free, the plain-torch
-        kernels then leave the slopes out; the Triton kernels measure them in passing.
-        """
-        if self.backend.measures_slopes_in_passing or self.device.type != "cpu":
-            return True
-        return float(self.scalars.ledger[INDEX["signal"]]) > 0.5
 
     @property
     def reads_are_free(self) -> bool:
@@ -178,11 +181,22 @@ class Engine:
             self.choice.restore(predictor)
 
     def observe_loss(self, loss: Tensor | float) -> None:
-        """Notes the loss that belongs to the coming gradient, without waiting for it."""
-        value = torch.as_tensor(loss, dtype=torch.float64).detach().to(self.device)
+        """Notes the loss that belongs to the coming gradient, or one of several to be averaged.
+
+        Does not wait for it. The ledger has what falls as training succeeds: minus an objective
+        that is maximised, and nothing where some groups minimise and others maximise.
+        """
+        if isinstance(loss, Tensor):
+            value = loss.detach().to(self.device, torch.float64).reshape(())
+        else:
+            value = torch.tensor(float(loss), dtype=torch.float64, device=self.device)
+        if self._sign is None:
+            return
         # NaN in the ledger means "not observed"; an observed NaN is a divergence.
-        value = torch.where(value.isnan(), torch.full_like(value, math.inf), value)
-        self.scalars.ledger[INDEX["loss"]].copy_(value.reshape(()), non_blocking=True)
+        value = torch.where(value.isnan(), torch.full_like(value, math.inf), self._sign * value)
+        entry, seen = self.scalars.ledger[INDEX["loss"]], self._losses
+        entry.copy_((entry * seen + value) / (seen + 1) if seen else value, non_blocking=True)
+        self._losses += 1
 
     def borrow_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes over what a GradScaler says of the coming gradient."""
@@ -203,6 +217,7 @@ class Engine:
         table, on_device = self.scalars.hyperparameters, {}
         rows = []
         for index, group in enumerate(groups):
+            follow_schedulers(group)
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[index] = lr
@@ -214,32 +229,97 @@ class Engine:
                 largest, last = lr if is_other_run(last, lr) else max(largest, lr), lr
             group[LARGEST_LR], group[LAST_LR] = largest, last
             rows.append(_row(group, lr, largest))
+        self.largest_beta1 = max(group["betas"][0] for group in groups)
         if rows != self._hyperparameters or on_device:
             self._hyperparameters = rows
-            table.copy_(upload(torch.tensor(rows, dtype=torch.float64), table.device))
+            table.copy_(upload(torch.tensor(rows, dtype=torch.float64, device="cpu"), table.device))
         for index, lr in on_device.items():
             _take_from_device(groups[index], table[index], lr)
 
-    def remember_weights(self) -> None:
-        """Takes note of the weights as this step leaves them."""
-        self._versions = [param._version for param in self.params]
+    # ------------------------------------------------------------- what others do to the weights
 
-    def adopt_outside_changes(self) -> None:
-        """Takes over what somebody else wrote into parameters since `remember_weights`.
+    def begin_stretch(self) -> None:
+        """Says which tensors the coming predictions move.
 
-        A checkpoint loaded into the model, an averaged set of weights swapped in: without this, the
-        next step would write the old master over it. PyTorch counts in-place changes of a tensor;
-        reading the counter costs nothing.
+        Those that had a gradient in the step that ends, at a learning rate that is not 0: what
+        AdamW would leave alone, predictions leave alone.
         """
-        changed = [p._version != seen for p, seen in zip(self.params, self._versions)]
-        if not any(changed):
-            return
-        self.offload.end_visits()
-        written = iter(changed)
+        self._noted.zero_()
         for batch in self.batches:
-            for index in range(len(batch.params)):
-                if next(written):
-                    batch.adopt(index)
+            tensors = batch.tensors
+            part = self._part[tensors.place]
+            rows = self.scalars.hyperparameters[tensors.group.long()]
+            moves = (rows[:, HYPER["lr"]] != 0) & (tensors.chunks().present != 0)
+            moves &= rows[:, HYPER["beta1"]] > self.predictor.least_beta1
+            part.copy_(torch.zeros_like(moves) if self.predictor.leaves(batch) else moves)
+
+    def note_weights(self, every: bool) -> None:
+        """Notes how this step leaves the parameters, or those that a prediction has moved."""
+        found = self._fingerprints()
+        self._noted.copy_(found if every else found * (self._part > 0).unsqueeze(1))
+
+    def find_writes(self) -> None:
+        """Finds out on the device which parameters are not as `note_weights` left them.
+
+        They take no further part in the prediction, and the ledger says that there are some.
+        """
+        written = ((self._noted != 0) & (self._noted != self._fingerprints())).any(1)
+        self._part.masked_fill_(written, 0.0)
+        self._noted.masked_fill_(written.unsqueeze(1), 0.0)
+        self.scalars.ledger[INDEX["written"]] += written.any()
+
+    @property
+    def _part(self) -> Tensor:
+        return self.scalars.prediction[:, PART_COLUMN.value]
+
+    @property
+    def _noted(self) -> Tensor:
+        return self.scalars.prediction[:, FINGERPRINT_COLUMN.value :]
+
+    def _fingerprints(self) -> Tensor:
+        found = torch.empty_like(self._noted)
+        for batch in self.batches:
+            self.backend.fingerprint(batch.tensors, found[batch.tensors.place])
+        return found
+
+    def forget_writes(self) -> None:
+        """Goes on from weights that somebody else has written."""
+        self.choice.forget()
+        self.scalars.ledger[INDEX["written"]].zero_()
+
+    def gather(self) -> None:
+        """Brings parameters with gaps in memory to where the kernels can read them."""
+        for batch in self.batches:
+            for param, dense in batch.copies:
+                dense.copy_(param)
+
+    def scatter(self) -> None:
+        """The inverse of `gather`."""
+        for batch in self.batches:
+            for param, dense in batch.copies:
+                param.copy_(dense)
+
+
+def overlapping(params: Sequence[Tensor]) -> list[int]:
+    """For each parameter, 0 where no other shares its memory, else its number among those that do.
+
+    One launch must not update two tensors in the same memory: they get launches of their own.
+    """
+    places: list[tuple[float, float, int]] = [(math.inf, math.inf, -1)]
+    for index, param in enumerate(params):
+        span = 1 + sum((size - 1) * step for size, step in zip(param.shape, param.stride()))
+        first = param.data_ptr()
+        places.append((first, first + span * param.element_size() * (param.numel() > 0), index))
+    ranks, until = [0] * len(params), -math.inf
+    together: list[int] = []
+    for begin, end, index in sorted(places):
+        if begin >= until:
+            for rank, member in enumerate(together if len(together) > 1 else (), 1):
+                ranks[member] = rank
+            together = []
+        together.append(index)
+        until = max(until, end)
+    return ranks
 
 
 def _row(group: dict[str, Any], lr: float, largest: float) -> list[float]:
@@ -267,7 +347,7 @@ def _take_from_device(group: dict[str, Any], row: Tensor, lr: Tensor) -> None:
     for name, fresh in FRESH_RATES.items():
         known = group.get(name, fresh)
         if not isinstance(known, Tensor) or known.device != now.device:
-            group[name] = torch.as_tensor(known, dtype=now.dtype).to(now.device, copy=True)
+            group[name] = torch.full_like(now, float(known))
     largest, last = group[LARGEST_LR], group[LAST_LR]
     highest = torch.where(is_other_run(last, now), now, torch.maximum(largest, now))
     largest.copy_(torch.where(now > 0, highest, largest))

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_hybrid.checks import check_choice, check_flag, check_number, require
-from triton_hybrid.kernels.multi_tensor import dense_view
 from triton_hybrid.kernels.rows import TRITON_DTYPES
-from triton_hybrid.rules import RULES
+from triton_hybrid.rules import OPTIONS, RULES
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "unembed", "output_projection")
 """Last parts of a module's name that make it the output layer."""
@@ -22,6 +21,59 @@ FUSED |= dict.fromkeys(("kv_proj", "gate_up_proj"), 2)
 """Layers that are several matrices in one, by the last part of their name, and how many.
 Orthogonalised as one they train worse. Only where the outputs divide evenly: query, key and
 value of equal size. Weights interleaved by heads (GPT-NeoX) are left whole."""
+
+
+REFUSED = ("amsgrad", "differentiable")
+"""Options of torch's AdamW that would change the result, and are not built."""
+
+
+def own_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of an optimizer without those of torch's AdamW that change nothing.
+
+    Raises:
+        TypeError: An unknown one.
+        ValueError: One that is not built.
+    """
+    for name in REFUSED:
+        require(not options.get(name), name, options.get(name), "False: it is not built")
+    own = {key: options[key] for key in options.keys() - {"fused", "foreach", *REFUSED}}
+    wrong = sorted(own.keys() - OPTIONS.keys())
+    if wrong:
+        raise TypeError(
+            f"HybridOptimizer got unknown arguments {wrong}; base rules have {sorted(OPTIONS)}"
+        )
+    return own
+
+
+def as_rate(lr: Any) -> Any:
+    """A learning rate as it is kept: a tensor, or a Python number for one of NumPy's."""
+    other = not isinstance(lr, (Tensor, float, int)) and hasattr(lr, "item")
+    return lr.item() if other else lr
+
+
+def complete_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Adds what a group of another optimizer's checkpoint lacks."""
+    if group.get("base") == "muon" and "betas" not in group:
+        group["betas"] = (group.get("momentum", defaults["momentum"]), defaults["betas"][1])
+    for name, value in defaults.items():
+        group.setdefault(name, value)
+
+
+WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "module",
+            "base_layer", "original_module"}  # fmt: skip
+ADAPTERS = {"modules_to_save", "lora_A", "lora_B"}
+"""Parts of names that wrapped modules have; after the latter comes the name of an adapter."""
+
+
+def layer_name(name: str) -> str:
+    """The last part of a module's name that is its own and not a wrapper's."""
+    parts: list[str] = []
+    of_adapter = False
+    for part in name.split("."):
+        if not of_adapter and part not in WRAPPERS | ADAPTERS:
+            parts.append(part)
+        of_adapter = part in ADAPTERS
+    return parts[-1] if parts else ""
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -39,6 +91,8 @@ def check_group(group: Mapping[str, Any]) -> None:
         check_number(f"betas[{index}]", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
     for name in ("eps", "weight_decay"):
         check_number(name, group[name], "a finite number >= 0")
+    for name in REFUSED:
+        require(not group.get(name), name, group.get(name), "False: it is not built")
     check_flag("maximize", group["maximize"])
     check_choice("base", group["base"], RULES)
     count = len(group["params"]) if "params" in group else None
@@ -52,14 +106,20 @@ def check_parameter(group: Mapping[str, Any], index: int, param: Any, masters: s
         return
     if hasattr(param, "placements"):
         raise NotImplementedError("DTensor parameters (FSDP2, tensor parallel) are not built yet")
+    if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
+        raise NotImplementedError(
+            "FSDP1 shards are not built yet: norms and decisions would be those of a shard; use "
+            "DistributedDataParallel"
+        )
     if param.layout is not torch.strided:
         raise ValueError(f"params: layout {param.layout}, must be torch.strided")
     if param.dtype not in TRITON_DTYPES:
         raise ValueError(f"params: dtype {param.dtype}, must be one of {list(TRITON_DTYPES)}")
-    try:
-        dense_view(param.detach())
-    except ValueError as error:
-        raise ValueError(f"params: {error}") from None
+    if any(size > 1 and step == 0 for size, step in zip(param.shape, param.stride())):
+        raise ValueError(
+            f"params: strides {param.stride()} of shape {tuple(param.shape)}: elements of an "
+            "expanded tensor share memory, and cannot be updated each by itself"
+        )
     if masters == "split" and param.dtype == torch.float16:
         # Its exponent has 5 bits, that of FP32 8: what is missing is not 16 bits, and small
         # weights would lose all of it.
@@ -107,7 +167,8 @@ def split_param_groups(
     hidden = _hidden_layers(model)
     matrices: list[tuple[Tensor, tuple[int, int], bool]] = []
     rest: list[Tensor] = []
-    for name, param in model.named_parameters():
+    named = dict(model.named_parameters())
+    for name, param in named.items():
         if not param.requires_grad:
             continue
         if id(param) not in hidden or any(fnmatch(name, pattern) for pattern in exclude):
@@ -115,7 +176,9 @@ def split_param_groups(
             continue
         inputs_first = hidden[id(param)]
         outputs, inputs = param.shape[::-1] if inputs_first else param.shape
-        parts = _parts(name, outputs, inputs, blocks or {})
+        if ".lora_B." in name:  # the inputs of the layer that it adapts
+            inputs = named[name.replace(".lora_B.", ".lora_A.")].shape[1]
+        parts = 1 if ".lora_A." in name else _parts(name, outputs, inputs, blocks or {})
         matrices.append((param, (1, parts) if inputs_first else (parts, 1), inputs_first))
     if not matrices:
         raise ValueError("model has no hidden matrix for Muon: use base='adamw' for all of it")
@@ -143,7 +206,7 @@ def _hidden_layers(model: nn.Module) -> dict[int, bool]:
             hidden |= {id(weight): False for weight in fused if weight is not None}
     known = getattr(model, "get_output_embeddings", None)
     outer: list[Any] = [module.weight for module in embeddings]
-    outer += [layer.weight for name, layer in layers if name.rpartition(".")[2] in HEADS]
+    outer += [layer.weight for name, layer in layers if layer_name(name) in HEADS]
     outer.append(getattr(known() if callable(known) else None, "weight", None))
     if layers:
         last = layers[-1][1]
@@ -175,7 +238,7 @@ def _parts(name: str, outputs: int, inputs: int, blocks: Mapping[str, int]) -> i
                     f"blocks[{pattern!r}]={parts}: must divide the {outputs} outputs of {name}"
                 )
             return parts
-    layer = name.removesuffix(".weight").removesuffix("_weight").rpartition(".")[2].lower()
+    layer = layer_name(name.removesuffix(".weight").removesuffix("_weight")).lower()
     parts = FUSED.get(layer, 1)
     if parts == 3:
         return parts if outputs == 3 * inputs else 1

@@ -68,6 +68,8 @@ class Offload:
                 # Now, and not when they first leave: memory does not grow after the first step.
                 pinned = config.offload == "pinned"
                 row.host = buffer_like(row.params, row.dtype, torch.device("cpu"), pinned)
+        self.installs = 0
+        """How often the optimizer's state was given other tensors."""
         self._expected: StepPlan | None = None
         self._calls = self._calls_before = 0
         self._stream: Any = None
@@ -142,20 +144,13 @@ class Offload:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def end_visits(self, save: bool = True, scratch: bool = False) -> None:
-        """Sends rows at home in host memory there, before others write to these.
-
-        Unless it is saved, what visits the device is dropped, as scratch is if so asked.
-        """
+    def close(self, save: bool = True) -> None:
+        """Sends rows at home in host memory there, or drops what visits, and ends all visits."""
         if save:
             self.synchronise()
         for row in self._rows:
-            if row.here and (row.home is Home.HOST or (scratch and row.home is Home.SCRATCH)):
+            if row.here and row.home in (Home.HOST, Home.SCRATCH):
                 self._leave(row)
-
-    def close(self, save: bool = True) -> None:
-        """Ends all visits for good."""
-        self.end_visits(save, scratch=True)
         _remove(self._hooks)
 
     def visiting_bytes(self) -> int:
@@ -196,6 +191,7 @@ class Offload:
 
     def _install(self, row: MovingRow, tensors: Iterable[Tensor] | None) -> None:
         assert tensors is not None
+        self.installs += 1
         for param, tensor in zip(row.params, tensors):
             self._state[param][row.name] = tensor
 

@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from triton_hybrid.binding import Binding
-from triton_hybrid.checkpoint import PROGRESS, Progress, load_rows, without_tensors
+from triton_hybrid.binding import Binding, has_gradients
+from triton_hybrid.checkpoint import (
+    PROGRESS,
+    Progress,
+    check_checkpoint,
+    load_rows,
+    without_tensors,
+)
 from triton_hybrid.config import HybridConfig, Settings
+from triton_hybrid.distributed import Ranks, check_process_group
 from triton_hybrid.engine import FRESH_RATES, Engine
-from triton_hybrid.groups import check_group, check_parameter
+from triton_hybrid.groups import as_rate, check_group, check_parameter, complete_group, own_options
 from triton_hybrid.phases import Phase, Report
 from triton_hybrid.rules import OPTIONS
 from triton_hybrid.stats import HybridStats
@@ -54,19 +62,25 @@ class HybridOptimizer(Optimizer):
             device alone, and the host's phases run as if all were accepted.
         backend: ``"auto"`` (Triton on GPU tensors, plain torch elsewhere), ``"triton"`` or
             ``"torch"``.
-        process_group: Not built yet.
-        options: Of Muon groups, each of which may set them: ``momentum`` (0.95), ``nesterov``
-            (True), ``ns_steps`` (5), ``ns_coefficients`` (three numbers, or three for each step),
-            ``adjust_lr_fn`` (``"match_rms_adamw"``, so that one learning rate serves both rules, or
-            ``"original"``), as in ``torch.optim.Muon``; ``ns_dtype`` (``"bfloat16"`` or
-            ``"float32"``); ``blocks`` (equal blocks along rows and columns, orthogonalised each by
-            itself) and ``transposed`` (whether rows are inputs), both also one for each parameter.
+        process_group: Which ranks decide together; None: the default group, where one is
+            initialised. Not pickled.
+        options: Of Muon groups, each of which may set them: ``momentum`` (0.95; schedulers
+            that cycle betas cycle it), ``nesterov`` (True), ``ns_steps`` (5), ``ns_coefficients``
+            (three numbers, or three for each step), ``adjust_lr_fn`` (``"match_rms_adamw"``, so
+            that one learning rate serves both rules, or ``"original"``), as in
+            ``torch.optim.Muon``; ``ns_dtype`` (``"bfloat16"``, ``"float32"``, or None: the first,
+            but FP32 on CPUs, where it is 30 times as fast); ``blocks`` (equal blocks along rows and
+            columns, orthogonalised each by itself) and ``transposed`` (whether rows are inputs),
+            both also one for each parameter. ``fused``, ``foreach``, ``amsgrad=False`` and
+            ``differentiable=False`` are taken and change nothing.
 
     Raises:
         TypeError: An unknown option.
         ValueError: A value out of range; the message names argument, value and range.
         NotImplementedError: An option that is not built yet; the message names it.
     """
+
+    _loading: dict[str, Any] | None = None  # a checkpoint, while it is being loaded
 
     def __init__(
         self,
@@ -88,20 +102,16 @@ class HybridOptimizer(Optimizer):
         process_group: object | None = None,
         **options: Any,
     ) -> None:
-        wrong = sorted(options.keys() - OPTIONS.keys())
-        if wrong:
-            raise TypeError(
-                f"HybridOptimizer got unknown arguments {wrong}; base rules have {sorted(OPTIONS)}"
-            )
-        for name, value in {"accumulation": accumulation, "process_group": process_group}.items():
-            if value is not None:
-                raise NotImplementedError(f"{name}={value!r} is not built yet: must be None")
+        options = own_options(options)
+        if accumulation is not None:
+            raise NotImplementedError(f"accumulation={accumulation!r} is not built yet")
+        check_process_group(process_group)
         config = HybridConfig() if hybrid is None else hybrid
         settings = Settings(config, max_grad_norm, master_weights, loss_scale, capturable, backend)
-        defaults = {**OPTIONS, **options, "lr": lr, "betas": betas, "eps": eps, "base": base}
-        defaults |= {"weight_decay": weight_decay, "maximize": maximize}
+        defaults = {"lr": as_rate(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"maximize": maximize, "base": base, **OPTIONS, **options}
         check_group(defaults)
-        self._binding = Binding(settings)
+        self._binding = Binding(settings, Ranks(process_group))
         super().__init__(params, defaults)
         self._warn_about_idle_gpu()
 
@@ -118,31 +128,33 @@ class HybridOptimizer(Optimizer):
             The closure's loss when it was called, otherwise None.
         """
         phase = self.phase
+        if phase is Phase.PREDICT:
+            self._binding.mention_unread_gradients(self.param_groups)
         loss = self._evaluate(closure) if phase.needs_gradient else None
         started = time.perf_counter()
         scaler = self._scaler()
         engine = self._binding.bind(self.param_groups, self.state)
         if engine is None:
             return loss
+        phase = self.phase  # Warmup, where the state was cleared
         plan = self._binding.plan(engine)
-        engine.offload.fetch(plan)
-        if phase is Phase.PREDICT:
-            self._predict(engine)
-        elif engine.take_gradients():
-            if scaler:
-                engine.borrow_scale(*scaler)
-            if phase is Phase.CORRECT:
-                engine.verify()  # accepts the prediction, corrects it, or rolls it back
-            engine.base_step(plan)
-            self._choose_next_phase(engine, scaled=scaler is not None)
-            self._count(phase, started)
-            while self.hybrid.inline and self.phase is Phase.PREDICT:
+        with self._binding.undisturbed(engine, plan):  # sees what others wrote, and obeys them
+            if phase is Phase.PREDICT:
                 self._predict(engine)
-            engine.release_gradients()
-            if scaler:
-                engine.return_scale()
-        engine.offload.place(self._binding.plan(engine), self._progress.controller.left_in_row)
-        engine.remember_weights()
+            elif engine.take_gradients():
+                if scaler:
+                    engine.borrow_scale(*scaler)
+                self._binding.agree(engine)
+                if phase is Phase.CORRECT:
+                    engine.verify()  # accepts the prediction, corrects it, or rolls it back
+                engine.base_step(plan)
+                self._choose_next_phase(engine, scaled=scaler is not None)
+                self._count(phase, started)
+                while self.hybrid.inline and self.phase is Phase.PREDICT:
+                    self._predict(engine)
+                engine.release_gradients()
+                if scaler:
+                    engine.return_scale()
         return loss
 
     def _predict(self, engine: Engine) -> None:
@@ -160,11 +172,15 @@ class HybridOptimizer(Optimizer):
         # A GradScaler, which leaves the skipping to us, waits for its flag at every step anyway.
         if not self._settings.capturable and (ask or engine.reads_are_free or scaled):
             report = self._ask(engine)
-        if controller.phase is Phase.CORRECT and not report.rejected:
+        if report.written:
+            engine.forget_writes()
+        elif controller.phase is Phase.CORRECT and not report.rejected:
             engine.predictor.move_held()
         # Asking may have chosen another predictor.
         predictor = engine.predictor
         controller.after_gradient(report, predictor.ready, predictor.refit_steps)
+        if self.phase is Phase.PREDICT:
+            engine.begin_stretch()
 
     def _ask(self, engine: Engine) -> Report:
         """Reads the ledger. On a GPU the only place where a step waits for the device."""
@@ -178,7 +194,8 @@ class HybridOptimizer(Optimizer):
             missed=missed,
             # No decision means that there was nothing to decide: the move was rolled back at
             # once, or the device's gate let none happen.
-            rejected=self.phase is Phase.CORRECT and entry["decision"] != 1,
+            rejected=self.phase is Phase.CORRECT and entry["decision"] not in (1, 3),
+            written=entry["decision"] == 3 or entry["written"] > 0,
             confident=entry["confidence"] >= self.hybrid.confidence_threshold,
             cooldown=int(entry["cooldown"]),
         )
@@ -251,10 +268,12 @@ class HybridOptimizer(Optimizer):
             # Flattened checkpoints keep only what a fresh optimizer's groups have.
             param_group = {PROGRESS: {}, **FRESH_RATES, **param_group, "params": params}
             group = {**self.defaults, **param_group}
+            group["lr"] = param_group["lr"] = as_rate(group["lr"])
             check_group(group)
             for index, entry in enumerate(params):
                 param = entry[1] if isinstance(entry, tuple) else entry
-                check_parameter(group, index, param, self._settings.master_weights)
+                if getattr(param, "requires_grad", False) and not is_lazy(param):
+                    check_parameter(group, index, param, self._settings.master_weights)
         super().add_param_group(param_group)
         self._binding.unbind()
 
@@ -267,15 +286,28 @@ class HybridOptimizer(Optimizer):
         """Loads a checkpoint of this optimizer, or one of torch's AdamW or Muon.
 
         Torch casts floating state to its parameter's dtype; here every tensor keeps the
-        dtype it was saved with, as a copy on its parameter's device.
+        dtype it was saved with, as a copy on its parameter's device. All hooks run as in torch.
 
         Raises:
-            ValueError: The groups do not match, or the checkpoint is of AMSGrad.
+            ValueError: The groups or the shapes of the state do not match, or the checkpoint is of
+                AMSGrad.
         """
-        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise ValueError("amsgrad=True in the checkpoint: must be False, it is not built")
-        rules = [group["base"] for group in self.param_groups]
-        super().load_state_dict(without_tensors(state_dict))
+
+        def take_over(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            check_checkpoint(final, self.param_groups)
+            self._loading = final
+            return without_tensors(final)
+
+        # The last of the hooks sees what the others have made of the checkpoint.
+        last = self.register_load_state_dict_pre_hook(take_over)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            self._loading = None
+
+    def _load_tensors(self, state_dict: dict[str, Any], rules: list[str]) -> None:
+        """What torch was not given: it has put the rest in its place."""
         for group, rule in zip(self.param_groups, rules):
             # Torch's checkpoints name no rule, and the present one stays.
             group["base"] = group["base"] if PROGRESS in group else rule
@@ -290,13 +322,17 @@ class HybridOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpickled = "_settings" in state
         if unpickled:
-            self._binding = Binding(state.pop("_settings"))
+            self._binding = Binding(state.pop("_settings"), Ranks())
+        rules = [] if unpickled else [group["base"] for group in self.param_groups]
         super().__setstate__(state)
+        # Torch has a default for an option that is none of ours.
+        self.defaults.pop("differentiable", None)
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            complete_group(group, self.defaults)
         if unpickled:
             self._binding.load(self.param_groups)
+        elif self._loading is not None:
+            self._load_tensors(self._loading, rules)
 
     @property
     def _settings(self) -> Settings:
@@ -318,6 +354,11 @@ class HybridOptimizer(Optimizer):
         because trainers refuse to clip otherwise.
         """
         self._settings.refuse_grad_scaler()
+        if not self.needs_backward and not has_gradients(self.param_groups):
+            raise RuntimeError(
+                "a Predict step has no gradients that a GradScaler could look at: call "
+                "optimizer.step() itself where needs_backward is False, without scaler.update()"
+            )
         return any(p.dtype == torch.float16 for g in self.param_groups for p in g["params"])
 
     def _scaler(self) -> tuple[Any, Any] | None:

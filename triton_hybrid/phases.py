@@ -33,6 +33,7 @@ class Report:
 
     skipped: bool = False  # the gradient was not finite, and nothing was changed
     rejected: bool = False  # the prediction was rolled back
+    written: bool = False  # somebody else wrote weights since the prediction was made
     confident: bool = True  # the model's confidence reaches the threshold
     cooldown: int = 0  # gradient steps that must pass before the next prediction
     missed: int = 0  # gradients since the last look that were not finite but counted as steps
@@ -53,6 +54,11 @@ class PhaseController:
         self.reported = False
         if self.remaining == 0:
             self._enter_full(config.full_steps)
+
+    @property
+    def stands(self) -> bool:
+        """Whether a prediction stands in the weights that no gradient has verified yet."""
+        return self.phase is Phase.CORRECT or (self.phase is Phase.PREDICT and self.in_row > 0)
 
     @property
     def ends_gradients(self) -> bool:
@@ -103,6 +109,8 @@ class PhaseController:
                 self._enter_full(max(report.cooldown, full_steps))
         elif report.rejected or report.cooldown > 0:
             self._enter_full(max(report.cooldown, 1))
+        elif report.written:
+            self._enter_full(full_steps)
         elif self.predicted >= self._config.max_predict_steps or not ready:
             self._enter_full(refit_steps)
             self.reported = report.confident

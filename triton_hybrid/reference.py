@@ -167,7 +167,7 @@ class Reference:
     def observe(self, norm: float, loss: float) -> None:
         """Running mean and variance of the gradient's logarithmic norm and the loss's change."""
         ledger, change = self.ledger, loss - self.ledger.loss_previous
-        for name, value in (("norm", math.log(norm + 1e-30)), ("loss", change)):
+        for name, value in (("norm", math.log(norm) if norm > 0 else math.nan), ("loss", change)):
             count, mean = getattr(ledger, f"{name}_count"), getattr(ledger, f"{name}_mean")
             if math.isfinite(value):
                 rate = max(1.0 / (count + 1.0), 0.05)
@@ -194,7 +194,7 @@ class Reference:
             ratio = p.cross / p.past if p.past > 0 else 1.0
             known += 2.0 * ratio * cross - ratio**2 * square
             p.cross, p.past = 0.5 * p.cross + cross, 0.5 * p.past + square
-            p.ratio = p.cross / max(p.past, 1e-300)
+            p.ratio = min(max(p.cross / p.past, -2.0), 2.0) if p.past > 0 else 0.0
         if not begins:
             self.ledger.confidence = math.sqrt(min(max(known / max(total, 1e-300), 0.0), 1.0))
 
@@ -211,7 +211,7 @@ class Reference:
         for p in self.tensors:
             factor = ledger.horizon * p.factor
             if self.linear:
-                move = factor / config.full_steps * p.ratio * p.last
+                move = factor / config.full_steps * p.ratio * p.last * (p.slow != 0)
             else:
                 p.start = p.w.clone() if first else p.start
                 rate = o.lr * (0.2 * math.sqrt(max(p.w.shape)) if self.base == "muon" else 1.0)
@@ -223,6 +223,8 @@ class Reference:
         limit = config.divergence_threshold * 10.0 * (self.phases.in_row + 1)
         if not math.isfinite(distance) or distance > limit * math.sqrt(ledger.update_square):
             return self.reject()
+        if sum(slopes) > 0:
+            return self.roll_back()
         for p, slope in zip(self.tensors, slopes):
             p.slope += slope
         ledger.moved, ledger.stretch, ledger.jump_square = 1, ledger.stretch + 1, distance**2
@@ -241,7 +243,9 @@ class Reference:
         excess = loss - (ledger.loss_previous + ledger.loss_mean)
         too_long = math.log(norm + 1e-30) - ledger.norm_mean > threshold * deviation
         too_high = ledger.loss_count > 1.5 and excess > threshold * spread
-        bad = (too_long and ledger.norm_count > 1.5) or too_high or math.isinf(loss)
+        along = sum(dot(g, p.w - p.start) for p, g in zip(self.tensors, gradients))
+        back = ledger.norm_variance < 1e-4 and along > 0.5 * norm * math.sqrt(ledger.jump_square)
+        bad = ((too_long or back) and ledger.norm_count > 1.5) or too_high or math.isinf(loss)
         if blocked >= 2 if ledger.nonfinite else bad:
             self.reject()
             return "rejected"
@@ -265,13 +269,18 @@ class Reference:
         ledger.accepted += 1
         return "accepted"
 
-    def reject(self) -> None:
-        """Rolls back; halves the horizon, and waits twice as long with each rejection in a row."""
-        ledger = self.ledger
+    def roll_back(self) -> None:
+        """Puts the weights back."""
         for p in self.tensors:
             p.w.copy_(p.start)
             p.slope = 0.0
+        self.ledger.moved = self.ledger.stretch = self.ledger.jump_square = 0
+
+    def reject(self) -> None:
+        """Rolls back; halves the horizon, and waits twice as long with each rejection in a row."""
+        ledger = self.ledger
+        self.roll_back()
         ledger.cooldown = math.ceil(self.config.full_steps / 4) * 2.0 ** min(ledger.rejections, 10)
         ledger.horizon, ledger.rejections = 0.5 * ledger.horizon, ledger.rejections + 1
-        ledger.moved = ledger.stretch = ledger.jump_square = ledger.blocked = 0
+        ledger.blocked = 0
         ledger.rejected += 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.kernels.ledger import PREDICTION_COLUMNS
-from triton_hybrid.kernels.multi_tensor import TensorSet, assembled, remainder_of
+from triton_hybrid.kernels.multi_tensor import TensorSet, assembled, dense_view, remainder_of
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT, address_row
 from triton_hybrid.kernels.scalars import Scalars
 
@@ -93,7 +93,7 @@ class StateRow:
 
     def itemsize(self, param: torch.dtype, group: Group) -> int:
         """Bytes for each element of a parameter of a dtype; 0 for a small row."""
-        like = torch.empty(0, dtype=param)
+        like = torch.empty(0, dtype=param, device="cpu")
         return self.dtype(like, group).itemsize if self.shape is None else 0
 
 
@@ -111,7 +111,27 @@ REMAINDER = StateRow("remainder", fixed(torch.int16))
 SNAPSHOT = StateRow("snapshot", home=Home.HOST, when=lambda plan: plan.edge or not plan.gradient)
 """Weights before the move."""
 PREDICTION = StateRow("prediction", fixed(torch.float32), shape=(PREDICTION_COLUMNS.value,))
-"""A tensor's factor on the horizon, slope before the move, step fraction."""
+"""A tensor's factor on the horizon, slope before the move, step fraction; whether it takes part;
+the fingerprint of the parameter."""
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has neither gaps nor overlaps in memory."""
+    try:
+        dense_view(tensor.detach())
+    except ValueError:
+        return False
+    return True
+
+
+def restore_snapshot(param: Tensor, entry: dict[str, Any]) -> None:
+    """Puts a parameter, and what is kept of its weight, back to before the prediction."""
+    snapshot = entry[SNAPSHOT.name].to(param.device)
+    param.copy_(snapshot)
+    if MASTER.name in entry:
+        entry[MASTER.name].copy_(snapshot)
+    if REMAINDER.name in entry:
+        entry[REMAINDER.name].copy_(remainder_of(snapshot, param.detach()))
 
 
 class Member(NamedTuple):
@@ -139,7 +159,11 @@ class Batch:
         travelling: Rows that move between host memory and the device, with their tensors at home
             (of scratch only the dtype matters).
         tables: Name of a small row to its tensor for the whole batch.
+        copies: Parameters with gaps in memory, and dense tensors that stand for them in a step.
+        aliased: Whether its parameters share memory with others.
     """
+
+    aliased = False
 
     def __init__(
         self,
@@ -158,7 +182,9 @@ class Batch:
         sixteen_bit = self.params[0].dtype in (torch.float16, torch.bfloat16)
         kept = {"split": SPLIT, "none": NONE}.get(masters, OWN) if sixteen_bit else OWN
         groups = [member.group_index for member in members]
-        weights = {"param": self.params, **self._weights(kept, sixteen_bit)}
+        dense = [param if is_dense(param) else param.detach().clone() for param in self.params]
+        self.copies = [(p, copy) for p, copy in zip(self.params, dense) if copy is not p]
+        weights = {"param": dense, **self._weights(kept, sixteen_bit)}
         self.tensors = TensorSet(weights, None, kept, groups, rule.kernels)
         for row in rows:
             if row.shape is not None:
@@ -189,25 +215,11 @@ class Batch:
             self.tables[row.name] = whole
             for view, param in zip(whole.unbind(), self.params):
                 value = self._state[param].get(row.name)
-                if value is not None and torch.as_tensor(value).shape == view.shape:
-                    view.copy_(torch.as_tensor(value))
+                if value is not None and not isinstance(value, Tensor):
+                    value = torch.tensor(value, dtype=whole.dtype, device=whole.device)
+                if value is not None and value.shape == view.shape:
+                    view.copy_(value)
                 self._state[param][row.name] = view
-
-    def adopt(self, index: int) -> None:
-        """Takes over what somebody else wrote into a parameter between two steps."""
-        param = self.params[index]
-        entry = self._state[param]
-        if MASTER.name in entry:
-            adopt_parameter(param, entry[MASTER.name])
-        if REMAINDER.name in entry:
-            # Which elements were written is not known: all are what the parameter says.
-            entry[REMAINDER.name].zero_()
-
-    def keep_snapshot(self) -> None:
-        """Copies the weights to the snapshot, for a batch that no prediction moves."""
-        for index, snapshot in enumerate(self.tensors.flat[SNAPSHOT.name]):
-            for part in self.tensors.torch_blocks(index):
-                snapshot[part].copy_(self.tensors.weight(index, part))
 
     def _weights(self, kept: int, sixteen_bit: bool) -> dict[str, list[Tensor]]:
         """Masters or remainders, from a checkpoint with either; other ones are dropped."""
@@ -284,6 +296,7 @@ def state_bytes(state: State, hosted: Callable[[str], bool]) -> tuple[int, int]:
     storages = {
         value.untyped_storage().data_ptr(): (value.untyped_storage().nbytes(), hosted(key))
         for entry in state.values()
+        if isinstance(entry, dict)
         for key, value in entry.items()
         if isinstance(value, Tensor)
     }

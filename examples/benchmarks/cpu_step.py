@@ -33,6 +33,7 @@ from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 
 REFERENCE = "AdamW(foreach=True)"
 LIMIT = 1.15  # what a Full step may take, as a multiple of `REFERENCE`
+CHECKS = "checks"  # part of every step: has anybody changed parameters, memory or state?
 WARM_UP = 2  # rounds before, in which state is made
 
 
@@ -74,6 +75,10 @@ def measure(count: int, report: Callable[[int, str], None]) -> list[dict[str, An
                 started = time.perf_counter()
                 optimizer.step()
                 taken[name, phase] = time.perf_counter() - started
+            if isinstance(optimizer, HybridOptimizer):
+                started = time.perf_counter()
+                optimizer._binding.bind(optimizer.param_groups, optimizer.state)
+                taken[name, CHECKS] = time.perf_counter() - started
         if number >= WARM_UP:
             for key, seconds in taken.items():
                 samples.setdefault(key, []).append((seconds, seconds / taken[REFERENCE, ""]))
@@ -126,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         low, high = row["ratio_range"]
         table.add_row(
-            row["optimizer"], row["phase"], f"{row['seconds_median']:.3f}",
-            f"{row['ratio_median']:.2f} ({low:.2f} to {high:.2f})",
+            row["optimizer"], row["phase"], f"{row['seconds_median']:.5f}",
+            f"{row['ratio_median']:.4f} ({low:.2f} to {high:.2f})",
         )  # fmt: skip
     console.print(table)
     if options.output is not None:

@@ -28,57 +28,47 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import triton
-from triton_hybrid.kernels.audit.cases import Case, cases
+from triton_hybrid.kernels.audit.cases import cases
 from triton_hybrid.kernels.audit.findings import run
 from triton_hybrid.kernels.audit.table import summary, table, write_json
 from triton_hybrid.kernels.audit.targets import TARGETS, triton_version
 from triton_hybrid.kernels.launch import INTERPRETED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m triton_hybrid.kernels.audit",
         description="Compiles every kernel for every target, without a GPU, and checks registers, "
         "spills, access widths and bytes moved.",
     )
-    parser.add_argument(
-        "--target", action="append", choices=sorted(TARGETS), help="default: all; may be repeated"
-    )
-    parser.add_argument(
-        "--kernel",
-        action="append",
-        metavar="NAME",
-        help="a kernel (adamw, predict, ...) or part of a launch's name; may be repeated",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes"
-    )
-    return parser
+    add = parser.add_argument
+    add("--target", action="append", choices=sorted(TARGETS), help="default: all; may be repeated")
+    words = "a kernel (adamw, predict, ...) or part of a launch's name; may be repeated"
+    add("--kernel", action="append", metavar="NAME", help=words)
+    add("--json", type=Path, metavar="FILE", help="write the findings there too")
+    add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    return parser.parse_args(arguments)
 
 
-def _chosen(names: Sequence[str] | None) -> list[Case]:
-    every = cases()
-    if names is None:
-        return every
-    return [c for c in every if any(name == c.kernel or name in c.name for name in names)]
+def _refuse(reason: str) -> int:
+    print(reason, file=sys.stderr)
+    return 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the audit; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    chosen = _chosen(options.kernel)
+    options = _options(arguments)
+    every = cases()
+    names = options.kernel
+    chosen = [c for c in every if not names or any(n == c.kernel or n in c.name for n in names)]
     if not chosen:
-        known = sorted({case.kernel for case in cases()})
-        print(f"--kernel {options.kernel}: no such launch; kernels are {known}", file=sys.stderr)
-        return 2
+        known = sorted({case.kernel for case in every})
+        return _refuse(f"--kernel {names}: no such launch; kernels are {known}")
     if INTERPRETED or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print(
+        return _refuse(
             "TRITON_INTERPRET is set: kernels are interpreted then, and nothing can be compiled. "
-            "Run the audit without it.",
-            file=sys.stderr,
+            "Run the audit without it."
         )
-        return 2
     targets = [TARGETS[name] for name in options.target or TARGETS]
     if options.target is None:
         young = [t.name for t in targets if t.oldest_triton > triton_version()]

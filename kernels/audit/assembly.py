@@ -5,26 +5,20 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 
 
-@dataclass(frozen=True)
-class Access:
-    """A load from or a store to global memory.
-
-    Attributes:
-        store: Whether it is a store.
-        bits: Bits that one thread moves.
-        scratch: Whether it goes around the first-level cache: a look at the partial sums of
-            other programs, not at a role of a tensor.
-    """
+class Access(NamedTuple):
+    """A load from or a store to global memory."""
 
     store: bool
-    bits: int
+    bits: int  # that one thread moves
     scratch: bool = False
+    """Whether it goes around the first-level cache: a look at the partial sums of other programs,
+    not at a role of a tensor."""
 
 
 _PTX = re.compile(r"(?<![\w.])(ld|st)((?:\.[\w:]+)+)\s")
@@ -53,13 +47,14 @@ def async_copies(ptx: str) -> list[int]:
     return [8 * int(size, 0) for size in _ASYNC.findall(ptx)]
 
 
-_LLVM_BITS = {"half": 16, "bfloat": 16, "i16": 16, "float": 32, "i32": 32, "double": 64, "i64": 64}
-_LLVM_LOAD = re.compile(r"\bload (?:volatile )?<(\d+) x (\w+)>, ptr addrspace\(1\)(.*)")
-_LLVM_STORE = re.compile(r"\bstore (?:volatile )?<(\d+) x (\w+)> .*, ptr addrspace\(1\)(.*)")
-_LLVM_BUFFER = re.compile(
-    r"@llvm\.amdgcn\.raw\.ptr\.buffer\.(load|store)\.v(\d+)(\w+)\(.*?i32 (?:noundef )?(\d+)\)"
+_LLVM_PLAIN = re.compile(
+    r"\b(load|store) (?:volatile )?<(\d+) x (\w+)>(?: .*)?, ptr addrspace\(1\)(.*)"
 )
-_SHORT_NAMES = {"f16": "half", "bf16": "bfloat", "f32": "float", "f64": "double"}
+_LLVM_BUFFER = re.compile(
+    r"call .*@llvm\.amdgcn\.raw\.ptr\.buffer\.(load|store)\.v(\d+)(\w+)\(.*?"
+    r"i32 (?:noundef )?(\d+)\)"
+)
+_LLVM_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}
 
 
 def llvm_accesses(llvm: str) -> list[Access]:
@@ -70,48 +65,36 @@ def llvm_accesses(llvm: str) -> list[Access]:
     """
     found = []
     for line in llvm.splitlines():
-        for pattern, store in ((_LLVM_LOAD, False), (_LLVM_STORE, True)):
-            match = pattern.search(line)
-            if match and match[2] in _LLVM_BITS:
-                bits = int(match[1]) * _LLVM_BITS[match[2]]
-                found.append(Access(store, bits, "nontemporal" in match[3]))
-        match = _LLVM_BUFFER.search(line)
-        if match and not line.startswith("declare"):
-            kind = _SHORT_NAMES.get(match[3], match[3])
-            found.append(
-                Access(match[1] == "store", int(match[2]) * _LLVM_BITS[kind], match[4] != "0")
-            )
+        plain, buffer = _LLVM_PLAIN.search(line), _LLVM_BUFFER.search(line)
+        match = plain or buffer
+        if match:
+            kind, length, scalar, hints = match.groups()
+            # The name of any other type (i32, bf16) ends with its bits.
+            bits = _LLVM_BITS.get(scalar) or int(scalar.lstrip("bfi"))
+            scratch = "nontemporal" in hints if plain else hints != "0"
+            found.append(Access(kind == "store", int(length) * bits, scratch))
     return found
 
 
-_GCN = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(\w+)", re.MULTILINE)
-_GCN_BITS = {
-    "b128": 128, "dwordx4": 128, "b96": 96, "dwordx3": 96, "b64": 64, "dwordx2": 64, "b32": 32,
-    "dword": 32, "b16": 16, "short": 16, "ushort": 16, "sshort": 16, "short_d16": 16,
-    "short_d16_hi": 16, "b8": 8, "byte": 8, "ubyte": 8, "sbyte": 8,
-}  # fmt: skip
+_GCN = re.compile(
+    r"^\s*(?:global|buffer|flat)_(load|store)_(?:b(\d+)|dword(?:x(\d))?|[us]?(short|byte))", re.M
+)
+_GCN_BITS = {"short": 16, "byte": 8}
 
 
 def gcn_accesses(assembly: str) -> list[Access]:
     """Global loads and stores of AMD assembly."""
-    found = []
-    for kind, width in _GCN.findall(assembly):
-        if width in _GCN_BITS:
-            found.append(Access(kind == "store", _GCN_BITS[width]))
-    return found
+    return [
+        Access(kind == "store", int(bits or _GCN_BITS.get(name, 32 * int(words or 1))))
+        for kind, bits, words, name in _GCN.findall(assembly)
+    ]
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel takes.
-
-    Attributes:
-        registers: Registers of a thread.
-        spills: Bytes of stack of a thread (NVIDIA), or spilled registers (AMD).
-    """
+class Resources(NamedTuple):
+    """What a compiled kernel takes of each thread."""
 
     registers: int
-    spills: int
+    spills: int  # bytes of stack (NVIDIA), or spilled registers (AMD)
 
 
 def nvidia_resources(cubin: bytes) -> Resources:
@@ -138,12 +121,11 @@ def amd_resources(assembly: str) -> Resources:
     Raises:
         RuntimeError: An entry is missing.
     """
-
-    def entry(name: str) -> int:
+    spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    entries = {}
+    for name in ("vgpr_count", *spills):
         match = re.search(rf"^\s*\.{name}:\s+(\d+)", assembly, re.MULTILINE)
         if match is None:
             raise RuntimeError(f"assembly has no entry .{name}")
-        return int(match[1])
-
-    spills = entry("vgpr_spill_count") + entry("sgpr_spill_count")
-    return Resources(entry("vgpr_count"), spills + entry("private_segment_fixed_size"))
+        entries[name] = int(match[1])
+    return Resources(entries["vgpr_count"], sum(entries[name] for name in spills))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton_hybrid.kernels.audit.launches import (
+from triton_hybrid.kernels.audit.problems import (
     FP32,
     FP64,
     HALVES,
@@ -18,13 +18,15 @@ from triton_hybrid.kernels.audit.launches import (
     Problem,
     Shapes,
     itemsize,
-    launches,
 )
-from triton_hybrid.kernels.audit.targets import TYPE_NAMES, Launch, Target
+from triton_hybrid.kernels.audit.targets import TYPE_NAMES, Launch, Target, launches
+from triton_hybrid.kernels.fingerprint import fingerprint
 from triton_hybrid.kernels.gram import gram, reduce_partials
 from triton_hybrid.kernels.ledger import decide
+from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import orthogonalise
 from triton_hybrid.kernels.predict import Displacement, predict
+from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.verify import check_move, correct, slopes
 
@@ -41,39 +43,36 @@ class Case:
     """A launch to audit, and what it is known to move.
 
     The byte counts are those of one element in a full chunk, one entry a row.
-
-    Attributes:
-        name: As in the table.
-        kernel: Which kernel, as on the command line.
-        launch: Makes the launch for a target.
-        reads: Item sizes of the rows that a block reads.
-        writes: Item sizes of the rows that a block writes.
-        first_pass: Item sizes of the rows that a pass of its own reads before.
-        untaken: Bytes among ``reads`` in branches of which one is not taken, or read once more
-            while they are in cache.
-        floor: Bytes that the bare operation has to move; None where elements are not moved.
-        may_spill: Whether spills are shown only. True for FP64, which nobody trains with: it
-            has to run, not to be fast.
-        products: Whether it multiplies matrices; then all its tiles must come by accesses of
-            128 bits.
     """
 
     name: str
-    kernel: str
     launch: Callable[[Target], Launch]
-    reads: tuple[int, ...] = ()
-    writes: tuple[int, ...] = ()
-    first_pass: tuple[int, ...] = ()
-    untaken: int = 0
+    reads: tuple[int, ...] = ()  # item sizes of the rows that a block reads
+    writes: tuple[int, ...] = ()  # and of those that it writes
+    first_pass: tuple[int, ...] = ()  # and of those that a pass of its own reads before
     floor: int | None = None
+    """Bytes that the bare operation has to move; None where elements are not moved."""
     may_spill: bool = False
+    """True for FP64, which nobody trains with: it has to run, not to be fast."""
     products: bool = False
+    """Whether it multiplies matrices; then all its tiles must come by accesses of 128 bits."""
+
+    @property
+    def kernel(self) -> str:
+        """Which kernel, as on the command line."""
+        return self.name.split()[0].rstrip(",")
 
     @property
     def bytes_per_element(self) -> int | None:
         """Bytes that the kernel moves for an element; None where it moves none."""
-        total = sum(self.reads) + sum(self.writes) + sum(self.first_pass) - self.untaken
-        return total or None
+        return sum(self.reads + self.writes + self.first_pass) or None
+
+
+def _launch(
+    number: int, call: Callable[[Problem], None], *problem: Any, **options: Any
+) -> Callable[[Target], Launch]:
+    """One of the launches, by number, that a call makes with a problem for the target."""
+    return lambda target: launches(target, call, Problem(target, *problem, **options))[number]
 
 
 def _step_case(
@@ -94,11 +93,8 @@ def _step_case(
     words += ["one chunk"] * (shapes is SINGLE)
     name = f"{rule.name} {', '.join(words)}"
 
-    def launch(target: Target) -> Launch:
-        problem = Problem(target, precision, rule, shapes)
-        found = launches(
-            target,
-            step,
+    def call(problem: Problem) -> None:
+        step(
             [problem.tensors],
             problem.scalars,
             max_norm=1.0 if clip else None,
@@ -107,22 +103,22 @@ def _step_case(
             measured=measured,
             cooperative=part == "one launch",
         )
-        return found[-1 if part == "update" else 0]
 
+    launch = _launch(-1 if part == "update" else 0, call, precision, rule, shapes)
     if part == "statistics":
-        return Case(name, rule.name, launch, reads=(narrow,), floor=narrow)
+        return Case(name, launch, reads=(narrow,), floor=narrow)
     own = tuple(itemsize(rule, row, precision) for row in kernels.reads)
     written = tuple(itemsize(rule, row, precision) for row in kernels.writes)
     gradient = (narrow,) * (kernels.uses_gradient or slow)
     extra = (wide,) * slow
     along = tuple(itemsize(rule, row.name, precision) for row in rule.along_rows)
-    bare = own + written + precision.weights + precision.stored
+    along *= slow and measured
+    bare = own + written + precision.weights + precision.weights
     return Case(
         name,
-        rule.name,
         launch,
-        precision.weights + own + gradient + extra + along * (slow and measured),
-        precision.stored + written + extra,
+        precision.weights + own + gradient + extra + along,
+        precision.weights + written + extra,
         first_pass=(narrow,) if part == "one launch" else (),
         floor=sum(bare) + narrow * kernels.uses_gradient,
         may_spill=precision == FP64,
@@ -133,7 +129,7 @@ def _predict_case(
     rule: Rule,
     precision: Precision,
     displacement: Displacement,
-    words: str,
+    name: str,
     *,
     again: bool = False,
     shapes: Shapes | None = None,
@@ -141,127 +137,93 @@ def _predict_case(
     """The pass of `predict` over all elements; ``again``: without slopes and snapshot."""
     wide = precision.weight.itemsize
 
-    def launch(target: Target) -> Launch:
-        problem = Problem(target, precision, rule, shapes)
-        alone = torch.zeros(len(problem.tensors))
-        found = launches(
-            target,
-            predict,
-            problem.tensors,
-            problem.scalars,
-            displacement,
-            None if displacement.along_rule else alone,
-            threshold=0.5,
-            share=0.5,
-            save=not again,
-            with_slopes=not again,
-        )
-        return found[-2]
+    def call(problem: Problem) -> None:
+        alone = None if displacement.along_rule else torch.zeros(len(problem.tensors))
+        first: dict[str, Any] = {"save": not again, "with_slopes": not again}
+        sets = (problem.tensors, problem.scalars)
+        predict(*sets, displacement, alone, threshold=0.5, share=0.5, **first)
 
     # The slow EMA itself is not read where the rule has prepared its direction.
-    uses_gradient = rule.kernels.uses_gradient
-    vectors = (wide,) * (uses_gradient or not displacement.along_rule)
-    if displacement.along_rule:
+    vectors = (wide,) * (rule.kernels.uses_gradient or not displacement.along_rule)
+    if not displacement.along_rule:
+        vectors += (wide,)  # the slow EMA, which knows what never had a gradient
+    else:
         vectors += tuple(itemsize(rule, row, precision) for row in rule.kernels.reads_along)
     saved = (wide,) * (not again)
     # The bare move needs no exp_avg and keeps no snapshot.
     return Case(
-        f"{words}",
-        "predict" if uses_gradient else rule.name,
-        launch,
+        name,
+        _launch(-2, call, precision, rule, shapes),
         precision.weights + vectors + saved,
-        saved + precision.stored,
-        floor=sum(precision.weights + vectors + precision.stored),
+        saved + precision.weights,
+        floor=sum(precision.weights + vectors + precision.weights),
     )
 
 
-def _pass_case(
-    words: str,
-    kernel: str,
-    function: Callable[..., Any],
-    reads: tuple[int, ...],
-    writes: tuple[int, ...],
-    precision: Precision,
-    shapes: Shapes,
-    *,
-    untaken: int = 0,
-    **options: Any,
-) -> Case:
-    """A launcher that takes tensors, scalars and options; its first launch."""
-
-    def launch(target: Target) -> Launch:
-        problem = Problem(target, precision, ADAMW, shapes)
-        return launches(target, function, problem.tensors, problem.scalars, **options)[0]
-
-    floor = sum(reads) + sum(writes) - untaken
-    return Case(words, kernel, launch, reads, writes, untaken=untaken, floor=floor)
-
-
 def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
-    """Predict, check, slopes, correct."""
+    """Predict, check, slopes, gram, correct."""
     wide, narrow = precision.weight.itemsize, precision.param.itemsize
     name = precision.name + (", one chunk" if shapes is SINGLE else "")
-    common = (precision, shapes)
-    limits: dict[str, Any] = {"threshold": 0.5, "limit": 10.0, "cooldown": 5.0, "last": True}
+    weights = precision.weights
     slow, last = SlowEMA.displacement, Linear.displacement
-    words = f"predict {name}, linear"
+    linear = f"predict {name}, linear"
+
+    def one_pass(
+        title: str,
+        launcher: Callable[..., None],
+        reads: tuple[int, ...],
+        writes: tuple[int, ...] = (),
+        **options: Any,
+    ) -> Case:
+        def call(problem: Problem) -> None:
+            launcher(problem.tensors, problem.scalars, **options)
+
+        launch = _launch(0, call, precision, ADAMW, shapes)
+        return Case(title, launch, reads, writes, floor=sum(reads + writes))
+
+    def gram_of(tensors: TensorSet, scalars: Scalars) -> None:
+        gram(tensors, scalars.sums[:, :2])
+
+    def fingerprint_of(tensors: TensorSet, scalars: Scalars) -> None:
+        fingerprint(tensors, scalars.prediction[:, 4:])
+
+    limits = {"threshold": 0.5, "limit": 10.0, "cooldown": 5.0, "last": True}
+    restarted = (wide, *weights)
     return [
         _predict_case(ADAMW, precision, slow, f"predict {name}, slow EMA", shapes=shapes),
-        _predict_case(ADAMW, precision, last, words, shapes=shapes),
-        _predict_case(ADAMW, precision, last, f"{words} again", again=True, shapes=shapes),
-        _pass_case(
-            f"check {name} (when it rolls back)",
-            "check",
-            check_move,
-            (wide,),
-            precision.stored,
-            *common,
-            **limits,
-        ),
-        _pass_case(
-            f"slopes {name}", "slopes", slopes, (narrow, *precision.weights, wide), (), *common
-        ),
-        _pass_case(
-            f"gram {name}",
-            "gram",
-            lambda tensors, scalars: gram(tensors, scalars.sums[:, :2]),
-            (*precision.weights, wide, wide),
-            (wide, wide),
-            *common,
-        ),
-        _pass_case(
-            f"correct {name}, restart",
-            "correct",
-            correct,
-            (*precision.weights, wide),
-            (wide, *precision.stored),
-            *common,
-            restart=True,
-        ),
+        _predict_case(ADAMW, precision, last, linear, shapes=shapes),
+        _predict_case(ADAMW, precision, last, f"{linear} again", again=True, shapes=shapes),
+        one_pass(f"check {name} (when it rolls back)", check_move, (wide,), weights, **limits),
+        one_pass(f"slopes {name}", slopes, (narrow, *weights, wide)),
+        one_pass(f"fingerprint {name}", fingerprint_of, (narrow,)),
+        one_pass(f"gram {name}", gram_of, (*weights, wide, wide), (wide, wide)),
+        one_pass(f"correct {name}, restart", correct, (*weights, wide), restarted, restart=True),
     ]
 
 
 def _orthogonalise_case(
-    words: str, precision: Precision, products: str, number: int, source: str | None, tiles: bool
+    words: str, number: int, precision: Precision, products: str, source: str | None = None
 ) -> Case:
     """One of the launches of `orthogonalise`; ``source`` None takes the momentum."""
 
-    def launch(target: Target) -> Launch:
-        problem = Problem(target, precision, MUON, products=products)
+    def call(problem: Problem) -> None:
         assert problem.tensors.matrices is not None
-        arguments = (problem.tensors.matrices, problem.scalars, "update")
-        return launches(target, orthogonalise, *arguments, source=source, max_norm=1.0)[number]
+        orthogonalise(
+            problem.tensors.matrices, problem.scalars, "update", source=source, max_norm=1.0
+        )
 
-    return Case(f"muon {words}", "muon", launch, products=tiles)
+    launch = _launch(number, call, precision, MUON, products=products)
+    return Case(f"muon {words}", launch, products=number > 1)
 
 
 # Launches of `orthogonalise` by number: gather, normalise, then three for each of three steps.
-_PRODUCTS = (
-    (2, "X Xᵀ"),
-    (3, "b A + c A A"),
-    (4, "a X + B X"),
-    (10, "a X + B X, last step"),
-)
+_PRODUCTS = {
+    1: "normalise {}",
+    2: "product {}, X Xᵀ",
+    3: "product {}, b A + c A A",
+    4: "product {}, a X + B X",
+    10: "product {}, a X + B X, last step",
+}
 
 
 def _muon_cases() -> list[Case]:
@@ -270,41 +232,34 @@ def _muon_cases() -> list[Case]:
     for precision in (FP32, *HALVES):
         for words, source in (("momentum", None), ("row", "slow_ema")):
             name = f"gather {precision.name}, {words}"
-            found.append(_orthogonalise_case(name, precision, "bfloat16", 0, source, False))
+            found.append(_orthogonalise_case(name, 0, precision, "bfloat16", source))
         for slow, measured in ((False, False), (True, False), (True, True)):
             found.append(
                 _step_case(MUON, precision, "update", clip=True, slow=slow, measured=measured)
             )
-        words = f"muon predict {precision.name}"
-        found.append(_predict_case(MUON, precision, SlowEMA.displacement, words))
-    for name in ("bfloat16", "float32"):
-        short = TYPE_NAMES[getattr(torch, name)]
-        found.append(_orthogonalise_case(f"normalise {short}", FP32, name, 1, None, False))
-        for number, words in _PRODUCTS:
-            title = f"product {short}, {words}"
-            found.append(_orthogonalise_case(title, FP32, name, number, None, True))
+        name = f"muon predict {precision.name}"
+        found.append(_predict_case(MUON, precision, SlowEMA.displacement, name))
+    for products in ("bfloat16", "float32"):
+        short = TYPE_NAMES[getattr(torch, products)]
+        for number, words in _PRODUCTS.items():
+            found.append(_orthogonalise_case(words.format(short), number, FP32, products))
     return found
 
 
 def _single_cases() -> list[Case]:
     """Kernels of one program, which move no elements."""
 
-    def reduce(target: Target) -> Launch:
-        problem = Problem(target, FP32, ADAMW)
+    def reduce(problem: Problem) -> None:
         chunks = problem.tensors.chunks(every=True)
-        return launches(
-            target, reduce_partials, torch.zeros(chunks.count, 3), chunks, problem.scalars.sums
-        )[0]
+        reduce_partials(torch.zeros(chunks.count, 3), chunks, problem.scalars.sums)
 
-    def decide_for(shapes: Shapes) -> Callable[[Target], Launch]:
-        return lambda target: launches(
-            target, decide, Problem(target, FP32, ADAMW, shapes).scalars, 2.5, 5.0
-        )[0]
+    def decide_all(problem: Problem) -> None:
+        decide(problem.scalars, 2.5, 5.0)
 
     return [
-        Case("reduce", "reduce", reduce),
-        Case("decide", "decide", decide_for(MANY)),
-        Case("decide, one tensor", "decide", decide_for(SINGLE)),
+        Case("reduce", _launch(0, reduce, FP32, ADAMW)),
+        Case("decide", _launch(0, decide_all, FP32, ADAMW)),
+        Case("decide, one tensor", _launch(0, decide_all, FP32, ADAMW, SINGLE)),
     ]
 
 
@@ -314,8 +269,8 @@ def _rule_cases(rule: Rule) -> list[Case]:
     for precision in (FP32, *HALVES):
         for slow in (False, True):
             found.append(_step_case(rule, precision, clip=True, slow=slow))
-        words = f"{rule.name} predict {precision.name}"
-        found.append(_predict_case(rule, precision, SlowEMA.displacement, words))
+        name = f"{rule.name} predict {precision.name}"
+        found.append(_predict_case(rule, precision, SlowEMA.displacement, name))
     return found
 
 
@@ -324,12 +279,12 @@ def cases() -> list[Case]:
     found: list[Case] = []
     for precision in (FP32, *HALVES):
         for clip in (True, False):
-            found.append(_step_case(ADAMW, precision, clip=clip))
-            found.append(_step_case(ADAMW, precision, clip=clip, slow=True))
+            for slow in (False, True):
+                found.append(_step_case(ADAMW, precision, clip=clip, slow=slow))
         found.append(_step_case(ADAMW, precision, clip=True, slow=True, measured=False))
         found.append(_step_case(ADAMW, precision, "statistics"))
-        found.append(_step_case(ADAMW, precision, "update", clip=True))
-        found.append(_step_case(ADAMW, precision, "update", clip=True, slow=True))
+        for slow in (False, True):
+            found.append(_step_case(ADAMW, precision, "update", clip=True, slow=slow))
     found.append(_step_case(ADAMW, FP32, clip=True, slow=True, shapes=SINGLE))
     found.append(_step_case(ADAMW, FP64, clip=True, slow=True))
     for precision in (FP32, *HALVES):

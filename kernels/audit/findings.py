@@ -43,38 +43,21 @@ MOST_UNROLLED = 64
 
 @dataclass
 class Finding:
-    """What came out for one case and target.
-
-    Attributes:
-        case: Name of the case.
-        kernel: Which kernel.
-        target: Name of the target.
-        cooperative: Whether all programs must be resident together.
-        registers: Registers of a thread.
-        spills: Bytes of stack (NVIDIA) or spilled registers (AMD) of a thread.
-        shared_bytes: Shared memory of a program.
-        widest_bits: Widest global access.
-        bytes_per_element: Bytes moved for an element of a full chunk, by its accesses.
-        known_bytes: The same by the roles it reads and writes.
-        floor_bytes: What the bare operation has to move.
-        seconds: Time to compile.
-        skipped: Why nothing was compiled; empty otherwise.
-        failures: What is wrong; empty when nothing is.
-    """
+    """What came out for one case and target."""
 
     case: str
     kernel: str
     target: str
-    cooperative: bool = False
-    registers: int | None = None
-    spills: int | None = None
-    shared_bytes: int | None = None
-    widest_bits: int | None = None
-    bytes_per_element: float | None = None
-    known_bytes: int | None = None
-    floor_bytes: int | None = None
-    seconds: float = 0.0
-    skipped: str = ""
+    cooperative: bool = False  # all programs must be resident together
+    registers: int | None = None  # of a thread
+    spills: int | None = None  # of a thread: bytes of stack (NVIDIA), or registers (AMD)
+    shared_bytes: int | None = None  # of a program
+    widest_bits: int | None = None  # of a global access
+    bytes_per_element: float | None = None  # moved in a full chunk, by its accesses
+    known_bytes: int | None = None  # the same by the roles it reads and writes
+    floor_bytes: int | None = None  # what the bare operation has to move
+    seconds: float = 0.0  # to compile
+    skipped: str = ""  # why nothing was compiled
     failures: list[str] = field(default_factory=list)
 
 
@@ -99,13 +82,11 @@ def moved_bytes(case: Case, accesses: Sequence[Access], elements: int) -> float:
     reads, writes = sum(case.reads) * elements, sum(case.writes) * elements
     first = sum(case.first_pass) * elements
     for copies in range(1, MOST_UNROLLED + 1):
-        rest = loaded - copies * reads
-        if stored != copies * writes or rest < 0:
+        if stored != copies * writes:
             continue
-        if first and rest and rest % first == 0 and rest // first <= MOST_UNROLLED:
-            return (first + reads + writes) / elements - case.untaken
-        if not first and rest == 0:
-            return (reads + writes) / elements - case.untaken
+        passes, left = divmod(loaded - copies * reads, first or 1)
+        if left == 0 and (1 <= passes <= MOST_UNROLLED if first else passes == 0):
+            return (first + reads + writes) / elements
     raise ValueError(
         "the 128-bit accesses of full chunks do not add up: a thread loads "
         f"{loaded} and stores {stored} bytes by them, its roles are {reads} and {writes} bytes a "
@@ -134,7 +115,7 @@ def audit(case: Case, target: Target) -> Finding:
 
 
 def _inspect(case: Case, target: Target, launch: Launch, compiled: Any, finding: Finding) -> None:
-    if target.backend == "cuda":
+    if target.gpu.backend == "cuda":
         resources = nvidia_resources(compiled.asm["cubin"])
         accesses = emitted = ptx_accesses(compiled.asm["ptx"])
     else:
@@ -146,21 +127,20 @@ def _inspect(case: Case, target: Target, launch: Launch, compiled: Any, finding:
     finding.widest_bits = max((access.bits for access in emitted), default=0)
     failures = finding.failures
     if finding.spills and not case.may_spill:
-        unit = "bytes" if target.backend == "cuda" else "registers"
+        unit = "bytes" if target.gpu.backend == "cuda" else "registers"
         failures.append(f"{finding.spills} {unit} spilled")
-    if finding.cooperative and finding.registers > REGISTER_LIMIT:
-        failures.append(
-            f"{finding.registers} registers in a cooperative launch: at most {REGISTER_LIMIT}, or "
-            "its programs cannot all be resident together"
-        )
-    if finding.cooperative and finding.shared_bytes > SHARED_LIMIT:
-        failures.append(
-            f"{finding.shared_bytes} bytes of shared memory in a cooperative launch: at most "
-            f"{SHARED_LIMIT}, or its programs cannot all be resident together"
-        )
+    for what, used, most in (
+        ("registers", finding.registers, REGISTER_LIMIT),
+        ("bytes of shared memory", finding.shared_bytes, SHARED_LIMIT),
+    ):
+        if finding.cooperative and used > most:
+            failures.append(
+                f"{used} {what} in a cooperative launch: at most {most}, or its programs cannot "
+                "all be resident together"
+            )
     if case.products:
         # Tiles come by asynchronous copies where the target has them, scalars never do.
-        tiles = async_copies(compiled.asm["ptx"]) if target.backend == "cuda" else []
+        tiles = async_copies(compiled.asm["ptx"]) if target.gpu.backend == "cuda" else []
         tiles = tiles or [a.bits for a in emitted if not a.store and a.bits >= WIDE]
         if not tiles or min(tiles) < WIDE:
             failures.append(
@@ -168,22 +148,17 @@ def _inspect(case: Case, target: Target, launch: Launch, compiled: Any, finding:
             )
     if case.bytes_per_element is None:
         return
-    threads = int(compiled.metadata.num_warps) * target.warp_size
-    elements = int(launch.arguments["BLOCK"]) // threads
-    try:
-        finding.bytes_per_element = moved_bytes(case, accesses, elements)
-    except ValueError as error:
-        failures.append(str(error))
-    for store in (False, True):
+    for store, kind in ((False, "loads"), (True, "stores")):
         meant = sum(a.store is store and a.bits >= WIDE for a in accesses if not a.scratch)
         found = sum(a.store is store and a.bits >= WIDE for a in emitted)
         if found < meant:
-            kind = "stores" if store else "loads"
             failures.append(f"{meant} 128-bit {kind} were meant, {found} are in the assembly")
+    threads = int(compiled.metadata.num_warps) * target.gpu.warp_size
+    elements = int(launch.arguments["BLOCK"]) // threads
+    finding.bytes_per_element = moved_bytes(case, accesses, elements)
 
 
-def _audit_named(task: tuple[str, str]) -> Finding:
-    case, target = task
+def _audit_named(case: str, target: str) -> Finding:
     return audit({c.name: c for c in cases()}[case], TARGETS[target])
 
 
@@ -194,13 +169,13 @@ def run(
     pairs = [(case, target) for case in chosen for target in targets]
     if jobs <= 1:
         return [audit(case, target) for case, target in pairs]
-    tasks = [(case.name, target.name) for case, target in pairs]
+    names = zip(*((case.name, target.name) for case, target in pairs))
     # Spawned, not forked: torch and LLVM have started threads by now.
     context = multiprocessing.get_context("spawn")
-    findings = []
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context) as pool:
-        for finding in pool.map(_audit_named, tasks):
+    findings: list[Finding] = []
+    with ProcessPoolExecutor(min(jobs, len(pairs)), context) as pool:
+        for finding in pool.map(_audit_named, *names):
             findings.append(finding)
             if len(findings) % 50 == 0:
-                log(f"{len(findings)} of {len(tasks)} compiled")
+                log(f"{len(findings)} of {len(pairs)} compiled")
     return findings

@@ -12,20 +12,8 @@ import torch
 import triton
 from triton_hybrid.kernels.audit.findings import REGISTER_LIMIT, Finding
 
-_COLUMNS = (
-    ("launch", "<"),
-    ("target", "<"),
-    ("registers", ">"),
-    ("spills", ">"),
-    ("shared", ">"),
-    ("widest", ">"),
-    ("bytes/element", ">"),
-    ("floor", ">"),
-    ("", "<"),
-)
 
-
-def _cells(finding: Finding) -> list[str]:
+def _cells(finding: Finding) -> dict[str, str]:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:g}"
 
@@ -33,32 +21,32 @@ def _cells(finding: Finding) -> list[str]:
     moved = number(finding.bytes_per_element)
     if known is not None and finding.bytes_per_element != known and not finding.skipped:
         moved += f" (known: {known})"
-    state = "FAIL" if finding.failures else "skipped" if finding.skipped else "ok"
-    return [
-        finding.case,
-        finding.target,
-        number(finding.registers) + ("*" if finding.cooperative else ""),
-        number(finding.spills),
-        number(finding.shared_bytes),
-        number(finding.widest_bits),
-        moved,
-        number(finding.floor_bytes),
-        state,
-    ]
+    return {
+        "launch": finding.case,
+        "target": finding.target,
+        "registers": number(finding.registers) + ("*" if finding.cooperative else ""),
+        "spills": number(finding.spills),
+        "shared": number(finding.shared_bytes),
+        "widest": number(finding.widest_bits),
+        "bytes/element": moved,
+        "floor": number(finding.floor_bytes),
+        "": "FAIL" if finding.failures else "skipped" if finding.skipped else "ok",
+    }
 
 
 def table(findings: Sequence[Finding]) -> str:
     """The findings as a plain-text table."""
-    rows = [[title for title, _ in _COLUMNS], *(_cells(finding) for finding in findings)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(_COLUMNS))]
+    cells = [_cells(finding) for finding in findings]
+    rows = [list(cells[0]), *(list(row.values()) for row in cells)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     lines = []
     previous = ""
-    for row in rows:
-        shown = [("" if row[0] == previous else row[0]), *row[1:]]
-        previous = row[0]
-        cells = [f"{c:{a}{w}}" for c, (_, a), w in zip(shown, _COLUMNS, widths)]
-        lines.append("  ".join(cells).rstrip())
+    for launch, *rest in rows:
+        shown = ["" if launch == previous else launch, *rest]
+        previous = launch
+        aligned = [f"{c:{a}{w}}" for c, a, w in zip(shown, "<<>>>>>><", widths)]
+        lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -34,49 +33,28 @@ COOPERATIVE = "launch_cooperative_grid"
 
 @dataclass(frozen=True)
 class Target:
-    """A device to compile for.
-
-    Attributes:
-        name: As on the command line.
-        arch: What Triton calls it.
-        processors: Multiprocessors of a typical device, which set the number of programs.
-        oldest_triton: First version that compiles for it with nothing else installed.
-    """
+    """A device to compile for."""
 
     name: str
-    arch: int | str
-    processors: int
-    oldest_triton: tuple[int, int] = (3, 2)
-
-    @property
-    def backend(self) -> str:
-        """``cuda`` or ``hip``."""
-        return "cuda" if isinstance(self.arch, int) else "hip"
-
-    @property
-    def warp_size(self) -> int:
-        """Threads of a warp."""
-        return 32 if self.backend == "cuda" else 64
-
-    def gpu(self) -> GPUTarget:
-        """The target as Triton takes it."""
-        return GPUTarget(self.backend, self.arch, self.warp_size)
+    gpu: GPUTarget  # as Triton takes it
+    processors: int  # multiprocessors of a typical device, which set the number of programs
+    oldest_triton: tuple[int, int] = (3, 2)  # the first that needs nothing else installed
 
     @functools.cached_property
     def options(self) -> frozenset[str]:
         """Names of the launch options that this Triton has for the target."""
-        options = launch_options(self.backend)
-        return frozenset(vars(make_backend(self.gpu()).parse_options(options)))
+        options = launch_options(self.gpu.backend)
+        return frozenset(vars(make_backend(self.gpu).parse_options(options)))
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", 80, 108),
-        Target("sm_90", 90, 132),
-        Target("sm_100", 100, 148, (3, 3)),
-        Target("sm_120", 120, 170, (3, 3)),
-        Target("gfx942", "gfx942", 304, (3, 3)),
+        Target("sm_80", GPUTarget("cuda", 80, 32), 108),
+        Target("sm_90", GPUTarget("cuda", 90, 32), 132),
+        Target("sm_100", GPUTarget("cuda", 100, 32), 148, (3, 3)),
+        Target("sm_120", GPUTarget("cuda", 120, 32), 170, (3, 3)),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), 304, (3, 3)),
     )
 }
 
@@ -89,16 +67,10 @@ def triton_version() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch, as a launcher asked for it.
+    """One launch, as a launcher asked for it."""
 
-    Attributes:
-        kernel: The ``@triton.jit`` function.
-        arguments: Its arguments, compile-time constants among them.
-        options: Launch options.
-    """
-
-    kernel: Any
-    arguments: Mapping[str, Any]
+    kernel: Any  # the ``@triton.jit`` function
+    arguments: Mapping[str, Any]  # of the kernel, compile-time constants among them
     options: Mapping[str, Any]
 
     @property
@@ -107,25 +79,27 @@ class Launch:
         return bool(self.options.get(COOPERATIVE, False))
 
 
-@contextmanager
-def recorded(target: Target) -> Iterator[list[Launch]]:
-    """Collects launches instead of running them, with the options that the target gets."""
-    launches: list[Launch] = []
+def launches(
+    target: Target, launcher: Callable[..., None], *args: Any, **kwargs: Any
+) -> list[Launch]:
+    """What a launcher launches: collected instead of run, with the options for the target."""
+    found: list[Launch] = []
+    backend = target.gpu.backend
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = kernel.arg_names
-        arguments = dict(zip(names, args))
-        arguments.update((k, v) for k, v in kwargs.items() if k in names)
+        arguments = dict(zip(names, args)) | {k: v for k, v in kwargs.items() if k in names}
         options = {k: v for k, v in kwargs.items() if k not in names}
-        launches.append(Launch(kernel, arguments, options))
+        found.append(Launch(kernel, arguments, options))
 
     with (
-        mock.patch.dict(LAUNCH, launch_options(target.backend), clear=True),
-        mock.patch.dict(RESIDENT_LAUNCH, launch_options(target.backend, True), clear=True),
-        mock.patch.dict(MATRIX_LAUNCH, matrix_launch_options(target.backend), clear=True),
+        mock.patch.dict(LAUNCH, launch_options(backend), clear=True),
+        mock.patch.dict(RESIDENT_LAUNCH, launch_options(backend, True), clear=True),
+        mock.patch.dict(MATRIX_LAUNCH, matrix_launch_options(backend), clear=True),
         mock.patch.object(JITFunction, "run", record),
     ):
-        yield launches
+        launcher(*args, **kwargs)
+    return found
 
 
 TYPE_NAMES = {
@@ -146,24 +120,17 @@ def source_of(launch: Launch) -> ASTSource:
     divisible: list[int] = []
     ones: list[int] = []
     for index, parameter in enumerate(launch.kernel.params):
-        name = parameter.name
-        value = launch.arguments[name]
-        if parameter.is_constexpr:
-            signature[name] = "constexpr"
-            constants[name] = value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + TYPE_NAMES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                divisible.append(index)
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            if not parameter.is_constexpr:
+                ones.append(index)
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
-            signature[name] = "constexpr"
-            constants[name] = value
-            ones.append(index)
         else:
-            signature[name] = "i32"
-            if value % 16 == 0:
+            here = isinstance(value, Tensor)
+            signature[name] = "*" + TYPE_NAMES[value.dtype] if here else "i32"
+            if (value.data_ptr() if here else value) % 16 == 0:
                 divisible.append(index)
     if "constexprs" in inspect.signature(ASTSource.__init__).parameters:
         attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
@@ -186,5 +153,5 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     """
     unknown = sorted(set(launch.options) - target.options)
     if unknown:
-        raise ValueError(f"launch options {unknown} are unknown to the {target.backend} backend")
-    return triton.compile(source_of(launch), target=target.gpu(), options=dict(launch.options))
+        raise ValueError(f"launch options {unknown} are unknown to Triton for {target.name}")
+    return triton.compile(source_of(launch), target=target.gpu, options=dict(launch.options))

@@ -399,4 +399,4 @@ def test_command_without_a_file_or_anything(path: Path, capsys: pytest.CaptureFi
     assert command.main(["report", str(path), "--output", str(path.parent)]) == 2
     assert "runs.jsonl: does not exist" in capsys.readouterr().err
     assert command.main([]) == 2
-    assert "give one of: run, report, --quick" in capsys.readouterr().err
+    assert "give one of: run, report, never-worse, --quick" in capsys.readouterr().err

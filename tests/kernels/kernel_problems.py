@@ -21,7 +21,7 @@ from kernel_memory import Arena, assert_near, assert_same_bits
 from kernel_specs import FP32, FP64, GROUPS, ONE, Precision, Spec
 from torch import Tensor
 from triton_hybrid.kernels.launch import Tiling
-from triton_hybrid.kernels.ledger import FRACTION_COLUMN, INDEX, read_ledger
+from triton_hybrid.kernels.ledger import FRACTION_COLUMN, INDEX, PART_COLUMN, read_ledger
 from triton_hybrid.kernels.multi_tensor import TensorSet, remainder_of
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
 from triton_hybrid.kernels.scalars import Scalars
@@ -30,6 +30,9 @@ from triton_hybrid.config import HybridConfig
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.rules import OPTIONS, RULES
 from triton_hybrid.state import WEIGHTS, Member
+
+DOWNHILL = {"slow_ema": 1.0, "displacement": -1.0}
+"""Rows that predictions move along, and their sign against exp_avg."""
 
 
 @lru_cache(maxsize=64)
@@ -110,6 +113,10 @@ class Problem:
         for row in self.declared:
             noise = _noise(spec.shape, spec.seed, row.name)
             values = (0.2 + noise.abs()).square() if row.name.endswith("_sq") else 0.3 * noise
+            if row.name in DOWNHILL:
+                # A move uphill would not be made.
+                along = 0.3 * _noise(spec.shape, spec.seed, "exp_avg")
+                values = DOWNHILL[row.name] * along * (0.5 + noise.abs())
             if row.init == WEIGHTS or row.name == "snapshot":
                 values = weight.cpu() + 0.1 * noise
             if row.saved:
@@ -201,6 +208,7 @@ class Problem:
 
     def confident(self, **entries: float) -> Problem:
         """Lets the gate open: confident, calm, with a usual update to compare with."""
+        self.prediction[:, PART_COLUMN.value] = 1.0
         return self.note(**{"confidence": 0.9, "update_square": 1.0, "horizon": 0.75, **entries})
 
     def decided(self, *fractions: float, decision: float = 1.0) -> Problem:

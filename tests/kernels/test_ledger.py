@@ -35,13 +35,13 @@ ENTRIES = {
     "rejections": (0.0, 1.0, 9.0, 10.0, 11.0, 40.0), "rejected": (0.0, 3.0),
     "accepted": (0.0, 3.0), "decision": (0.0, 1.0, 2.0), "hold": (0.0, 1.0),
     "found_inf": (0.0, 0.0, 1.0), "step_fraction": (1.0, 0.5), "cooldown": (0.0, 4.0),
-    "cause_norm": (0.0, 2.0),
+    "cause_norm": (0.0, 2.0), "written": (0.0, 0.0, 1.0),
 }  # fmt: skip
 """Any ledger; every decision has drawn values on both sides of its border."""
 DECIDED = {
     "moved", "stretch", "jump_square", "blocked", "decision", "accepted", "rejections", "horizon",
     "step_fraction", "rejected", "cooldown", "hold", "loss", "cause_nonfinite", "cause_norm",
-    "cause_loss",
+    "cause_loss", "written",
 }  # fmt: skip
 
 
@@ -84,8 +84,9 @@ def test_deciding_is_its_torch_twin(
     if math.isnan(norm):
         sums[:, 1] = 1.0
         sums[seed % size] = torch.tensor([math.nan, math.nan, 1.0])
-    before = torch.randn(size, 3, generator=generator)
+    before = torch.randn(size, 6, generator=generator)
     before[:, 0] = before[:, 0].abs().clamp(0.1, 4.0)
+    before[:, 3] = (before[:, 3] > -1.0).float()
     ledger, prediction = decided(decide, entries, sums, before, *limits)
     other_ledger, other_prediction = decided(decide_torch, entries, sums, before, *limits)
     assert_ledgers_near(ledger, other_ledger, rtol=1e-12)
@@ -94,10 +95,19 @@ def test_deciding_is_its_torch_twin(
     for name in set(INDEX) - DECIDED:
         then = entries.get(name, 0.0)
         assert after[name] == then or math.isnan(then), name
+    moved = before[:, 3] > 0
+    if after["decision"]:
+        assert (fractions[~moved] == 1).all(), "who took no part stays"
     if after["decision"] == 2:
-        assert (fractions == 0).all()
+        assert (fractions[moved] == 0).all()
     elif after["decision"] == 0:
         assert torch.equal(fractions, before[:, 2]), "nothing was decided"
+    elif after["decision"] == 3:
+        assert float(entries["written"]) == 1
+        assert after["written"] == 0
+        assert set(fractions.tolist()) <= {0.0, 1.0}
+        kept = ("accepted", "rejected", "rejections", "horizon", "hold", "cooldown", "cause_norm")
+        assert all(after[name] == entries[name] for name in kept), "nothing is learnt"
     else:
         assert rules.SMALLEST_FRACTION.value <= float(fractions.min())
         assert float(fractions.max()) <= rules.LARGEST_FRACTION.value
@@ -114,12 +124,13 @@ def ruled(
     """Decides on a move after ordinary steps: norm about 1, loss about 2."""
     start = {
         "moved": 1.0, "stretch": 2.0, "jump_square": 0.5, "norm_count": 20.0, "loss_count": 20.0,
+        "norm_variance": 1e-3,
         "loss_previous": 2.0, "loss_variance": 0.01, "loss": math.nan, "horizon": 0.5,
     }  # fmt: skip
     measured = torch.tensor(sums, dtype=torch.float64)
-    given = ({**start, **entries}, measured, torch.tensor(prediction), 3.0, 10.0)
-    ledger, cells = decided(decide, *given)
-    return read_ledger(ledger), cells
+    table = torch.tensor([[*row, 1.0, 0.0, 0.0] for row in prediction])
+    ledger, cells = decided(decide, {**start, **entries}, measured, table, 3.0, 10.0)
+    return read_ledger(ledger), cells[:, :3]
 
 
 ORDINARY = [
@@ -164,6 +175,19 @@ def test_what_is_out_of_the_ordinary_rejects(
     assert after["horizon"] == 0.25
     assert math.isnan(after["loss"]), "of a point that was left again"
     assert cells[0].tolist() == [1, 0, 0]
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("slope", "variance", "decision"), [(0.4, 0.0, 2), (0.3, 0.0, 1), (0.4, 0.01, 1)]
+)
+def test_a_gradient_clipped_outside_is_known_by_its_direction(
+    decide: Decide, slope: float, variance: float, decision: int
+) -> None:
+    """Where something else fixes the norm, a gradient that points back along the move rejects."""
+    sums = [[slope, 1.0, 0.0]]  # the move is √0.5 long: cosines of 0.57 and 0.42
+    after, _ = ruled(decide, sums, norm_variance=variance)
+    assert after["decision"] == decision
 
 
 @BACKENDS

@@ -131,7 +131,8 @@ def test_checking_a_move_is_its_torch_twin(
     sums = torch.randn(count, 3, generator=generator, dtype=torch.float64)
     sums[:, 1:] = 0.0
     sums[-1, 1:] = torch.tensor([square, bad])
-    prediction = torch.randn(count, 3, generator=generator)
+    prediction = torch.randn(count, 6, generator=generator)
+    prediction[:, 3] = (prediction[:, 3] > -1.0).float()
     for problem, backend in zip(both, (KERNELS, PLAIN)):
         problem.ledger.copy_(write_ledger(entries, DEVICE))
         problem.scalars.sums = problem.arena.put(sums)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from training import (
     assert_same_weights,
     backward,
@@ -146,3 +147,63 @@ def test_clipping_does_not_look_like_divergence(backend: str) -> None:
     stats = optimizer.stats()
     assert stats.predicted_steps > 5
     assert stats.divergences["norm"] == 0
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_overshoot_shows_although_somebody_else_has_clipped(reverse: bool) -> None:
+    """The norm is 1 whatever happens; that the gradient points back along the move is seen."""
+    param = nn.Parameter(torch.zeros(200))
+    optimizer = HybridOptimizer([param], lr=1e-2, hybrid=fast_config(predictor="slow_ema"))
+    generator = torch.Generator().manual_seed(0)
+    while optimizer._progress.gradients < 30 or optimizer.phase is not Phase.CORRECT:
+        param.grad = 3.0 + torch.randn(200, generator=generator)
+        nn.utils.clip_grad_norm_([param], 1.0)
+        optimizer.step()
+    param.grad = 1e4 * (3.0 + torch.randn(200, generator=generator)) * (-1 if reverse else 1)
+    nn.utils.clip_grad_norm_([param], 1.0)
+    before = optimizer.stats().divergences["norm"]
+    optimizer.step()
+    assert optimizer.stats().divergences["norm"] - before == reverse
+
+
+def test_losses_of_several_micro_batches_are_averaged() -> None:
+    _, optimizer = at_predict("torch")
+    assert optimizer._engine is not None
+    for loss in (torch.tensor(1.0), 2.0, torch.tensor([6.0])):
+        optimizer.observe_loss(loss)
+    assert optimizer._engine.read()["loss"] == 3.0
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_search_for_a_learning_rate_leaves_no_largest_rate_behind(tensor: bool) -> None:
+    model = make_model()
+    optimizer = HybridOptimizer(model.parameters(), hybrid=fast_config())
+    group = optimizer.param_groups[0]
+    for rate in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e-3, 0.0, 9e-4, 8e-4):
+        group["lr"] = torch.tensor(rate) if tensor else rate
+        train(model, optimizer, 1)
+    assert group["largest_lr"] == pytest.approx(1e-3)
+    group["lr"] = 5e-3  # another stage
+    train(model, optimizer, 1)
+    assert group["largest_lr"] == 5e-3
+
+
+def test_auto_leaves_alone_whoever_sets_a_low_beta1() -> None:
+    counts = {}
+    for beta1, predictor in ((0.5, "auto"), (0.5, "slow_ema"), (0.9, "auto")):
+        model = make_model()
+        config = fast_config(predictor=predictor)
+        optimizer = HybridOptimizer(model.parameters(), betas=(beta1, 0.999), hybrid=config)
+        train(model, optimizer, 20)
+        counts[beta1, predictor] = optimizer.stats().predicted_steps
+    assert counts.pop((0.5, "auto")) == 0
+    assert min(counts.values()) > 5
+
+
+def test_a_grad_scaler_in_a_predict_step_is_told_why_not() -> None:
+    _, optimizer = at_predict("torch")
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    scaler.scale(torch.zeros(()))
+    with pytest.raises(RuntimeError, match="needs_backward"):
+        scaler.step(optimizer)

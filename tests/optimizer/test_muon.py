@@ -63,6 +63,10 @@ def random_gradients(*lists: list[nn.Parameter], steps: int) -> Iterator[int]:
 SHAPES = ((16, 16), (8, 40), (40, 8), (1, 9), (9, 1), (33, 65), (1, 1))
 
 
+BF16_PRODUCTS: dict[str, Any] = {"ns_dtype": "bfloat16"}
+"""As in torch's, whatever the device."""
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -78,8 +82,9 @@ SHAPES = ((16, 16), (8, 40), (40, 8), (1, 9), (9, 1), (33, 65), (1, 1))
 def test_is_torch_muon(options: dict[str, Any]) -> None:
     muon = getattr(torch.optim, "Muon", None) or pytest.skip("this torch has no Muon")
     shared = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw", "eps": 1e-7}
+    own = {**BF16_PRODUCTS, "hybrid": OFF}
     ours, theirs = matrices(SHAPES), matrices(SHAPES)
-    optimizer = HybridOptimizer(ours, base="muon", hybrid=OFF, **{**shared, **options})
+    optimizer = HybridOptimizer(ours, base="muon", **{**own, **shared, **options})
     reference = muon(theirs, **{**shared, **options})
     for _ in random_gradients(ours, theirs, steps=20):
         optimizer.step()
@@ -114,7 +119,7 @@ def test_checkpoint_of_torch_muon_goes_on() -> None:
     for _ in random_gradients(theirs, steps=3):
         reference.step()
     ours = [nn.Parameter(param.detach().clone()) for param in theirs]
-    optimizer = HybridOptimizer(ours, base="muon", hybrid=OFF, **options)
+    optimizer = HybridOptimizer(ours, base="muon", hybrid=OFF, **BF16_PRODUCTS, **options)
     optimizer.load_state_dict(reference.state_dict())
     assert optimizer.param_groups[0]["base"] == "muon"
     assert "momentum_buffer" not in optimizer.state[ours[0]]

@@ -21,6 +21,11 @@ def fast_config(**changes: Any) -> HybridConfig:
     return HybridConfig(**{**FAST, "predictor": "slow_ema", **changes})
 
 
+def short_config(**changes: Any) -> HybridConfig:
+    """Cycles of a few steps: the second step already leads to a prediction."""
+    return fast_config(**{"warmup_steps": 1, "full_steps": 1, "max_predict_steps": 2, **changes})
+
+
 def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(12, 17), nn.Tanh(), nn.Linear(17, 5)).to(DEVICE, dtype)
@@ -112,6 +117,58 @@ def until(optimizer: HybridOptimizer, model: nn.Module, phase: Phase, limit: int
             return
         train(model, optimizer, 1, batches)
     raise AssertionError(f"{phase} was not reached in {limit} steps")
+
+
+def feed(
+    optimizer: torch.optim.Optimizer, steps: int = 1, scale: float = 1.0, seed: int = 0
+) -> list[Phase]:
+    """Steps with gradients drawn around ``scale``, for whoever wants one; returns the phases."""
+    phases = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(1000 * seed + step)
+        phases.append(getattr(optimizer, "phase", Phase.FULL))
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                drawn = scale + 0.5 * scale * torch.randn(param.shape, generator=generator)
+                wanted = param.requires_grad and phases[-1].needs_gradient
+                param.grad = drawn.to(param) if wanted else None
+        optimizer.step()
+    return phases
+
+
+def to_correct(optimizer: HybridOptimizer, least: int = 12) -> list[Tensor]:
+    """Feeds until a prediction waits for its gradient.
+
+    Returns the weights that the last prediction left: in the stepped drive they are the verified
+    ones; inline nobody outside can see those, and these are one gradient older.
+    """
+    left = weights(optimizer)
+    for step in range(60):
+        if step >= least and optimizer.phase is Phase.CORRECT:
+            return left
+        left = weights(optimizer)
+        feed(optimizer, seed=step)
+    raise AssertionError("no prediction in 60 steps")
+
+
+PRECISIONS = {
+    "fp32": (torch.float32, "auto"),
+    "bf16": (torch.bfloat16, "auto"),
+    "split": (torch.bfloat16, "split"),
+}
+"""Dtypes of parameters, and how their masters are kept."""
+
+
+def small_run(
+    precision: str = "fp32", inline: bool = True, count: int = 2, **options: Any
+) -> tuple[list[nn.Parameter], HybridOptimizer]:
+    """Parameters of shape [4, 3], all near one, and an optimizer with short cycles."""
+    dtype, masters = PRECISIONS[precision]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [1 + 0.1 * torch.randn(4, 3, generator=generator) for _ in range(count)]
+    params = [nn.Parameter(values.to(dtype)) for values in drawn]
+    options = {"lr": 1e-2, "hybrid": short_config(inline=inline), **options}
+    return params, HybridOptimizer(params, master_weights=masters, **options)
 
 
 def clone_run(model: nn.Module, optimizer: HybridOptimizer, **options: Any) -> Any:

@@ -21,14 +21,16 @@ from triton_hybrid.kernels.gram import DISPLACEMENT
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.predict import Displacement
-from triton_hybrid.kernels.rows import load_row
-from triton_hybrid.kernels.scalars import Scalars
+from triton_hybrid.kernels.rows import address_row, load_row
+from triton_hybrid.kernels.scalars import HYPER, LR, Scalars
 from triton_hybrid.predictors.predictor import Predictor, Rows
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import Batch, Home, StateRow, fixed
 
 REGRESSION_DECAY = 0.5
 """Weight of past cycles in the least squares."""
+LARGEST_RATIO = 2.0
+"""No cycle moves the weights further than twice the one before, or it was another kind of cycle."""
 CYCLES = 2
 """Cycles after which there is a ratio."""
 
@@ -43,9 +45,12 @@ the square of the last displacement."""
 RATIO = StateRow("ratio", fixed(torch.float32), shape=())
 
 
+SLOW_EMA = address_row("slow_ema")
+
+
 @triton.jit
 def _factors(row, rate, factor):
-    return factor
+    return tl.where(tl.load(row + LR) != 0, factor, 0.0)
 
 
 @triton.jit
@@ -55,6 +60,9 @@ def _block(
     UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     last = load_row(addresses, DISPLACEMENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    # What never had a gradient was moved by weight decay alone, which nobody predicts.
+    s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    last = tl.where(s != 0, last, 0.0)
     return factor * (tl.load(coefficients + tensor).to(STATE) * last)
 
 
@@ -65,11 +73,13 @@ class _Torch:
         self, tensors: TensorSet, scalars: Scalars, factor: Tensor, ratio: Tensor | None
     ) -> list[Tensor]:
         assert ratio is not None
-        return [factor, ratio.double()]
+        lr = scalars.hyperparameters[tensors.group.long(), HYPER["lr"]]
+        return [torch.where(lr != 0, factor, 0.0), ratio.double()]
 
     def block(self, tensors: TensorSet, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
         factor, ratio = factors
-        return torch.mul(rows["displacement"], ratio, out=out[0]).mul_(factor)
+        moved = torch.mul(rows["displacement"], ratio, out=out[0]).mul_(factor)
+        return moved.masked_fill_(rows["slow_ema"] == 0, 0.0)
 
 
 class Linear(Predictor):
@@ -78,7 +88,9 @@ class Linear(Predictor):
     name = "linear"
     lends_moments = True
     follows_trajectory = True
-    displacement = Displacement(_factors, _block, _Torch(), ("displacement",), along_rule=False)
+    displacement = Displacement(
+        _factors, _block, _Torch(), ("displacement", "slow_ema"), along_rule=False
+    )
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
@@ -100,7 +112,6 @@ class Linear(Predictor):
         self.cycles = 0
 
     def forget(self) -> None:
-        """Begins anew with the next cycle."""
         self.cycles = -1
 
     def end_cycle(self) -> None:
@@ -135,7 +146,10 @@ class Linear(Predictor):
             known = (square - residual).sum().clamp(min=0.0)
             products.mul_(REGRESSION_DECAY).add_(cross)
             squares.mul_(REGRESSION_DECAY).add_(past)
-            ratio.copy_(products / squares.clamp(min=1e-300))
+            known_ratio = (products / squares.clamp(min=1e-300)).clamp(
+                -LARGEST_RATIO, LARGEST_RATIO
+            )
+            ratio.copy_(torch.where(squares > 0, known_ratio, 0.0))
         past.copy_(square)
         return known, square.sum()
 

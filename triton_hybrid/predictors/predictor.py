@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 Rows = Mapping[str, Tensor]
 
-SLOW_EMA = StateRow(
-    "slow_ema", home=Home.HOST, when=lambda plan: plan.gradient or not plan.trajectory
-)
+SLOW_EMA = StateRow("slow_ema", home=Home.HOST)
 """Slow EMA of the gradient. Every predictor keeps it: confidence and noise are measured by it."""
 STEP_LIMIT = 10.0
 """A displacement this many times the usual base update, for each predicted step in a row, is out of
@@ -53,6 +51,9 @@ class Choice(abc.ABC):
     def choose(self, signal: float) -> None:  # noqa: B027 - most have no choice
         """Takes note of the signal share of the squared gradient."""
 
+    def forget(self) -> None:  # noqa: B027 - most follow no trajectory
+        """Begins anew: the weights are not where the run had brought them."""
+
     def state(self) -> dict[str, int]:
         """Everything that must survive a checkpoint, as integers."""
         return {}
@@ -70,12 +71,14 @@ class Predictor(Choice):
         displacement: What it moves the weights by.
         share: Part of that which each predicted step makes.
         refit_steps: Full steps needed after a stretch that held.
+        least_beta1: Tensors of groups with no larger β1 stay where they are.
     """
 
     predicts: bool = True
     follows_trajectory: bool = False
     displacement: Displacement
     share: float = 1.0
+    least_beta1: float = -1.0
 
     def __init__(self, config: HybridConfig) -> None:
         self.config = config
@@ -104,20 +107,19 @@ class Predictor(Choice):
         """A number for each tensor that the displacement takes, FP32 ``[tensors]``, or None."""
         return None
 
+    def leaves(self, batch: Batch) -> bool:
+        """Whether it never moves the tensors of a batch."""
+        return batch.aliased or (self.displacement.along_rule and batch.tensors.frozen)
+
     def predict(self, first: bool) -> None:
         """Moves the weights by one predicted step; the first in a row keeps the snapshot."""
         engine, sums = self.engine, self.engine.scalars.sums
         # A trajectory makes the same step again, along the same slopes, bit for bit.
         known = self.follows_trajectory and not first and self._slopes_known
-        measured = not known and engine.wants_slopes
         self._slopes_known = True
-        if not known and not measured:
-            sums[:, 0].zero_()
         for batch in engine.batches:
-            if self.displacement.along_rule and batch.tensors.frozen:
+            if self.leaves(batch):
                 sums[batch.tensors.place].zero_()
-                if first:
-                    batch.keep_snapshot()
                 continue
             engine.backend.predict(
                 batch.tensors,
@@ -127,5 +129,5 @@ class Predictor(Choice):
                 threshold=self.config.confidence_threshold,
                 share=self.share,
                 save=first and not self.follows_trajectory,
-                with_slopes=measured,
+                with_slopes=not known,
             )

@@ -114,4 +114,5 @@ class SlowEMA(Predictor):
 
     @property
     def ready(self) -> bool:
-        return not all(batch.tensors.frozen for batch in self.engine.batches)
+        moving = not all(self.leaves(batch) for batch in self.engine.batches)
+        return moving and self.engine.largest_beta1 > self.least_beta1

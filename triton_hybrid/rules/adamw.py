@@ -49,21 +49,22 @@ def _constants(row, step, rate, STATE: tl.constexpr):
     correction1 = 1.0 - tl.exp(step * tl.load(row + LOG_EXP_AVG))
     correction2 = 1.0 - tl.exp(step * tl.load(row + LOG_BETA2))
     size = (rate / correction1).to(STATE)
-    beta1 = tl.load(row + BETA1).to(STATE)
-    beta2 = tl.load(row + BETA2).to(STATE)
-    return size, beta1, beta2, tl.sqrt(correction2).to(STATE), tl.load(row + EPS).to(STATE)
+    # In FP32, 1 - 0.999 is off by 7e-6 of itself.
+    rate1 = (1.0 - tl.load(row + BETA1)).to(STATE)
+    rate2 = (1.0 - tl.load(row + BETA2)).to(STATE)
+    return size, rate1, rate2, tl.sqrt(correction2).to(STATE), tl.load(row + EPS).to(STATE)
 
 
 @triton.jit
 def _direction(
-    addresses, tensor, begin, length, g, beta1, beta2, root_correction2, eps,
+    addresses, tensor, begin, length, g, rate1, rate2, root_correction2, eps,
     STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     # Ones beyond the end keep the quotients finite there, also where eps is 0.
     v = load_row(addresses, EXP_AVG_SQ, tensor, begin, length, STATE, STATE, BLOCK, FULL, 1.0)
-    m = m + (1.0 - beta1) * (g - m)
-    v = v * beta2 + (1.0 - beta2) * (g * g)
+    m = m + rate1 * (g - m)
+    v = v + rate2 * (g * g - v)
     denominator = precise_div(precise_sqrt(v), root_correction2) + eps
     store_row(addresses, EXP_AVG, tensor, begin, length, m, STATE, STATE, BLOCK, FULL)
     store_row(addresses, EXP_AVG_SQ, tensor, begin, length, v, STATE, STATE, BLOCK, FULL)
@@ -72,7 +73,7 @@ def _direction(
 
 @triton.jit
 def _denominator(
-    addresses, tensor, begin, length, beta1, beta2, root_correction2, eps,
+    addresses, tensor, begin, length, rate1, rate2, root_correction2, eps,
     STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     v = load_row(addresses, EXP_AVG_SQ, tensor, begin, length, STATE, STATE, BLOCK, FULL, 1.0)
@@ -106,8 +107,8 @@ class _Torch:
             )  # fmt: skip
             return
         g = block.g
-        m.add_((1.0 - numbers.beta1) * (g - m))
-        v.mul_(numbers.beta2).add_((1.0 - numbers.beta2) * (g * g))
+        m.add_(numbers.rate1 * (g - m))
+        v.add_(numbers.rate2 * (g * g - v))
         denominator = v.sqrt() / numbers.root_correction2 + numbers.eps
         block.w.mul_(numbers.decay).sub_(numbers.size * (m / denominator))
 

@@ -33,17 +33,18 @@ def _sign(x):
 @triton.jit
 def _constants(row, step, rate, STATE: tl.constexpr):
     size = rate.to(STATE)
-    return size, tl.load(row + BETA1).to(STATE), tl.load(row + BETA2).to(STATE), size, size
+    rate1, rate2 = 1.0 - tl.load(row + BETA1), 1.0 - tl.load(row + BETA2)
+    return size, rate1.to(STATE), rate2.to(STATE), size, size
 
 
 @triton.jit
 def _direction(
-    addresses, tensor, begin, length, g, beta1, beta2, c, d,
+    addresses, tensor, begin, length, g, rate1, rate2, c, d,
     STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    direction = _sign(m + (1.0 - beta1) * (g - m))
-    m = m + (1.0 - beta2) * (g - m)
+    direction = _sign(m + rate1 * (g - m))
+    m = m + rate2 * (g - m)
     store_row(addresses, EXP_AVG, tensor, begin, length, m, STATE, STATE, BLOCK, FULL)
     return direction, direction
 
@@ -61,8 +62,8 @@ class _Torch:
 
     def update(self, block: Block) -> None:
         numbers, m, direction = block.numbers, block.rows["exp_avg"], block.scratch[0]
-        direction.copy_(torch.lerp(m, block.g, 1.0 - numbers.beta1)).sign_()
-        m.lerp_(block.g, 1.0 - numbers.beta2)
+        direction.copy_(torch.lerp(m, block.g, numbers.rate1)).sign_()
+        m.lerp_(block.g, numbers.rate2)
         block.w.mul_(numbers.decay).sub_(numbers.lr * direction)
 
     def compare(self, block: Block) -> tuple[Tensor, Tensor, Any]:

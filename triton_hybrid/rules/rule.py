@@ -48,6 +48,7 @@ class Rule:
         bind: Prepares the tensors of a batch, such as matrices; None where nothing is needed.
         batch_key: What parameters of one batch share, besides dtype and rule.
         settings: Of a group: what must stay the same for its parameters to stay bound.
+        follow_schedulers: Brings a group's options in line with those that schedulers write.
         checkpoint_names: Name of a row in torch's optimizer of this rule to ours.
     """
 
@@ -61,6 +62,7 @@ class Rule:
     bind: Callable[[TensorSet, Sequence[Member]], None] | None = None
     batch_key: Callable[[Group], Hashable] = lambda group: None
     settings: Callable[[Group], Hashable] = lambda group: None
+    follow_schedulers: Callable[[dict[str, Any]], None] = lambda group: None
     checkpoint_names: Mapping[str, str] = field(default_factory=dict)
 
     @property

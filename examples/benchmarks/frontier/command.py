@@ -3,12 +3,15 @@ r"""Measures optimizers against the frontier of tuned AdamW.
     python examples/benchmarks/frontier.py run --tasks lm --optimizers adamw hybrid \
         --lrs 1e-3 2e-3 4e-3 8e-3 --budgets 250 500 1000 --seeds 0 1 2 --output runs.jsonl
     python examples/benchmarks/frontier.py report runs.jsonl --output report
+    python examples/benchmarks/frontier.py never-worse --seeds 0 1 2 3 --output report
     python examples/benchmarks/frontier.py --quick [--output report]
 
 `run` trains every combination of tasks, optimizers, learning rates, budgets and seeds that the
 file does not hold yet. With ``--tune-seeds`` all learning rates run on those seeds, and only the
 best of them, for each task, optimizer and budget, on ``--seeds``. `report` turns files of runs
 into a table, plots and a summary. ``--quick`` does both on a small task within a minute.
+`never-worse` asks another question: whether HybridOptimizer with its defaults, put in AdamW's place
+at the same learning rate, is worse.
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from frontier.drivers import SCHEDULES
 from frontier.judge import tune
+from frontier.never_worse import measure_never_worse
 from frontier.optimizers import OPTIMIZERS, find_optimizer
 from frontier.report import load_lines, write_report
 from frontier.runs import run_all
+from frontier.swap_tasks import SWAP_TASKS
 from frontier.tasks import TASKS
 from frontier.training import RunSpec
 from lib.flags import INTERRUPTED, REFUSED, choice, parse, real_number, whole_number
@@ -76,6 +81,16 @@ class ReportOptions:
 
     files: Positional[tuple[Path, ...]]
     output: Folder  # where the report goes
+
+
+@dataclass(frozen=True)
+class NeverWorseOptions:
+    """Compare HybridOptimizer's defaults with AdamW's at one learning rate."""
+
+    output: Folder  # where the report goes
+    tasks: Annotated[tuple[str, ...], choice(list(SWAP_TASKS), many=True)] = tuple(SWAP_TASKS)
+    seeds: Seeds = (0, 1, 2, 3)  # of weights and data
+    steps: Count | None = None  # gradient evaluations of every run (None: the task's own)
 
 
 @dataclass(frozen=True)
@@ -180,14 +195,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not arguments:
-            raise ValueError("give one of: run, report, --quick")
+            raise ValueError("give one of: run, report, never-worse, --quick")
         if "--quick" in arguments:
             quick_command(parse(QuickOptions, arguments, prog=NAME).output)
             return 0
-        commands = {"run": RunOptions, "report": ReportOptions}
+        commands = {
+            "run": RunOptions, "report": ReportOptions, "never-worse": NeverWorseOptions
+        }  # fmt: skip
         options = parse(commands, arguments, prog=NAME, description=__doc__)
         if isinstance(options, RunOptions):
             run_command(options)
+        elif isinstance(options, NeverWorseOptions):
+            chosen = options.tasks, options.seeds, options.output, options.steps
+            print(measure_never_worse(*chosen), flush=True)
         else:
             write_report(load_lines(options.files), options.output)
     except (ValueError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_hybrid.kernels.audit.cases import Case, cases
 from triton_hybrid.kernels.backend import TRITON
 from triton_hybrid.kernels.launch import MAX_PROGRAMS, Tiling
-from triton_hybrid.kernels.ledger import FRACTION_COLUMN, START, write_ledger
+from triton_hybrid.kernels.ledger import FRACTION_COLUMN, PART_COLUMN, START, write_ledger
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.step import cooperative_launches
@@ -163,11 +163,12 @@ class Buffers:
         self.scalars.ledger.copy_(self._ledger)
         self.scalars.sums.fill_(1.0)
         self.scalars.prediction[:, FRACTION_COLUMN.value] = 0.625
+        self.scalars.prediction[:, PART_COLUMN.value] = 1.0
 
 
 def counted_bytes(case: Case) -> int:
     """Bytes of a parameter, each input and each output once."""
-    return sum(case.reads) + sum(case.writes) - case.untaken
+    return sum(case.reads + case.writes)
 
 
 def bandwidth(context: Context) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from gpu.context import Context, OutOfTimeError
@@ -83,7 +84,11 @@ def correctness(context: Context, paths: Sequence[str] = PATHS, folder: Path = R
                 tests.wait(left)
             late = tests.poll() is None
             if late:
-                tests.send_signal(signal.SIGINT)
+                # Its workers too: it waits for them, and a hanging one would cost the report.
+                pytest = psutil.Process(tests.pid)
+                for process in (*pytest.children(recursive=True), pytest):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     tests.wait(FAREWELL - 1.0)
                 tests.kill()
@@ -113,7 +118,7 @@ def take(context: Context, report: Path) -> None:
         for each in bad[:1]:
             lines = (each.get("message") or each.text or "").strip().splitlines()
             context.check(f"{name}::{case.get('name')}", False, detail=" / ".join(lines[:3])[:400])
-    for name, counts in files.items():
+    for name, counts in sorted(files.items()):  # processes finish in any order
         context.row(file=name, **counts)
         if not counts["failed"]:
             context.check(f"{name}: {counts['passed']:.0f} tests", counts["passed"] > 0)

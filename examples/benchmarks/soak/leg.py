@@ -239,6 +239,10 @@ class SoakRunner:
         """Measures memory after so many steps of this leg, with no gradient alive."""
         self.optimizer.zero_grad(set_to_none=True)
         self._look()
+        engine = self.hybrid._engine if self.hybrid is not None else None
+        for batch in engine.batches if engine is not None else ():
+            # Which patterns of missing gradients are known, 8 at most, depends on the last trip.
+            batch.tensors._chunks.clear()
         return measure(
             self.leg.device, step=self.leg.first_step + leg_step, leg=self.leg.name,
             leg_step=leg_step, drive=self.drive, phase=self.phase, state_bytes=self.state_bytes(),

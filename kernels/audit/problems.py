@@ -1,14 +1,13 @@
-"""One launch of every kernel, as its launcher asks for it, on tensors that are never touched."""
+"""What launchers are called with: tensors of every precision, which no kernel ever touches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from triton_hybrid.kernels.audit.targets import TYPE_NAMES, Launch, Target, recorded
+from triton_hybrid.kernels.audit.targets import TYPE_NAMES, Target
 from triton_hybrid.kernels.launch import gpu_tiling
 from triton_hybrid.kernels.matrices import MatrixSet, matrix_tiling
 from triton_hybrid.kernels.multi_tensor import TensorSet
@@ -25,17 +24,11 @@ from triton_hybrid.state import StateRow
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of a model.
+    """Dtypes of a model."""
 
-    Attributes:
-        param: What the model computes with; gradients have it too.
-        weight: What the optimizer computes with, the dtype of state.
-        kept: How weights are kept, see ``rows.py``.
-    """
-
-    param: torch.dtype
-    weight: torch.dtype
-    kept: int = OWN
+    param: torch.dtype  # what the model computes with; gradients have it too
+    weight: torch.dtype  # what the optimizer computes with, the dtype of state
+    kept: int = OWN  # how weights are kept, see ``rows.py``
 
     @property
     def name(self) -> str:
@@ -44,16 +37,10 @@ class Precision:
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Item sizes of what a weight is read from."""
+        """Item sizes of what a weight is read from, and written to."""
         wide, narrow = self.weight.itemsize, self.param.itemsize
-        remainder = torch.int16.itemsize
-        return {OWN: (wide,), SPLIT: (narrow, remainder), NONE: (narrow,)}[self.kept]
-
-    @property
-    def stored(self) -> tuple[int, ...]:
-        """Item sizes of what a weight and its parameter are written to."""
-        rounded = (self.param.itemsize,) * (self.kept == OWN and self.param != self.weight)
-        return self.weights + rounded
+        own = (wide, narrow) if self.param != self.weight else (wide,)
+        return {OWN: own, SPLIT: (narrow, torch.int16.itemsize), NONE: (narrow,)}[self.kept]
 
 
 FP32 = Precision(torch.float32, torch.float32)
@@ -83,18 +70,13 @@ def rows_of(rule: Rule) -> dict[str, StateRow]:
 
 def itemsize(rule: Rule, name: str, precision: Precision) -> int:
     """Bytes of an element of a row."""
-    return rows_of(rule)[name].itemsize(precision.param, OPTIONS)
+    return rows_of(rule)[name].itemsize(precision.param, {**OPTIONS, "ns_dtype": "bfloat16"})
 
 
 class Problem:
-    """The tensors of a launch: small, on the CPU, never touched by a kernel.
+    """The tensors of a launch, small and on the CPU.
 
-    Args:
-        target: What is compiled for.
-        precision: Dtypes of the model.
-        rule: Base rule; its tensors are matrices where it orthogonalises.
-        shapes: Of the tensors; those of the rule's kind when None.
-        products: Dtype of the matrix products' inputs.
+    ``shapes`` None are those of the rule's kind; ``products`` is the dtype of the matrix products.
     """
 
     def __init__(
@@ -119,7 +101,7 @@ class Problem:
         group = {**OPTIONS, "ns_dtype": products}
         for name, declared in rows_of(rule).items():
             rows[name] = row(declared.dtype(rows["param"][0], group))
-        tiling = gpu_tiling(target.processors, target.warp_size, state.itemsize)
+        tiling = gpu_tiling(target.processors, target.gpu.warp_size, state.itemsize)
         self.tensors = TensorSet(rows, tiling, precision.kept, rule=rule.kernels)
         if rule.bind is not None:
             count = len(shapes)
@@ -127,12 +109,3 @@ class Problem:
             grids = [(1, 1)] * count
             self.tensors.matrices = MatrixSet(self.tensors, grids, [QUINTIC * 3] * count, cut)
         self.scalars = Scalars([self.tensors])
-
-
-def launches(
-    target: Target, function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> list[Launch]:
-    """What a launcher launches."""
-    with recorded(target) as found:
-        function(*args, **kwargs)
-    return found

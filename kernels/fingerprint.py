@@ -1,0 +1,155 @@
+"""Fingerprints of parameters: has anybody written them since a prediction left them?
+
+Where a prediction stands in the weights, everything that others do to them between two steps must
+be seen: in place, through ``.data``, by other memory, in another process that loads a checkpoint.
+No version counter sees all of it. A fingerprint is a weighted sum of a parameter's bits, with odd
+weights that depend on the place, in 32-bit integers: no order of summation changes it, one changed
+element always does, and several do but once in 2^32. (The sign must not stay the highest bit, of
+which a sum keeps but the parity: negated tensors would not show.)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton_hybrid.kernels.multi_tensor import (
+    TORCH_BLOCK,
+    TensorSet,
+    chunk_at,
+    chunk_length,
+)
+from triton_hybrid.kernels.rows import PARAM, TAIL_SHARE, load_row
+
+PERIOD = TORCH_BLOCK
+"""The weights of places begin anew after so many elements, times another odd number."""
+# Odd multipliers, from 32-bit hashing: the golden ratio, and one of MurmurHash3.
+_GOLDEN, _MIX = -1640531535, -2048144789
+_period, _golden, _mix = tl.constexpr(PERIOD), tl.constexpr(_GOLDEN), tl.constexpr(_MIX)
+SHORT = 1 << 13
+"""Elements up to which plain torch takes a tensor together with others: 148 tensors of 64 elements
+cost a tenth of what they cost one by one."""
+INTEGERS = {2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32), 8: (torch.int64, tl.int64)}
+"""Those of a parameter's width."""
+
+
+@triton.jit
+def _fingerprint_chunk(
+    addresses, tensor, start, length,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    WORD: tl.constexpr = tl.int64 if tl.int64 == BITS else tl.int32
+    total = tl.zeros([BLOCK], tl.int64)
+    for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
+        begin = start + inner
+        bits = load_row(addresses, PARAM, tensor, begin, length, BITS, WORD, BLOCK, FULL, 0)
+        if tl.int64 == BITS:
+            bits = bits ^ (bits >> 32)
+        place = ((begin % _period) + tl.arange(0, BLOCK)).to(tl.int32) * _golden
+        weight = ((place ^ (place >> 15)) * _mix) | 1
+        # Beyond the end of the tensor the bits are 0.
+        bits = bits.to(tl.int32)
+        total += ((bits ^ (bits >> 15)) * weight).to(tl.int64)
+    return tl.sum(total, axis=0) * (((start // _period) * _golden) | 1)
+
+
+@triton.jit
+def _fingerprint_kernel(
+    addresses, extents, places, n_chunks, found,
+    BITS: tl.constexpr, PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
+        total = tl.full((), 0, tl.int64)
+        for FULL in tl.static_range(2):
+            if full == FULL:
+                total = _fingerprint_chunk(
+                    addresses, tensor, start, length,
+                    BITS, BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                )  # fmt: skip
+        # In integers the order of additions changes nothing.
+        tl.atomic_add(found + tensor, total)
+
+
+def fingerprint(tensors: TensorSet, found: Tensor) -> None:
+    """The fingerprints of all parameters of a set, as numbers that FP32 can hold.
+
+    Args:
+        tensors: With row ``param``.
+        found: FP32 ``[tensors, 2]``, written: the low 16 bits, and the high ones plus 2^16, so that
+            no fingerprint is 0.
+    """
+    sums = torch.zeros(len(tensors), dtype=torch.int64, device=tensors.device)
+    integers = INTEGERS[tensors.dtype["param"].itemsize][1]
+    tensors.launch(_fingerprint_kernel, sums, every=True, BITS=integers)
+    found.copy_(_halves(sums))
+
+
+def fingerprint_torch(tensors: TensorSet, found: Tensor) -> None:
+    """`fingerprint` in plain torch; all short tensors at once."""
+    params = tensors.flat["param"]
+    if tensors.short is None:
+        tensors.short = _short_tables(params, tensors.device)
+    short, places, ends, weights = tensors.short
+    sums = torch.zeros(len(params), dtype=torch.int64, device=tensors.device)
+    if short:
+        mixed = _mixed(torch.cat([params[i] for i in short])).mul_(weights)
+        upto = torch.cat([mixed.new_zeros(1), mixed.cumsum(0, dtype=torch.int32)])[ends].long()
+        sums[places] = upto.diff()
+    if len(short) < len(params):
+        for index, param in enumerate(params):
+            if len(param) > SHORT:
+                sums[index] = _sum_of(param)
+    found.copy_(_halves(sums))
+
+
+def _short_tables(params: Sequence[Tensor], device: torch.device) -> tuple[Any, ...]:
+    """Which tensors are short, their numbers, where they begin and end in a row, their weights."""
+    short = [index for index, param in enumerate(params) if len(param) <= SHORT]
+    ends = [0, *itertools.accumulate(len(params[index]) for index in short)]
+    places = torch.tensor(short, dtype=torch.int64, device=device)
+    weights = [_weights(device)[: len(params[index])] for index in short]
+    joined = torch.cat(weights) if short else _weights(device)[:0]
+    return short, places, torch.tensor(ends, dtype=torch.int64, device=device), joined
+
+
+def fingerprint_of(dense: Tensor) -> Tensor:
+    """FP32 ``[2]``, the fingerprint of one parameter, a 1-D tensor in the order of memory."""
+    return _halves(_sum_of(dense))
+
+
+def _halves(sums: Tensor) -> Tensor:
+    """The low 32 bits of int64 sums."""
+    return torch.stack([sums & 0xFFFF, (sums >> 16) & 0xFFFF | 0x10000], dim=-1).float()
+
+
+def _sum_of(dense: Tensor) -> Tensor:
+    """The weighted sum of a 1-D parameter's bits, of which the low 32 count; 0-dim int64."""
+    total = torch.zeros((), dtype=torch.int64, device=dense.device)
+    weights = _weights(dense.device)
+    for number, part in enumerate(dense.split(PERIOD) if len(dense) else ()):
+        products = _mixed(part).mul_(weights[: len(part)])
+        total += products.sum(dtype=torch.int32) * ((number * _GOLDEN) | 1)
+    return total
+
+
+def _mixed(part: Tensor) -> Tensor:
+    """The bits of a 1-D tensor as int32, with those of the sign spread."""
+    bits = part.view(INTEGERS[part.element_size()][0])
+    if bits.dtype == torch.int64:
+        bits = bits ^ (bits >> 32)
+    bits = bits.to(torch.int32)
+    return (bits >> 15).bitwise_xor_(bits)
+
+
+@functools.cache
+def _weights(device: torch.device) -> Tensor:
+    place = torch.arange(PERIOD, dtype=torch.int32, device=device) * _GOLDEN
+    return ((place ^ (place >> 15)) * _MIX) | 1
