@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from triton_hybrid.state import (
     Member,
     State,
     StepPlan,
-    is_dense,
+    as_dense,
     restore_snapshot,
     state_bytes,
 )
@@ -192,15 +192,14 @@ class Binding:
         """Lets the ranks of data-parallel training decide by the same numbers."""
         if self._ranks.together:
             ledger, predicts = engine.scalars.ledger, engine.predictor.predicts
-            self._ranks.agree(ledger, engine.first_fingerprints, predicts)
+            self._ranks.agree(ledger, engine.fingerprints, predicts)
 
     def mention_unread_gradients(self, groups: Groups) -> None:
         """Warns, once, of gradients that were computed for a Predict step; zeros are none."""
         if self._mentioned or not has_gradients(groups):
             return
         self._mentioned = True
-        grads = [param.grad for group in groups for param in group["params"]]
-        if any(bool(grad.any()) for grad in grads if grad is not None):
+        if not all_zero(param for group in groups for param in group["params"]):
             warnings.warn(
                 "gradients were computed for a Predict step, which does not read them: do so only "
                 "where optimizer.needs_backward is True, or use inline=True",
@@ -246,6 +245,11 @@ def has_gradients(groups: Groups) -> bool:
     return any(param.grad is not None for group in groups for param in group["params"])
 
 
+def all_zero(params: Iterable[Tensor]) -> bool:
+    """Whether no parameter has a gradient that is not zero. Waits for the device."""
+    return not any(bool(param.grad.any()) for param in params if param.grad is not None)
+
+
 _PROPERTIES = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "shape")))
 
 
@@ -274,8 +278,8 @@ def _leave(param: Tensor, entry: dict[str, Any], standing: bool) -> None:
         return
     noted = entry[PREDICTION.name][FINGERPRINT_COLUMN.value :]
     if standing and bool(noted.any()):
-        dense = param.detach() if is_dense(param) else param.detach().clone()
-        if torch.equal(noted, fingerprint_of(dense_view(dense)).to(noted.device)):
+        found = fingerprint_of(dense_view(as_dense(param).detach()))
+        if torch.equal(noted, found.to(noted.device)):
             restore_snapshot(param.detach(), entry)
     entry[PREDICTION.name] = entry[PREDICTION.name].clone()
     entry[PREDICTION.name][PART_COLUMN.value :] = 0.0
@@ -289,5 +293,4 @@ def _only_initialises(members: Sequence[Member]) -> bool:
     """
     if any(float(member.group["lr"]) != 0.0 for member in members):
         return False
-    grads = [member.param.grad for member in members]
-    return not any(bool(grad.any()) for grad in grads if grad is not None)
+    return all_zero(member.param for member in members)

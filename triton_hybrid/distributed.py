@@ -7,6 +7,7 @@ not be: these two are reduced, at every gradient step, in one small sum.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,12 +37,12 @@ class Ranks:
         ready = dist.is_available() and dist.is_initialized()
         return ready and dist.get_world_size(self._group) > 1
 
-    def agree(self, ledger: Tensor, fingerprints: Tensor, decides: bool) -> None:
+    def agree(self, ledger: Tensor, fingerprints: Callable[[], Tensor], decides: bool) -> None:
         """Averages the observed losses, and lets everybody know what anybody's weights suffered.
 
         Args:
             ledger: FP64, changed in place.
-            fingerprints: Of all parameters before the first step, which must be the same.
+            fingerprints: Of all parameters; in the first step they must be the same everywhere.
             decides: Whether anything is ever decided by the ledger. If not, only the first step
                 waits for the others.
 
@@ -53,9 +54,10 @@ class Ranks:
             return
         loss, written = ledger[INDEX["loss"]], ledger[INDEX["written"]]
         seen = ~loss.isnan()
-        signature = (fingerprints.double().sum() + len(fingerprints)) % _MODULUS
-        if not first:
-            signature = torch.zeros_like(signature)
+        signature = torch.zeros_like(loss)
+        if first:
+            found = fingerprints()
+            signature = (found.double().sum() + len(found)) % _MODULUS
         known = torch.where(seen, loss, torch.zeros_like(loss))
         sums = torch.stack([known, seen.double(), written, signature, signature * signature])
         dist.all_reduce(sums, group=self._group)

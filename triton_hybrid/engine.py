@@ -27,7 +27,7 @@ from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import STEP_LIMIT, Predictor
 from triton_hybrid.predictors.slow_ema import is_other_run, steps_ahead
-from triton_hybrid.rules import RULES, follow_schedulers
+from triton_hybrid.rules import RULES
 from triton_hybrid.state import Batch, Member, State, StepPlan
 
 LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
@@ -77,9 +77,9 @@ class Engine:
             batch.adopt_tables(self.scalars)
         self.offload = Offload(self.batches, state, config, self.choice.lends_moments)
         self.choice.bind(self)
-        # Compiled now, and its tables made: memory does not grow after the first step.
-        self.gather()
-        self.first_fingerprints = self._fingerprints()
+        if self.predictor.predicts:
+            # Compiled now, and its tables made: memory does not grow after the first step.
+            self.fingerprints()
 
     def _make_batches(self, members: Sequence[Member], state: State) -> list[Batch]:
         alike: dict[Any, list[Member]] = {}
@@ -217,7 +217,7 @@ class Engine:
         table, on_device = self.scalars.hyperparameters, {}
         rows = []
         for index, group in enumerate(groups):
-            follow_schedulers(group)
+            RULES[group["base"]].follow_schedulers(group)
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[index] = lr
@@ -255,7 +255,7 @@ class Engine:
 
     def note_weights(self, every: bool) -> None:
         """Notes how this step leaves the parameters, or those that a prediction has moved."""
-        found = self._fingerprints()
+        found = self.fingerprints()
         self._noted.copy_(found if every else found * (self._part > 0).unsqueeze(1))
 
     def find_writes(self) -> None:
@@ -263,7 +263,7 @@ class Engine:
 
         They take no further part in the prediction, and the ledger says that there are some.
         """
-        written = ((self._noted != 0) & (self._noted != self._fingerprints())).any(1)
+        written = ((self._noted != 0) & (self._noted != self.fingerprints())).any(1)
         self._part.masked_fill_(written, 0.0)
         self._noted.masked_fill_(written.unsqueeze(1), 0.0)
         self.scalars.ledger[INDEX["written"]] += written.any()
@@ -276,7 +276,8 @@ class Engine:
     def _noted(self) -> Tensor:
         return self.scalars.prediction[:, FINGERPRINT_COLUMN.value :]
 
-    def _fingerprints(self) -> Tensor:
+    def fingerprints(self) -> Tensor:
+        """Of all parameters as they are, FP32 ``[tensors, 2]``."""
         found = torch.empty_like(self._noted)
         for batch in self.batches:
             self.backend.fingerprint(batch.tensors, found[batch.tensors.place])

@@ -115,13 +115,13 @@ PREDICTION = StateRow("prediction", fixed(torch.float32), shape=(PREDICTION_COLU
 the fingerprint of the parameter."""
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor has neither gaps nor overlaps in memory."""
+def as_dense(param: Tensor) -> Tensor:
+    """The parameter itself, or a dense copy of one that has gaps in memory."""
     try:
-        dense_view(tensor.detach())
+        dense_view(param.detach())
     except ValueError:
-        return False
-    return True
+        return param.detach().clone()
+    return param
 
 
 def restore_snapshot(param: Tensor, entry: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ class Batch:
         sixteen_bit = self.params[0].dtype in (torch.float16, torch.bfloat16)
         kept = {"split": SPLIT, "none": NONE}.get(masters, OWN) if sixteen_bit else OWN
         groups = [member.group_index for member in members]
-        dense = [param if is_dense(param) else param.detach().clone() for param in self.params]
+        dense = list(map(as_dense, self.params))
         self.copies = [(p, copy) for p, copy in zip(self.params, dense) if copy is not p]
         weights = {"param": dense, **self._weights(kept, sixteen_bit)}
         self.tensors = TensorSet(weights, None, kept, groups, rule.kernels)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from triton_hybrid.rules.adamw import ADAMW
 from triton_hybrid.rules.lion import LION
 from triton_hybrid.rules.muon import MUON
@@ -14,8 +12,3 @@ RULES: dict[str, Rule] = {rule.name: rule for rule in (ADAMW, LION, MUON)}
 
 OPTIONS = {name: value for rule in RULES.values() for name, value in rule.defaults.items()}
 """Options of all rules, with their defaults."""
-
-
-def follow_schedulers(group: dict[str, Any]) -> None:
-    """Lets a group's hyperparameters follow what schedulers have written into it."""
-    RULES[group["base"]].follow_schedulers(group)
