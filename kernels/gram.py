@@ -1,9 +1,4 @@
-"""Per-tensor inner products, in two fixed-order stages.
-
-The bandwidth kernels leave a few partial sums for each chunk; `reduce_partials` adds those of a
-tensor up, in FP64. `gram` is the bandwidth kernel of a trajectory: at the end of a cycle it forms
-the displacement of that cycle, multiplies it with itself and with the one before, and stores it.
-"""
+"""The displacement of a cycle, and its inner products with itself and with the one before."""
 
 from __future__ import annotations
 
@@ -11,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import LAUNCH, on_device
-from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import (
     SNAPSHOT,
     TAIL_SHARE,
@@ -21,53 +15,9 @@ from triton_hybrid.kernels.rows import (
     load_weight,
     store_row,
 )
+from triton_hybrid.kernels.sums import fold, no_sums, reduce_partials
 
 DISPLACEMENT = address_row("displacement")
-
-
-@triton.jit
-def _reduce_kernel(
-    partials, first, sums, BEGIN: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
-):
-    tensor = tl.program_id(0)
-    begin = tl.load(first + tensor)
-    end = tl.load(first + tensor + 1)
-    for column in tl.static_range(BEGIN, N):
-        total = tl.zeros([BLOCK], tl.float64)
-        for chunk in range(begin, end, BLOCK):
-            c = chunk + tl.arange(0, BLOCK)
-            values = tl.load(partials + c.to(tl.int64) * N + column, mask=c < end, other=0.0)
-            total += values.to(tl.float64)
-        tl.store(sums + tensor * N + column, tl.sum(total, axis=0))
-
-
-def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: int = 0) -> None:
-    """Adds the chunk sums of each tensor up. One launch.
-
-    Args:
-        partials: FP32 ``[chunks, columns]``.
-        chunks: The chunk table that the partials were made with.
-        sums: FP64 ``[tensors, columns]``, written from column ``begin`` on.
-        begin: Columns before it are left as they are.
-    """
-    with on_device(sums.device):
-        _reduce_kernel[(len(sums),)](
-            partials, chunks.first, sums, BEGIN=begin, N=sums.shape[1], BLOCK=256, **LAUNCH
-        )
-
-
-@triton.jit
-def totals(sums, n_tensors, TENSORS: tl.constexpr):
-    """Of a move or a gradient: its slope, its square, and whether it is not finite anywhere."""
-    slopes = tl.zeros([TENSORS], tl.float64)
-    squares = tl.zeros([TENSORS], tl.float64)
-    flags = tl.zeros([TENSORS], tl.float64)
-    for begin in range(0, n_tensors, TENSORS):
-        t = begin + tl.arange(0, TENSORS)
-        slopes += tl.load(sums + 3 * t, mask=t < n_tensors, other=0.0)
-        squares += tl.load(sums + 3 * t + 1, mask=t < n_tensors, other=0.0)
-        flags += tl.load(sums + 3 * t + 2, mask=t < n_tensors, other=0.0)
-    return tl.sum(slopes, axis=0), tl.sum(squares, axis=0), tl.sum(flags, axis=0) > 0
 
 
 @triton.jit
@@ -77,19 +27,22 @@ def _gram_chunk(
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Replaces a chunk's displacement; returns the new one's products with itself and the old."""
-    square = tl.full((), 0.0, tl.float32)
-    cross = tl.full((), 0.0, tl.float32)
+    square = no_sums(BLOCK, FULL)
+    cross = no_sums(BLOCK, FULL)
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         last = load_row(addresses, DISPLACEMENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         newest = w - origin
+        # The displacement must have come before it is overwritten: a store to a line that is
+        # still being loaded took 3 times as long (H200).
+        tl.debug_barrier()
         store_row(addresses, DISPLACEMENT, tensor, begin, length, newest, STATE, STATE, BLOCK, FULL)
         store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
-        square += tl.sum((newest * newest).to(tl.float32), axis=0)
-        cross += tl.sum((newest * last).to(tl.float32), axis=0)
-    return square, cross
+        square += fold(newest * newest, BLOCK, FULL)
+        cross += fold(newest * last, BLOCK, FULL)
+    return tl.sum(square, axis=0), tl.sum(cross, axis=0)
 
 
 @triton.jit

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.gram import totals
 from triton_hybrid.kernels.launch import LAUNCH, on_device
 from triton_hybrid.kernels.rows import number
+from triton_hybrid.kernels.sums import column_total, totals
 
 if TYPE_CHECKING:
     from triton_hybrid.kernels.scalars import Scalars
@@ -147,13 +147,6 @@ def slow_share(ledger, norm, clip):
 
 
 @triton.jit
-def _total(partials, row, COLUMNS: tl.constexpr):
-    """One first-stage sum over all programs."""
-    columns = row * COLUMNS + tl.arange(0, COLUMNS)
-    return tl.sum(tl.load(partials + columns, cache_modifier=".cg").to(tl.float64), axis=0)
-
-
-@triton.jit
 def _average(cells, value):
     """Takes a number into a count, a mean and a variance that lie side by side."""
     count = tl.load(cells)
@@ -183,16 +176,18 @@ def observe(
         tl.store(ledger + LOSS_PREVIOUS, loss)
 
     if MEASURE:
-        update_square = _total(partials, 2, COLUMNS)
+        update_square = column_total(partials, 2, COLUMNS)
         updates = tl.load(ledger + UPDATE_COUNT)
         mean = tl.load(ledger + UPDATE_SQUARE)
         rate = tl.maximum(1.0 / (updates + 1.0), SLOWEST_RATE)
         tl.store(ledger + UPDATE_SQUARE, mean + rate * (update_square - mean))
         tl.store(ledger + UPDATE_COUNT, updates + 1.0)
         keep = 1.0 - DIRECTION_RATE
-        us = keep * tl.load(ledger + UPDATE_SLOW) + DIRECTION_RATE * _total(partials, 3, COLUMNS)
+        along = column_total(partials, 3, COLUMNS)
+        slow = column_total(partials, 4, COLUMNS)
+        us = keep * tl.load(ledger + UPDATE_SLOW) + DIRECTION_RATE * along
         uu = keep * tl.load(ledger + UPDATE_UPDATE) + DIRECTION_RATE * update_square
-        ss = keep * tl.load(ledger + SLOW_SLOW) + DIRECTION_RATE * _total(partials, 4, COLUMNS)
+        ss = keep * tl.load(ledger + SLOW_SLOW) + DIRECTION_RATE * slow
         tl.store(ledger + UPDATE_SLOW, us)
         tl.store(ledger + UPDATE_UPDATE, uu)
         tl.store(ledger + SLOW_SLOW, ss)
@@ -207,7 +202,7 @@ def observe(
         tl.store(ledger + SLOW_NOISE, noise)
         tl.store(ledger + GRADIENT_SQUARE, gradients)
         if MEASURE:
-            ratio = _total(partials, 5, COLUMNS) / (gradients + 1e-300)
+            ratio = column_total(partials, 5, COLUMNS) / (gradients + 1e-300)
             signal = between((ratio - noise) / tl.maximum(1.0 - noise, 1e-9), 0.0, 1.0)
             tl.store(ledger + SIGNAL, tl.where(noise < 0.999, signal, 0.0))
     tl.store(ledger + COOLDOWN, tl.maximum(tl.load(ledger + COOLDOWN) - 1.0, 0.0))

@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.gram import reduce_partials
 from triton_hybrid.kernels.ledger import (
     FACTOR_COLUMN,
     HORIZON,
@@ -38,6 +37,7 @@ from triton_hybrid.kernels.rows import (
     store_weight,
 )
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars
+from triton_hybrid.kernels.sums import fold, no_sums, reduce_partials
 
 MOVE_COLUMNS = 3
 """Sums of a move: slope, squared displacement, non-finite results."""
@@ -101,8 +101,9 @@ def _move_chunk(
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Moves a chunk; returns slope, squared displacement, and 1 where it is not finite."""
-    zero = tl.full((), 0.0, tl.float32)
-    slope, square, bad = zero, zero, zero
+    slope = no_sums(BLOCK, FULL)
+    square = no_sums(BLOCK, FULL)
+    bad = no_sums(BLOCK, FULL)
     inverse_correction1 = (1.0 / (1.0 - tl.exp(step * tl.load(row + LOG_EXP_AVG)))).to(STATE)
     # The step size is not used, whatever the rate.
     _, a, b, c, d = CONSTANTS(row, step, step, STATE)
@@ -122,13 +123,12 @@ def _move_chunk(
             addresses, tensor, begin, length, w, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL
         )
         if SLOPES:
-            slope += tl.sum((inverse_correction1 * m * displacement).to(tl.float32), axis=0)
-        square += tl.sum((displacement * displacement).to(tl.float32), axis=0)
+            slope += fold(inverse_correction1 * m * displacement, BLOCK, FULL)
+        square += fold(displacement * displacement, BLOCK, FULL)
         # What the model will see is the rounded weight: FP16 overflows at 65504.
         seen = narrow(w, PARAM_TYPE).to(tl.float32)
-        worst = tl.max(tl.where(tl.abs(seen) < float("inf"), 0.0, 1.0), axis=0)
-        bad = tl.maximum(bad, worst)
-    return slope, square, bad
+        bad += fold(tl.where(tl.abs(seen) < float("inf"), 0.0, 1.0), BLOCK, FULL)
+    return tl.sum(slope, axis=0), tl.sum(square, axis=0), tl.minimum(tl.sum(bad, axis=0), 1.0)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton.language as tl
 from triton_hybrid.kernels.ledger import FOUND_INF, HOLD, LOSS_SCALE, new_ledger
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.rows import number
+from triton_hybrid.kernels.sums import column_total
 
 HYPER: dict[str, int] = {}
 """Columns of the table of hyperparameters, by name."""
@@ -84,12 +85,9 @@ def gradient_norm(partials, ledger, max_norm, CLIP: tl.constexpr, COLUMNS: tl.co
 
     Which is: whether the update is made, what clips the gradient, and what undoes the loss scale.
     """
-    columns = tl.arange(0, COLUMNS)
-    squares = tl.load(partials + columns, cache_modifier=".cg")
-    flags = tl.load(partials + COLUMNS + columns, cache_modifier=".cg")
     unscale = 1.0 / tl.load(ledger + LOSS_SCALE)
-    norm = tl.sqrt(tl.sum(squares.to(tl.float64), axis=0)) * unscale
-    nonfinite = (tl.max(flags, axis=0) > 0) | (tl.load(ledger + FOUND_INF) > 0)
+    norm = tl.sqrt(column_total(partials, 0, COLUMNS)) * unscale
+    nonfinite = (column_total(partials, 1, COLUMNS) > 0) | (tl.load(ledger + FOUND_INF) > 0)
     applied = (nonfinite == 0) & (tl.load(ledger + HOLD) <= 0)
     clip = tl.minimum(max_norm / (norm + 1e-6), 1.0) if CLIP else 1.0
     return norm, nonfinite, applied, clip, unscale

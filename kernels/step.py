@@ -39,40 +39,37 @@ from triton_hybrid.kernels.scalars import (
     Scalars,
     gradient_norm,
 )
+from triton_hybrid.kernels.sums import fold, no_sums
 
 SLOW_EMA = address_row("slow_ema")
 
 
 @triton.jit
 def _gradient_sums(
-    addresses, tensor, start, length, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
+    addresses, tensor, start, length, square, bad, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Squared norm of a chunk's gradient, and 1 where it holds a non-finite value."""
-    square = tl.zeros([BLOCK], tl.float32)
-    bad = tl.zeros([BLOCK], tl.float32)
+    """Adds a chunk's squared gradient, and how many of its values are not finite."""
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         g = load_row(addresses, GRAD, tensor, start + inner, length, GRAD_TYPE, STATE, BLOCK, FULL)
-        square += (g * g).to(tl.float32)
-        bad = tl.maximum(bad, tl.where(tl.abs(g) < float("inf"), 0.0, 1.0))
-    return tl.sum(square, axis=0), tl.max(bad, axis=0)
+        square += fold(g * g, BLOCK, FULL)
+        bad += fold(tl.where(tl.abs(g) < float("inf"), 0.0, 1.0), BLOCK, FULL)
+    return square, bad
 
 
 @triton.jit
 def _update_chunk(
-    addresses, tensor, start, length, row, step, factor, clip, slow_rate, share,
+    addresses, tensor, start, length, row, step, factor, clip, slow_rate, share, uu, us, ss, ee,
     CONSTANTS: tl.constexpr, DIRECTION: tl.constexpr, ALONG: tl.constexpr,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     SLOW: tl.constexpr, COMPARE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Updates a chunk; returns what `UPDATE_SUMS` names."""
+    """Updates a chunk, and adds what `UPDATE_SUMS` names."""
     lr = tl.load(row + LR)
     keep = (1.0 - lr * tl.load(row + WEIGHT_DECAY)).to(STATE)
     size, a, b, c, d = CONSTANTS(row, step, lr * factor, STATE)
-    zero = tl.full((), 0.0, tl.float32)
-    uu, us, ss, ee = zero, zero, zero, zero
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
@@ -92,11 +89,11 @@ def _update_chunk(
                     addresses, tensor, begin, length, s, denominator,
                     STATE, UPDATE_TYPE, BLOCK, FULL,
                 )  # fmt: skip
-                uu += tl.sum((update * update).to(tl.float32), axis=0)
-                us += tl.sum((update * ahead).to(tl.float32), axis=0)
-                ss += tl.sum((ahead * ahead).to(tl.float32), axis=0)
+                uu += fold(update * update, BLOCK, FULL)
+                us += fold(update * ahead, BLOCK, FULL)
+                ss += fold(ahead * ahead, BLOCK, FULL)
             s = s + slow_rate * (share * g - s)
-            ee += tl.sum((s * s).to(tl.float32), axis=0)
+            ee += fold(s * s, BLOCK, FULL)
             store_row(addresses, SLOW_EMA, tensor, begin, length, s, STATE, STATE, BLOCK, FULL)
     return uu, us, ss, ee
 
@@ -142,23 +139,20 @@ def _step_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     own = partials + first_column + program
-    zero = tl.full((), 0.0, tl.float32)
 
     if STATISTICS:
-        square, bad = zero, zero
+        square = no_sums(BLOCK, True)
+        bad = no_sums(BLOCK, True)
         for chunk in range(program, n_chunks, programs):
             tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
-            chunk_square, chunk_bad = zero, zero
             for FULL in tl.static_range(2):
                 if full == FULL:
-                    chunk_square, chunk_bad = _gradient_sums(
-                        addresses, tensor, start, length, GRAD_TYPE, STATE,
+                    square, bad = _gradient_sums(
+                        addresses, tensor, start, length, square, bad, GRAD_TYPE, STATE,
                         BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
-            square += chunk_square
-            bad = tl.maximum(bad, chunk_bad)
-        tl.store(own, square)
-        tl.store(own + COLUMNS, bad)
+        tl.store(own, tl.sum(square, axis=0))
+        tl.store(own + COLUMNS, tl.sum(bad, axis=0))
 
     if STATISTICS and UPDATE:
         # A grid barrier: all programs are resident together (cooperative launch), each
@@ -173,37 +167,36 @@ def _step_kernel(
         norm, _, applied, coefficient, unscale = gradient_norm(
             partials, ledger, max_norm, CLIP, COLUMNS
         )
+        scale = (coefficient * unscale).to(STATE)
         slow_rate = 0.0
         share = 1.0
         if SLOW:
             slow_rate = (1.0 - slow_decay(ledger, slow_beta)).to(STATE)
             share = slow_share(ledger, norm, coefficient).to(STATE)
 
-        sum_uu, sum_us, sum_ss, sum_ee = zero, zero, zero, zero
+        uu = no_sums(BLOCK, True)
+        us = no_sums(BLOCK, True)
+        ss = no_sums(BLOCK, True)
+        ee = no_sums(BLOCK, True)
         for chunk in range(program, tl.where(applied, n_chunks, 0), programs):
             tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
             row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
             step = tl.load(steps + tensor).to(tl.float64) + 1.0
             factor = tl.load(rate_factors + tensor) if FACTORED else 1.0
-            clip = (coefficient * unscale * tl.load(row + SIGN)).to(STATE)
-            uu, us, ss, ee = zero, zero, zero, zero
+            clip = scale * tl.load(row + SIGN).to(STATE)
             for FULL in tl.static_range(2):
                 if full == FULL:
                     uu, us, ss, ee = _update_chunk(
                         addresses, tensor, start, length, row, step, factor,
-                        clip, slow_rate, share, CONSTANTS, DIRECTION, ALONG,
+                        clip, slow_rate, share, uu, us, ss, ee, CONSTANTS, DIRECTION, ALONG,
                         PARAM_TYPE, GRAD_TYPE, STATE, UPDATE_TYPE, MASTER, KEPT, SLOW,
                         COMPARE, BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
-            sum_uu += uu
-            sum_us += us
-            sum_ss += ss
-            sum_ee += ee
         if SLOW:
-            tl.store(own + 2 * COLUMNS, sum_uu)
-            tl.store(own + 3 * COLUMNS, sum_us)
-            tl.store(own + 4 * COLUMNS, sum_ss)
-            tl.store(own + 5 * COLUMNS, sum_ee)
+            tl.store(own + 2 * COLUMNS, tl.sum(uu, axis=0))
+            tl.store(own + 3 * COLUMNS, tl.sum(us, axis=0))
+            tl.store(own + 4 * COLUMNS, tl.sum(ss, axis=0))
+            tl.store(own + 5 * COLUMNS, tl.sum(ee, axis=0))
 
         # The last program to finish closes the step: nobody else reads its scalars any more.
         tl.debug_barrier()

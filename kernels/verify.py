@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton_hybrid.kernels.gram import reduce_partials, totals
 from triton_hybrid.kernels.ledger import (
     CAUSE_JUMP,
     CAUSE_NONFINITE,
@@ -42,6 +41,7 @@ from triton_hybrid.kernels.rows import (
     store_weight,
 )
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars
+from triton_hybrid.kernels.sums import reduce_partials, totals
 
 SLOPE_SUMS = 3
 """Sums of a verifying gradient: slope, squared gradient, non-finite gradients."""

@@ -197,6 +197,7 @@ def test_promise_5_nonfinite_gradient_changes_nothing(
     optimizer = HybridOptimizer(model.parameters(), lr=1e-2, backend=backend, hybrid=config)
     batches = make_batches(1)
     train(model, optimizer, 1, batches)
+    asked = DEVICE.type == "cpu"
     for step in range(20):
         if optimizer.needs_backward:
             before, state, phase = weights(optimizer), state_copy(optimizer), optimizer.phase
@@ -208,7 +209,13 @@ def test_promise_5_nonfinite_gradient_changes_nothing(
             optimizer.zero_grad()
             assert_same_weights(weights(optimizer), before)
             assert_same_state(state_copy(optimizer), state)
-            assert optimizer.phase is phase
+            # On a GPU a step does not wait to see whether it was skipped (promise 7): the phase is
+            # made as much longer when the device is asked, at its end.
+            if asked or phase is Phase.CORRECT:
+                assert optimizer.phase is phase
+            elif phase is Phase.FULL and optimizer.phase is not phase:
+                taken = optimizer.stats().gradient_evaluations - optimizer.stats().skipped_nonfinite
+                assert taken >= config.warmup_steps + config.full_steps
             skipped = optimizer.stats().skipped_nonfinite
         train(model, optimizer, 1, batches)
     assert skipped >= 10

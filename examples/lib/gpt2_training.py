@@ -38,7 +38,7 @@ def prepare(example: str, options: Options) -> tuple[TokenizedText, dict[str, An
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if options.device.type == "cuda":
+    if options.device.type == "cuda" and options.device.index is not None:
         torch.cuda.set_device(options.device)
     kept = keep_freed_memory(options.device)
     assert options.vocabulary is not None

@@ -101,7 +101,7 @@ class Problem:
         group = {**OPTIONS, "ns_dtype": products}
         for name, declared in rows_of(rule).items():
             rows[name] = row(declared.dtype(rows["param"][0], group))
-        tiling = gpu_tiling(target.processors, target.gpu.warp_size, state.itemsize)
+        tiling = gpu_tiling(target.processors, state.itemsize)
         self.tensors = TensorSet(rows, tiling, precision.kept, rule=rule.kernels)
         if rule.bind is not None:
             count = len(shapes)

@@ -12,7 +12,16 @@ import torch
 from kernel_memory import assert_same_bits
 from kernel_problems import Problem
 from torch import Tensor
-from triton_hybrid.kernels import fingerprint, gram, ledger, newton_schulz, predict, step, verify
+from triton_hybrid.kernels import (
+    fingerprint,
+    gram,
+    ledger,
+    newton_schulz,
+    predict,
+    step,
+    sums,
+    verify,
+)
 from triton_hybrid.kernels.backend import TORCH, TRITON, Backend
 from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet
 from triton_hybrid.kernels.predict import Displacement
@@ -138,7 +147,7 @@ def counted_launches() -> Iterator[list[str]]:
             return self.kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (fingerprint, gram, ledger, newton_schulz, predict, step, verify):
+        for module in (fingerprint, gram, ledger, newton_schulz, predict, step, sums, verify):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Counted(getattr(module, name)))
         yield log

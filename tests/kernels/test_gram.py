@@ -12,8 +12,8 @@ from kernel_launches import BACKENDS, KERNELS, PLAIN, Checked
 from kernel_memory import DEVICE, Arena, assert_near, assert_same_bits
 from kernel_problems import Make, Problem, problems
 from kernel_specs import ON_GPU, THREE, Spec, fewer, plain, spec_lists
-from triton_hybrid.kernels.gram import reduce_partials
 from triton_hybrid.kernels.multi_tensor import ChunkTable
+from triton_hybrid.kernels.sums import reduce_partials
 
 
 @given(make=problems())

@@ -261,8 +261,10 @@ def test_base_step_is_muon(
         weight = old["weight"] * (1 - 1e-2 * 0.1) - 1e-2 * update
         assert distance(problem.rows["exp_avg"][index], m) < 4e-6
         assert distance(problem.values("weight")[index], weight) < near
-        # The first gradient in the slow EMA replaces it: its decay is 0.
-        assert distance(problem.rows["slow_ema"][index], g) < 4e-6
+        # The first gradient in the slow EMA replaces it: its decay is 0. What is left of the old
+        # one is its rounding, and clipping has made the gradient of large problems small beside it.
+        left = 2.0**-24 * float(before["slow_ema"][index].double().norm() / g.norm())
+        assert distance(problem.rows["slow_ema"][index], g) < 4e-6 + left
         assert problem.tensors.steps[index] == spec.step + 1
 
 

@@ -45,7 +45,7 @@ def barrier(context: Context) -> None:
             context.check_time()
             elapsed = consecutive(context, one, options, steps, crowded)
             context.row(step=name, beside_products=crowded, steps=steps, ms_a_step=elapsed)
-        for _ in range(2 * steps):
+        for _ in range(2 * (1 + steps)):
             TRITON.step([two.batches[0].tensors], two.scalars, cooperative=False, **options)
         apart = different(everything(one), everything(two))
         context.check(f"{name}: tensors unlike those of two launches a step", apart == 0, apart, 0)
@@ -78,12 +78,15 @@ def consecutive(
     """Milliseconds of a step of many; crowded: other kernels take processors away meanwhile."""
     side = torch.cuda.Stream() if context.on_gpu else None  # type: ignore[no-untyped-call]
     (matrix,) = context.normal([(2048, 2048) if context.on_gpu else (8, 8)], 1.0)
+    step = partial(TRITON.step, [engine.batches[0].tensors], engine.scalars, cooperative=True)
+    step(**options)  # compiles
+    context.synchronise()
     started = time.perf_counter()
     for _ in range(steps):
         if crowded:
             with torch.cuda.stream(side):
                 torch.mm(matrix, matrix)
-        TRITON.step([engine.batches[0].tensors], engine.scalars, cooperative=True, **options)
+        step(**options)
     context.synchronise()
     return 1e3 * (time.perf_counter() - started) / steps
 
