@@ -79,7 +79,7 @@ class UpdateRule:
     update, for predictions."""
     along: Any
     """``(addresses, tensor, begin, length, x, denominator, ...)``: the direction that the rule
-    would take for a gradient ``x``; None: predictions leave the weights where they are."""
+    would take for a gradient ``x``; None: the slow EMA moves nothing."""
     torch: TorchUpdate  # the same in plain torch
     reads: tuple[str, ...]  # rows that `direction` reads, beside weight and gradient
     writes: tuple[str, ...]  # rows that it writes, beside the weight

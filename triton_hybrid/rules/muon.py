@@ -46,8 +46,6 @@ DTYPES = tuple(SCRATCH_DTYPES)
 ADAMW_RMS = 0.2
 """Root mean square of AdamW's updates in units of the learning rate (Liu et al., arXiv
 2502.16982)."""
-
-
 FASTER, SLOW_MIX = 3, 0.6
 """How much faster than ``momentum`` the momentum beside the slow EMA forgets, and the slow EMA's
 weight. The measurements are in ``examples/benchmarks/EXPERIMENTS.md``."""
