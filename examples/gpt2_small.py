@@ -5,11 +5,12 @@ its steps instead of computing a gradient for them. Without flags: 50 steps of 4
 real text at a learning rate of 6e-4; nothing is downloaded. Prints a table of both, and of AdamW
 stopped after as many gradients as HybridOptimizer used, and writes the same as JSON beside a plot
 of the loss. With --base muon there is a third run: Muon without prediction, to tell the rule's
-share from prediction's.
+share from prediction's. With --to-loss the held-out loss is measured after every gradient, and the
+table counts the gradients and seconds that each run needs for AdamW's final one.
 
     python examples/gpt2_small.py
     python examples/gpt2_small.py --model tiny --steps 200 --seeds 0 1 2
-    python examples/gpt2_small.py --base muon
+    python examples/gpt2_small.py --base muon --to-loss
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from lib.files import write_json
 from lib.flags import INTERRUPTED, LARGEST_SEED, parse, refuse, several_seeds, whole_number
 from lib.gpt2_options import Options, resolved
 from lib.gpt2_records import ADAMW, ALONE, BASELINE, BASES, CONTROL, HYBRID, HYBRIDS, RunRecord
-from lib.gpt2_report import SeedRecord, result_table, seeds_table, title_of, write_plot
+from lib.gpt2_report import (
+    SeedRecord,
+    result_table,
+    seeds_table,
+    title_of,
+    to_loss_table,
+    write_plot,
+)
 from lib.gpt2_training import follow, prepare, train
 from lib.progress import progress
 from lib.text_data import TokenizedText
@@ -49,12 +57,16 @@ class Flags(Options):
         controls: Train AdamW for exactly as many gradients as HybridOptimizer used in a run of
             its own, its schedule compressed to it; without this the control is the baseline on
             its way, which is the same thing for a constant learning rate.
+        to_loss: Measure the held-out loss after every gradient (on a CPU this takes several times
+            as long as training; --held-out-windows makes it shorter), and count the gradients and
+            seconds of training until it is no higher than AdamW's at the end.
     """
 
     seed: Annotated[int, whole_number(0, LARGEST_SEED), ONE_OF] = 0
     seeds: Annotated[tuple[int, ...], several_seeds(), ONE_OF] = ()
     only: Literal["baseline", "hybrid"] | None = None
     controls: bool = False
+    to_loss: bool = False
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Flags:
@@ -62,6 +74,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Flags:
     flags: Flags = parse(Flags, arguments, description=__doc__)
     if flags.controls and flags.only:
         refuse("--controls", f"with --only {flags.only} it", "without --only: it is a comparison")
+    if flags.to_loss and (flags.only or flags.schedule != "constant"):
+        given = f"--only {flags.only}" if flags.only else f"--schedule {flags.schedule}"
+        allowed = "with both runs, and a constant rate: runs are compared on their way"
+        refuse("--to-loss", f"with {given} it", allowed)
     return resolved(replace(flags, seeds=flags.seeds or (flags.seed,)))
 
 
@@ -87,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted = True
     if len(records) > 1:
         console.print(seeds_table(records))
+        if options.to_loss:
+            console.print(to_loss_table(records))
     compared = any({HYBRID, BASELINE} <= x.runs.keys() and CONTROL not in x.runs for x in records)
     if compared and not interrupted:
         console.print("AdamW with as many gradients, its schedule compressed to them: --controls")
@@ -140,7 +158,8 @@ def run_seed(
         try:
             with progress(console, steps, "steps") as show:
                 report = follow(show, title)
-                train(found, options, text, evaluate_after=evaluate_after, report=report)
+                every = range(1, steps + 1) if options.to_loss else evaluate_after
+                train(found, options, text, evaluate_after=every, report=report)
         finally:
             if name == BASELINE and gradients is not None and not options.controls and stops_alike:
                 control = found.stopped_after(gradients)

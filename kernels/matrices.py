@@ -219,8 +219,8 @@ class MatrixSet:
     """The matrices of a tensor set, their tables, and scratch memory for them.
 
     Args:
-        tensors: With rows ``grad``, ``exp_avg`` and ``update``, and ``slow_ema`` and
-            ``direction`` where predictions are made.
+        tensors: With rows ``grad``, ``exp_avg`` and ``update``, and ``slow_ema`` where it takes
+            part in the momentum.
         grids: Of each tensor, equal parts along its two dimensions.
         coefficients: Of each tensor, for each step.
         tiling: How products are cut; the default for the dtype of ``update`` when None.
@@ -238,7 +238,6 @@ class MatrixSet:
         self.tensors = tensors
         self.dtype = tensors.dtype["update"]
         self.tiling = tiling or matrix_tiling(self.dtype, tensors.device)
-        self.direction_known = False  # whether ``direction`` belongs to the present slow EMA
         by_steps: dict[Coefficients, list[Block]] = {}
         for index, (tensor, grid) in enumerate(zip(tensors.shapes, grids)):
             by_steps.setdefault(coefficients[index], []).extend(blocks_of(index, tensor, grid))

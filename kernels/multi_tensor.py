@@ -309,7 +309,7 @@ class TensorSet:
     @property
     def frozen(self) -> bool:
         """Whether predictions along the rule leave these weights where they are."""
-        return self.rule is not None and not all(self.has(r) for r in self.rule.reads_along)
+        return self.rule is not None and self.rule.along is None
 
     @property
     def has_master(self) -> bool:

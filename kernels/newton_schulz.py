@@ -29,13 +29,21 @@ from triton_hybrid.kernels.matrices import (
     tile_in_memory,
 )
 from triton_hybrid.kernels.newton_schulz_torch import SMALLEST_NORM
-from triton_hybrid.kernels.rows import EXP_AVG, GRAD, ROW, TRITON_DTYPES, narrow, row_pointer
+from triton_hybrid.kernels.rows import (
+    EXP_AVG,
+    GRAD,
+    TRITON_DTYPES,
+    address_row,
+    narrow,
+    row_pointer,
+)
 from triton_hybrid.kernels.scalars import (
     BETA1,
     EPS,
     HYPER_COLUMNS,
     NESTEROV_MIX,
     SIGN,
+    SLOW_MIX,
     Scalars,
     gradient_norm,
     precise_div,
@@ -59,6 +67,8 @@ interval the steps before have left, beginning with singular values from 0.001 t
 principle of Polar Express, Amsel et al., arXiv 2505.16932; solved as linear programs, with 1% to
 spare for rounding). They end in 0.88 to 1.12."""
 
+SLOW_EMA = address_row("slow_ema")
+_UPDATE = address_row("update")
 _SMALLEST_NORM = tl.constexpr(SMALLEST_NORM)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -66,29 +76,25 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 @triton.jit
 def _gather_kernel(
     addresses, extents, matrices, tiles, present, group, hyperparameters,
-    partials, ledger, max_norm, source, scratch, squares,
-    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
+    partials, ledger, max_norm, scratch, squares,
+    GRAD_TYPE: tl.constexpr, STATE: tl.constexpr, DTYPE: tl.constexpr, SLOW: tl.constexpr,
     CLIP: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Copies a tile into scratch memory, and sums its square; on the way updates the momentum."""
+    """Updates the momentum; copies a tile of what is orthogonalised, and sums its square."""
     matrix, i, j = tile_at(matrices, tiles)
     tensor, row, column, tall, whole = tile_in_memory(matrix, i, j, extents, TILE)
-    wanted = True
-    clip = 1.0
-    rate = 1.0
-    nesterov_mix = 0.0
-    if MOMENTUM:
-        _, _, applied, clip, unscale = gradient_norm(partials, ledger, max_norm, CLIP, COLUMNS)
-        wanted = applied & (tl.load(present + tensor) != 0)
-        settings = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
-        clip = (clip * unscale * tl.load(settings + SIGN)).to(STATE)
-        rate = (1.0 - tl.load(settings + BETA1)).to(STATE)
-        nesterov_mix = tl.load(settings + NESTEROV_MIX).to(STATE)
+    _, _, applied, clip, unscale = gradient_norm(partials, ledger, max_norm, CLIP, COLUMNS)
+    wanted = applied & (tl.load(present + tensor) != 0)
+    settings = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
+    clip = (clip * unscale * tl.load(settings + SIGN)).to(STATE)
+    rate = (1.0 - tl.load(settings + BETA1)).to(STATE)
+    nesterov_mix = tl.load(settings + NESTEROV_MIX).to(STATE)
+    slow_mix = tl.load(settings + SLOW_MIX).to(STATE)
     for FULL in tl.static_range(2):
         if wanted & (whole == FULL):
-            origin = row_pointer(addresses, source, tensor, STATE, FULL)
             grad = row_pointer(addresses, GRAD, tensor, GRAD_TYPE, FULL)
             exp_avg = row_pointer(addresses, EXP_AVG, tensor, STATE, FULL)
+            slow_ema = row_pointer(addresses, SLOW_EMA, tensor, STATE, FULL) if SLOW else exp_avg
             offset, pitch, rows, columns = in_memory(matrix, FULL)
             c = column + tl.arange(0, TILE)
             square = tl.full((), 0.0, tl.float32)
@@ -96,14 +102,14 @@ def _gather_kernel(
                 r = row + begin + tl.arange(0, STRIP)
                 at = offset + r.to(tl.int64)[:, None] * pitch + c[None, :]
                 here = None if FULL else (r < rows)[:, None] & (c < columns)[None, :]
-                if MOMENTUM:
-                    g = tl.load(grad + at, here, None if FULL else 0.0).to(STATE) * clip
-                    m = tl.load(exp_avg + at, here, None if FULL else 0.0)
-                    m = m + rate * (g - m)
-                    tl.store(exp_avg + at, m, here)
-                    value = m - (1.0 - nesterov_mix) * (m - g)
-                else:
-                    value = tl.load(origin + at, here, None if FULL else 0.0)
+                g = tl.load(grad + at, here, None if FULL else 0.0).to(STATE) * clip
+                m = tl.load(exp_avg + at, here, None if FULL else 0.0)
+                m = m + rate * (g - m)
+                tl.store(exp_avg + at, m, here)
+                if SLOW:
+                    s = tl.load(slow_ema + at, here, None if FULL else 0.0)
+                    m = m + slow_mix * (s - m)
+                value = m - (1.0 - nesterov_mix) * (m - g)
                 value = narrow(value.to(tl.float32), DTYPE)
                 wide = value.to(tl.float32)
                 square += tl.sum(tl.sum(wide * wide, axis=1), axis=0)
@@ -184,10 +190,10 @@ def _symmetric_kernel(
 
 @triton.jit
 def _polynomial_kernel(
-    addresses, extents, matrices, tiles, scratch, factor, target, goal, a,
+    addresses, extents, matrices, tiles, scratch, factor, target, a,
     DTYPE: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The product a X + B X; the last step writes it to the row ``goal`` of its tensor."""
+    """The product a X + B X; the last step writes it to the row ``update``."""
     matrix, i, j = tile_at(matrices, tiles)
     place, gram, height, width = in_scratch(matrix, TILE)
     rows = i * TILE + tl.arange(0, TILE)
@@ -212,33 +218,26 @@ def _polynomial_kernel(
             if whole == FULL:
                 offset, pitch, n_rows, n_columns = in_memory(matrix, FULL)
                 begins = offset + r.to(tl.int64) * pitch
-                goal_row = row_pointer(addresses, goal, tensor, DTYPE, FULL)
+                goal = row_pointer(addresses, _UPDATE, tensor, DTYPE, FULL)
                 here = None if FULL else (r < n_rows)[:, None] & (c < n_columns)[None, :]
-                tl.store(goal_row + begins[:, None] + c[None, :], value, mask=here)
+                tl.store(goal + begins[:, None] + c[None, :], value, mask=here)
     else:
         tl.store(target + at, value)
 
 
-def orthogonalise(
-    matrices: MatrixSet,
-    scalars: Scalars,
-    goal: str,
-    *,
-    source: str | None = None,
-    max_norm: float | None = None,
-) -> None:
-    """Orthogonalises every matrix of a tensor set. Launches: 2 + 3 · steps for each wave.
+def orthogonalise(matrices: MatrixSet, scalars: Scalars, max_norm: float | None) -> None:
+    """Updates ``exp_avg`` with the gradient, and ``update`` with the orthogonalised momentum.
+
+    Unless the step is skipped; tensors without a gradient are left out. Where there is a row
+    ``slow_ema``, a group's ``slow_mix`` of it takes part in the momentum. Launches: 2 + 3 · steps
+    for each wave.
 
     Args:
         matrices: The matrices.
         scalars: Of their tensors. A group's ``eps`` is the least norm that a matrix is divided by,
-            ``beta1`` the momentum. For the momentum also squares and flags of the gradient, as
-            the statistics left them, and ``hold`` in the ledger, which skips the step.
-        goal: The row that is written, ``"update"`` or ``"direction"``.
-        source: The row that is read. None for the momentum: ``exp_avg`` is updated with the
-            gradient first, unless the step is skipped, and tensors without a gradient are
-            left out.
-        max_norm: Global-norm clipping threshold, or None; for the momentum.
+            ``beta1`` the decay of ``exp_avg``. Squares and flags of the gradient are as the
+            statistics left them; ``hold`` in the ledger skips the step.
+        max_norm: Global-norm clipping threshold, or None.
     """
     tensors, tiling = matrices.tensors, matrices.tiling
     addresses, extents = tensors.tables()
@@ -254,9 +253,9 @@ def orthogonalise(
             _gather_kernel[programs](
                 addresses, extents, *where, tensors.chunks().present, *groups,
                 scalars.partials, scalars.ledger, max_norm or 0.0,
-                ROW[source or "exp_avg"], first, squares,
+                first, squares,
                 GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
-                MOMENTUM=source is None, CLIP=max_norm is not None,
+                SLOW=tensors.has("slow_ema"), CLIP=max_norm is not None,
                 COLUMNS=scalars.partials.shape[1], **strips,
             )  # fmt: skip
             _normalise_kernel[programs](*where, *groups, squares, first, **strips)
@@ -266,7 +265,7 @@ def orthogonalise(
                 _symmetric_kernel[half](*lower, x, gram, 0.0, 0.0, POLYNOMIAL=False, **products)
                 _symmetric_kernel[half](*lower, gram, square, b, c, POLYNOMIAL=True, **products)
                 _polynomial_kernel[programs](
-                    addresses, extents, *where, x, square, y, ROW[goal], a,
+                    addresses, extents, *where, x, square, y, a,
                     LAST=step == len(wave.coefficients), **products,
                 )  # fmt: skip
                 x, y = y, x

@@ -42,10 +42,10 @@ def newton_schulz_torch(
     return result.mT if tall else result
 
 
-def momentum_torch(
+def orthogonalise_torch(
     matrices: MatrixSet, scalars: Scalars, clip: Tensor, skip: Tensor | None
 ) -> None:
-    """Updates ``exp_avg`` with the gradient, and ``update`` with the orthogonalised momentum.
+    """`orthogonalise` in plain torch.
 
     ``clip`` is what clipping and the loss scale multiply the gradient with, 0-dim FP64; where
     ``skip`` is true (0-dim bool; None: it is not) ``exp_avg`` stays as it is.
@@ -54,28 +54,24 @@ def momentum_torch(
     flat, compute = tensors.flat, tensors.compute_dtype
     rows = scalars.hyperparameters[tensors.group.long()]
     factors, rates = clip * rows[:, HYPER["sign"]], 1.0 - rows[:, HYPER["beta1"]]
-    table = torch.stack([factors, rates, rows[:, HYPER["nesterov_mix"]]], dim=1).to(compute)
+    mixes = (rows[:, HYPER["slow_mix"]], rows[:, HYPER["nesterov_mix"]])
+    table = torch.stack([factors, rates, *mixes], dim=1).to(compute)
     mixed = {}
     for index, here in enumerate(tensors.present):
         if not here:
             continue
-        factor, rate, nesterov_mix = table[index].unbind()
+        factor, rate, slow_mix, nesterov_mix = table[index].unbind()
         g = flat["grad"][index].to(compute) * factor
         m = flat["exp_avg"][index]
         moved = torch.lerp(m, g, rate)
         m.copy_(moved if skip is None else torch.where(skip, m, moved))
+        if tensors.has("slow_ema"):
+            moved = torch.lerp(moved, flat["slow_ema"][index], slow_mix)
         mixed[index] = torch.lerp(g, moved, nesterov_mix)
-    _orthogonalise(matrices, scalars, mixed, "update")
+    _orthogonalise(matrices, scalars, mixed)
 
 
-def orthogonalise_torch(matrices: MatrixSet, scalars: Scalars, goal: str, source: str) -> None:
-    """`orthogonalise` of a row, in plain torch."""
-    _orthogonalise(matrices, scalars, dict(enumerate(matrices.tensors.flat[source])), goal)
-
-
-def _orthogonalise(
-    matrices: MatrixSet, scalars: Scalars, sources: dict[int, Tensor], goal: str
-) -> None:
+def _orthogonalise(matrices: MatrixSet, scalars: Scalars, sources: dict[int, Tensor]) -> None:
     """Orthogonalises matrices in flat tensors, all of one shape at a time."""
     tensors = matrices.tensors
     eps = scalars.hyperparameters[tensors.group.long(), HYPER["eps"]]
@@ -89,4 +85,4 @@ def _orthogonalise(
             least = torch.stack([eps[block.tensor] for block in blocks])
             result = newton_schulz_torch(torch.stack(views), wave.coefficients, least)
             for block, matrix in zip(blocks, result.unbind()):
-                block.view(tensors.flat[goal][block.tensor]).copy_(matrix)
+                block.view(tensors.flat["update"][block.tensor]).copy_(matrix)

@@ -79,8 +79,7 @@ class Displacement:
     """
 
     factors: Any
-    """``(row, rate, factor)``: the number that `block` needs, computed once a chunk.
-    ``rate`` is the learning rate's factor of the tensor."""
+    """``(row, factor)``: the number that `block` needs, computed once a chunk."""
     block: Any
     """``(addresses, tensor, begin, length, that number, four of the rule, coefficients, ...)``:
     the displacement of a block."""
@@ -96,7 +95,7 @@ def _move_chunk(
     addresses, tensor, start, length, row, step, factor, coefficients,
     DISPLACEMENT: tl.constexpr, CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr,
     ALONG: tl.constexpr, PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
-    UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
+    MASTER: tl.constexpr, KEPT: tl.constexpr,
     SAVE: tl.constexpr, SLOPES: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +111,7 @@ def _move_chunk(
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         displacement = DISPLACEMENT(
             addresses, tensor, begin, length, factor, a, b, c, d, coefficients,
-            DENOMINATOR, ALONG, STATE, UPDATE_TYPE, BLOCK, FULL,
+            DENOMINATOR, ALONG, STATE, BLOCK, FULL,
         )  # fmt: skip
         if SLOPES:
             m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
@@ -134,12 +133,11 @@ def _move_chunk(
 @triton.jit
 def _predict_kernel(
     addresses, extents, places, n_chunks,
-    group, hyperparameters, steps, rate_factors, coefficients, prediction, ledger, partials,
+    group, hyperparameters, steps, coefficients, prediction, ledger, partials,
     threshold, share,
     FACTORS: tl.constexpr, DISPLACEMENT: tl.constexpr, CONSTANTS: tl.constexpr,
-    DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, FACTORED: tl.constexpr,
-    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr,
-    MASTER: tl.constexpr, KEPT: tl.constexpr,
+    DENOMINATOR: tl.constexpr, ALONG: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     SAVE: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     moving = gate(ledger, threshold)
@@ -152,8 +150,7 @@ def _predict_kernel(
             row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
             step = tl.maximum(tl.load(steps + tensor).to(tl.float64), 1.0)
             own = prediction + PREDICTION_COLUMNS * tensor
-            rate = tl.load(rate_factors + tensor) if FACTORED else 1.0
-            factor = FACTORS(row, rate, horizon * tl.load(own + FACTOR_COLUMN).to(tl.float64))
+            factor = FACTORS(row, horizon * tl.load(own + FACTOR_COLUMN).to(tl.float64))
             takes_part = tl.load(own + PART_COLUMN) > 0
             for FULL in tl.static_range(2):
                 if takes_part & (full == FULL):
@@ -161,7 +158,7 @@ def _predict_kernel(
                         addresses, tensor, start, length, row, step,
                         factor.to(STATE), coefficients,
                         DISPLACEMENT, CONSTANTS, DENOMINATOR, ALONG, PARAM_TYPE, STATE,
-                        UPDATE_TYPE, MASTER, KEPT, SAVE, SLOPES,
+                        MASTER, KEPT, SAVE, SLOPES,
                         BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
@@ -200,19 +197,15 @@ def predict(
     """
     rule = tensors.rule
     assert rule is not None
-    if displacement.along_rule and rule.prepare_along is not None:
-        rule.prepare_along(tensors, scalars)
     partials = tensors.room_for(MOVE_COLUMNS)
     prediction = scalars.prediction[tensors.place]
     tensors.launch(
-        _predict_kernel, tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,
+        _predict_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
         prediction if coefficients is None else coefficients, prediction,
         scalars.ledger, partials, float(threshold), float(share), every=True,
         FACTORS=displacement.factors, DISPLACEMENT=displacement.block,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
-        FACTORED=tensors.rate_factors is not None,
-        UPDATE_TYPE=tensors.dtype_of("direction"), MASTER=tensors.has_master,
-        SAVE=save, SLOPES=with_slopes,
+        MASTER=tensors.has_master, SAVE=save, SLOPES=with_slopes,
     )  # fmt: skip
     sums = scalars.sums[tensors.place]
     reduce_partials(partials, tensors.chunks(every=True), sums, begin=0 if with_slopes else 1)
@@ -240,8 +233,6 @@ def predict_torch(
     written.zero_()
     if on_cpu and not bool(moving):
         return
-    if displacement.along_rule and rule.prepare_along_torch is not None:
-        rule.prepare_along_torch(tensors, scalars)
     compute = tensors.compute_dtype
     decay = scalars.hyperparameters[tensors.group.long(), HYPER["log_exp_avg"]]
     step = tensors.steps.double().clamp(min=1.0)

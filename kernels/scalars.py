@@ -17,7 +17,7 @@ HYPER: dict[str, int] = {}
 """Columns of the table of hyperparameters, by name."""
 _column = functools.partial(number, HYPER)
 LR = _column("lr")
-BETA1 = _column("beta1")  # of a Muon group the momentum
+BETA1 = _column("beta1")  # of a Muon group the decay of its momentum
 BETA2 = _column("beta2")
 LOG_EXP_AVG = _column("log_exp_avg")  # logarithm of the decay of exp_avg
 LOG_BETA2 = _column("log_beta2")
@@ -26,6 +26,7 @@ WEIGHT_DECAY = _column("weight_decay")
 SIGN = _column("sign")  # -1 when maximising
 STEPS_AHEAD = _column("horizon")  # base steps that one predicted step stands for
 NESTEROV_MIX = _column("nesterov_mix")  # weight of Muon's momentum against the gradient
+SLOW_MIX = _column("slow_mix")  # weight of the slow EMA in Muon's momentum
 HYPER_COLUMNS = tl.constexpr(len(HYPER))
 
 UPDATE_SUMS = 4

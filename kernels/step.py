@@ -86,8 +86,7 @@ def _update_chunk(
             s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
             if COMPARE:
                 ahead = size * ALONG(
-                    addresses, tensor, begin, length, s, denominator,
-                    STATE, UPDATE_TYPE, BLOCK, FULL,
+                    addresses, tensor, begin, length, s, denominator, STATE, BLOCK, FULL
                 )  # fmt: skip
                 uu += fold(update * update, BLOCK, FULL)
                 us += fold(update * ahead, BLOCK, FULL)
@@ -273,7 +272,7 @@ def step(
         for tensors, rule in zip(sets, rules):
             compare = measured and slow and not tensors.frozen
             if update and rule.prepare is not None:
-                rule.prepare(tensors, scalars, compare, max_norm)
+                rule.prepare(tensors, scalars, max_norm)
             tensors.launch(
                 _step_kernel, tensors.chunks().present, len(tensors),
                 tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,

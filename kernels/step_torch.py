@@ -53,7 +53,7 @@ def step_torch(
             clip = coefficient * unscale
             assert tensors.rule is not None
             if tensors.rule.prepare_torch is not None:
-                tensors.rule.prepare_torch(tensors, scalars, compared, clip, skip)
+                tensors.rule.prepare_torch(tensors, scalars, clip, skip)
             table = update_numbers(tensors, scalars, clip)
             sums += _update(tensors, table, skip, rates, measured, compared)
             here: float | Tensor = 1.0
@@ -161,7 +161,7 @@ def _update(
             if rates is not None:
                 s = rows["slow_ema"]
                 if compared:
-                    update, ahead, square = rule.torch.compare(block)
+                    update, ahead, square = rule.torch_along.compare(block)
                     sums[0] += square * update.dot(update).double()
                     sums[1] += square * update.dot(ahead).double()
                     sums[2] += square * ahead.dot(ahead).double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
@@ -44,6 +44,10 @@ class TorchUpdate(Protocol):
     def update(self, block: Block) -> None:
         """Updates the block's moments and weights in place."""
 
+
+class TorchAlong(TorchUpdate, Protocol):
+    """One that says where a gradient would lead."""
+
     def compare(self, block: Block) -> tuple[Tensor, Tensor, Any]:
         """The update just made, that for the slow EMA, and the square of their common unit."""
 
@@ -75,17 +79,19 @@ class UpdateRule:
     update, for predictions."""
     along: Any
     """``(addresses, tensor, begin, length, x, denominator, ...)``: the direction that the rule
-    would take for a gradient ``x``."""
+    would take for a gradient ``x``; None: the slow EMA moves nothing."""
     torch: TorchUpdate  # the same in plain torch
     reads: tuple[str, ...]  # rows that `direction` reads, beside weight and gradient
     writes: tuple[str, ...]  # rows that it writes, beside the weight
     reads_along: tuple[str, ...] = ()  # rows that `denominator` and `along` read, beside ``x``
     uses_gradient: bool = True
-    """Whether `direction` reads the gradient, and `along` its ``x``; False where `prepare` has."""
+    """Whether `direction` reads the gradient; False where `prepare` has."""
     prepare: Callable[..., None] | None = None
-    """``(tensors, scalars, compare, max_norm)``: launches between statistics and update."""
+    """``(tensors, scalars, max_norm)``: launches between statistics and update."""
     prepare_torch: Callable[..., None] | None = None
-    """``(tensors, scalars, compare, clip, skip)``: the same in plain torch."""
-    prepare_along: Callable[..., None] | None = None
-    """``(tensors, scalars)``: launches before `along` serves a prediction."""
-    prepare_along_torch: Callable[..., None] | None = None
+    """``(tensors, scalars, clip, skip)``: the same in plain torch."""
+
+    @property
+    def torch_along(self) -> TorchAlong:
+        """`torch` of a rule that has `along`."""
+        return cast(TorchAlong, self.torch)

@@ -44,7 +44,8 @@ class HybridConfig:
         confidence_threshold: Least confidence at which the weights are moved, in [0, 1].
         predictor: The dynamics model: ``"slow_ema"``, ``"linear"``, ``"none"`` (the base rule
             alone), or ``"auto"``, which takes ``linear`` where the gradient is mostly signal and
-            ``slow_ema`` where it is mostly noise.
+            ``slow_ema`` where it is mostly noise. With ``auto`` and ``slow_ema`` the slow EMA is a
+            part of Muon's momentum.
         history: Pairs of moves and gradient changes that a quasi-Newton predictor keeps; no
             predictor reads it at present. In [1, 32].
         slow_beta: Largest decay of the slow gradient EMA, in (0, 1). Its window is a quarter of

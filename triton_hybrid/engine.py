@@ -221,14 +221,14 @@ class Engine:
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[index] = lr
-                rows.append(_row(group, 0.0, 0.0))
+                rows.append(_row(group, 0.0, 0.0, self.choice.mixes))
                 continue
             lr = float(lr)
             largest, last = (float(group.get(name, FRESH_RATES[name])) for name in FRESH_RATES)
             if lr > 0:
                 largest, last = lr if is_other_run(last, lr) else max(largest, lr), lr
             group[LARGEST_LR], group[LAST_LR] = largest, last
-            rows.append(_row(group, lr, largest))
+            rows.append(_row(group, lr, largest, self.choice.mixes))
         self.largest_beta1 = max(group["betas"][0] for group in groups)
         if rows != self._hyperparameters or on_device:
             self._hyperparameters = rows
@@ -323,8 +323,8 @@ def overlapping(params: Sequence[Tensor]) -> list[int]:
     return ranks
 
 
-def _row(group: dict[str, Any], lr: float, largest: float) -> list[float]:
-    betas = RULES[group["base"]].betas(group)
+def _row(group: dict[str, Any], lr: float, largest: float, mixes: bool) -> list[float]:
+    betas = RULES[group["base"]].betas(group, mixes)
     beta1, beta2 = betas.pair
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in (betas.exp_avg, beta2)]
     values = {
@@ -338,6 +338,7 @@ def _row(group: dict[str, Any], lr: float, largest: float) -> list[float]:
         "sign": -1.0 if group["maximize"] else 1.0,
         "horizon": steps_ahead(1.0 - lr / largest if largest > 0 else 0.0),
         "nesterov_mix": betas.nesterov_mix,
+        "slow_mix": betas.slow_mix,
     }
     return [values[name] for name in HYPER]
 

@@ -117,7 +117,7 @@ class Offload:
             and (plan.gradient or not row.row.when(plan))
             and (row.home is not Home.LENT or lend)
         ]
-        self._write_back([row for row in leaving if row.home is not Home.SCRATCH])
+        self._write_back(leaving)
         for row in leaving:
             if row.home is Home.LENT:
                 self._install(row, row.host)
@@ -149,7 +149,7 @@ class Offload:
         if save:
             self.synchronise()
         for row in self._rows:
-            if row.here and row.home in (Home.HOST, Home.SCRATCH):
+            if row.here and row.home is Home.HOST:
                 self._leave(row)
         _remove(self._hooks)
 
@@ -179,7 +179,7 @@ class Offload:
             buffers = [buffer_like(row.params, row.dtype, self._device) for row in coming]
         for row, buffer in zip(coming, buffers):
             row.here = buffer
-        self._copy([row for row in coming if row.home is not Home.SCRATCH], to_device=True)
+        self._copy(coming, to_device=True)
         for row, buffer in zip(coming, buffers):
             row.tensors.set_row(row.name, buffer)
             if row.home is Home.LENT:

@@ -65,7 +65,8 @@ class HybridOptimizer(Optimizer):
         process_group: Which ranks decide together; None: the default group, where one is
             initialised. Not pickled.
         options: Of Muon groups, each of which may set them: ``momentum`` (0.95; schedulers
-            that cycle betas cycle it), ``nesterov`` (True), ``ns_steps`` (5), ``ns_coefficients``
+            that cycle betas cycle it; with a predicted gradient the slow EMA joins one that forgets
+            three times as fast), ``nesterov`` (True), ``ns_steps`` (5), ``ns_coefficients``
             (three numbers, or three for each step), ``adjust_lr_fn`` (``"match_rms_adamw"``, so
             that one learning rate serves both rules, or ``"original"``), as in
             ``torch.optim.Muon``; ``ns_dtype`` (``"bfloat16"``, ``"float32"``, or None: the first,

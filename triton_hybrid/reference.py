@@ -91,7 +91,8 @@ class Reference:
             confident=ledger.confidence >= self.config.confidence_threshold,
             cooldown=int(ledger.cooldown),
         )
-        ready = self.cycles >= 2 if self.linear else self.config.predictor != "none"
+        slow = self.config.predictor == "slow_ema" and self.base != "muon"
+        ready = self.cycles >= 2 if self.linear else slow
         phases.after_gradient(report, ready, self.config.full_steps if self.linear else 2)
         while phases.phase is Phase.PREDICT:
             self.predict(first=phases.in_row == 0)
@@ -109,13 +110,14 @@ class Reference:
         uu = us = ss = ee = 0.0
         for p, g in zip(self.tensors, (clip * g for g in gradients)):
             p.steps += 1
-            size, direction = self.size(p), self.direction(p, g)
-            update, ahead = size * direction, size * self.along(p, p.slow)
+            size = self.size(p)
+            update = size * self.direction(p, g)
             p.w.mul_(1.0 - o.lr * o.weight_decay).sub_(update)
-            p.slow += (1.0 - beta) * (steady * g - p.slow)
-            if not (self.linear and self.base == "muon"):  # which orthogonalises no slow EMA then
+            if self.base != "muon":  # whose matrices no prediction moves along the slow EMA
+                ahead = size * self.along(p, p.slow)
                 uu, us = uu + dot(update, update), us + dot(update, ahead)
                 ss += dot(ahead, ahead)
+            p.slow += (1.0 - beta) * (steady * g - p.slow)
             ee += dot(p.slow, p.slow)
         self.observe(norm, loss)
         if self.phases.measures:  # the confidence is the cosine of update and slow direction
@@ -145,6 +147,9 @@ class Reference:
     def direction(self, p: SimpleNamespace, g: Tensor) -> Tensor:
         """Updates the moments; the direction of the base rule's step."""
         (beta1, beta2), momentum = self.options.betas, self.options.momentum
+        if self.base == "muon" and self.config.predictor == "slow_ema":
+            p.m.lerp_(g, 1.0 - momentum**3)
+            return orthogonalised(torch.lerp(g, torch.lerp(p.m, p.slow, 0.6), momentum))
         if self.base == "muon":
             p.m.lerp_(g, 1.0 - momentum)
             return orthogonalised(torch.lerp(g, p.m, momentum))
@@ -158,8 +163,8 @@ class Reference:
 
     def along(self, p: SimpleNamespace, x: Tensor) -> Tensor:
         """The direction that the base rule would take for a gradient ``x``."""
-        if self.base != "adamw":
-            return orthogonalised(x) if self.base == "muon" else x.sign()
+        if self.base == "lion":
+            return x.sign()
         correction2 = 1.0 - self.options.betas[1] ** max(p.steps, 1)
         scaled: Tensor = x / ((p.v / correction2).sqrt() + self.options.eps)
         return scaled
@@ -214,8 +219,7 @@ class Reference:
                 move = factor / config.full_steps * p.ratio * p.last * (p.slow != 0)
             else:
                 p.start = p.w.clone() if first else p.start
-                rate = o.lr * (0.2 * math.sqrt(max(p.w.shape)) if self.base == "muon" else 1.0)
-                move = -factor * rate * (0.25 + 3.0 * decayed) * self.along(p, p.slow)
+                move = -factor * o.lr * (0.25 + 3.0 * decayed) * self.along(p, p.slow)
             p.w += move
             square += dot(move, move)
             slopes.append(dot(p.m, move) / (1.0 - decay ** max(p.steps, 1)))

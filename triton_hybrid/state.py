@@ -34,7 +34,6 @@ class Home(enum.Enum):
     DEVICE = "device"  # always on the device
     LENT = "lent"  # there, but for long stretches of predictions that do not read it
     HOST = "host"  # in host memory, if state is offloaded
-    SCRATCH = "scratch"  # on the device, and lost when it leaves
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,7 @@ class Batch:
 
     Attributes:
         tensors: The rows, as the kernels take them.
-        travelling: Rows that move between host memory and the device, with their tensors at home
-            (of scratch only the dtype matters).
+        travelling: Rows that move between host memory and the device, with their tensors at home.
         tables: Name of a small row to its tensor for the whole batch.
         copies: Parameters with gaps in memory, and dense tensors that stand for them in a step.
         aliased: Whether its parameters share memory with others.
@@ -192,7 +190,7 @@ class Batch:
             memory, moves = self._allocate(row, offload), offload != "none"
             if moves and row.home is not Home.DEVICE:
                 self.travelling.append((row, memory))
-            if moves and row.home in (Home.HOST, Home.SCRATCH):
+            if moves and row.home is Home.HOST:
                 self.tensors.announce(row.name, memory[0].dtype)
             else:
                 self.tensors.set_row(row.name, memory)

@@ -154,6 +154,17 @@ class RunRecord:
             stats=None,
         )
 
+    def gradients_to(self, loss: float | None) -> int | None:
+        """Gradient evaluations until the held-out loss was this low; None if it never was seen."""
+        reached = [n for n, found in self.held_out_after.items() if loss and found <= loss]
+        return min(reached, default=None)
+
+    def seconds_to(self, loss: float | None) -> float | None:
+        """Wall-clock time of the steps until then."""
+        gradients = self.gradients_to(loss)
+        last = next((i for i, x in enumerate(self.steps) if x.gradients == gradients), None)
+        return None if last is None else math.fsum(x.seconds for x in self.steps[: last + 1])
+
     def seconds_by_phase(self) -> dict[str, list[float]]:
         """Returns the times of the steps of each phase, phases in the order they came."""
         phases: dict[str, list[float]] = {}

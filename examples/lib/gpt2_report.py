@@ -60,6 +60,12 @@ class SeedRecord:
             return hybrid.percent_above(alone.stopped_after(hybrid.gradients))
         return None
 
+    @property
+    def goal(self) -> float | None:
+        """AdamW's final held-out loss, where the others were measured on their way to it."""
+        hybrid, baseline = self.runs.get(HYBRID), self.runs.get(BASELINE)
+        return baseline.held_out_end if baseline and hybrid and hybrid.held_out_after else None
+
     def speed_up(self, name: str = HYBRID) -> float | None:
         """Wall-clock time of the baseline over that of a run, for all steps of both."""
         baseline, run = self.runs.get(BASELINE), self.runs.get(name)
@@ -76,7 +82,14 @@ class SeedRecord:
             "control_source": self.control_source,
             "held_out_percent_above_base_alone": self.above(ALONE),
             "held_out_percent_above_base_alone_as_many_gradients": self.above_alone_on_its_way,
-            "runs": {name: _summary(run) for name, run in self.runs.items()},
+            "runs": {
+                name: {
+                    **_summary(run),
+                    "gradients_to_baseline_loss": run.gradients_to(self.goal),
+                    "seconds_to_baseline_loss": run.seconds_to(self.goal),
+                }
+                for name, run in self.runs.items()
+            },
         }
 
 
@@ -152,6 +165,9 @@ def result_table(record: SeedRecord, device: torch.device) -> Table:
         hybrid_only(f"  against {rule} after {gradients}", record.above_alone_on_its_way)
     else:
         hybrid_only("  against AdamW, as many gradients", record.above(CONTROL))
+    if record.goal is not None:
+        row("Gradients to AdamW's loss", "{}", lambda run: run.gradients_to(record.goal))
+        row("Seconds to it", SECONDS, lambda run: run.seconds_to(record.goal))
     row("Speed-up, wall clock", FACTOR, lambda run: record.speed_up(run.name))
     row("Predictions accepted", SHARE, lambda run: run.statistic("acceptance_rate"))
     row("Rollbacks", "{}", lambda run: run.statistic("rollbacks"))
@@ -211,6 +227,30 @@ def seeds_table(records: Sequence[SeedRecord]) -> Table:
     left_out = ("AdamW\nseconds", "Hybrid\nseconds") if rule else ("\nheld-out", "Against\n")
     columns = [column for column in columns if column[0] not in left_out]
     table = figures_table("All seeds", ["Seed", *(heading for heading, _, _ in columns)])
+    for record in records:
+        table.add_row(str(record.seed), *(cell(value(record), form) for _, form, value in columns))
+    table.add_section()
+    means = (mean_cell([value(record) for record in records], form) for _, form, value in columns)
+    table.add_row("mean", *means)
+    return table
+
+
+def to_loss_table(records: Sequence[SeedRecord]) -> Table:
+    """Returns the gradients and seconds that runs needed for AdamW's final held-out loss."""
+
+    def of(name: str, measure: str) -> Callable[[SeedRecord], float | None]:
+        return lambda record: getattr(record.runs.get(name), measure, lambda goal: None)(
+            record.goal
+        )
+
+    columns = []
+    for name in (BASELINE, ALONE, HYBRID):
+        if (run := records[0].runs.get(name)) is not None:
+            title = _heading(run).replace("\n", " ")
+            columns.append((f"{title}\ngradients", "{:g}", of(name, "gradients_to")))
+            columns.append(("seconds", "{:.2f}", of(name, "seconds_to")))
+    headings = ["Seed", *(heading for heading, _, _ in columns)]
+    table = figures_table("To AdamW's final held-out loss", headings)
     for record in records:
         table.add_row(str(record.seed), *(cell(value(record), form) for _, form, value in columns))
     table.add_section()

@@ -115,13 +115,11 @@ def _step_case(
     written = tuple(itemsize(rule, row, precision) for row in kernels.writes)
     gradient = (narrow,) * (kernels.uses_gradient or slow)
     extra = (wide,) * slow
-    along = tuple(itemsize(rule, row.name, precision) for row in rule.along_rows)
-    along *= slow and measured
     bare = own + written + precision.weights + precision.weights
     return Case(
         name,
         launch,
-        precision.weights + own + gradient + extra + along,
+        precision.weights + own + gradient + extra,
         precision.weights + written + extra,
         first_pass=(narrow,) if part == "one launch" else (),
         floor=sum(bare) + narrow * kernels.uses_gradient,
@@ -148,10 +146,10 @@ def _predict_case(
         sets = (problem.tensors, problem.scalars)
         predict(*sets, displacement, alone, threshold=0.5, share=0.5, **first)
 
-    # The slow EMA itself is not read where the rule has prepared its direction.
-    vectors = (wide,) * (rule.kernels.uses_gradient or not displacement.along_rule)
+    # Each reads the slow EMA; that of a trajectory knows from it what never had a gradient.
+    vectors: tuple[int, ...] = (wide,)
     if not displacement.along_rule:
-        vectors += (wide,)  # the slow EMA, which knows what never had a gradient
+        vectors += (wide,)
     else:
         vectors += tuple(itemsize(rule, row, precision) for row in rule.kernels.reads_along)
     saved = (wide,) * (not again)
@@ -207,15 +205,15 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
 
 
 def _orthogonalise_case(
-    words: str, number: int, precision: Precision, products: str, source: str | None = None
+    words: str, number: int, precision: Precision, products: str, slow: bool = True
 ) -> Case:
-    """One of the launches of `orthogonalise`; ``source`` None takes the momentum."""
+    """One of the launches of `orthogonalise`; ``slow``: the slow EMA takes part."""
 
     def call(problem: Problem) -> None:
         assert problem.tensors.matrices is not None
-        orthogonalise(
-            problem.tensors.matrices, problem.scalars, "update", source=source, max_norm=1.0
-        )
+        if not slow:
+            del problem.tensors.dtype["slow_ema"]
+        orthogonalise(problem.tensors.matrices, problem.scalars, 1.0)
 
     launch = _launch(number, call, precision, MUON, products=products)
     return Case(f"muon {words}", launch, products=number > 1)
@@ -235,15 +233,12 @@ def _muon_cases() -> list[Case]:
     """The matrix products, and what Muon changes in the bandwidth kernels."""
     found = []
     for precision in (FP32, *HALVES):
-        for words, source in (("momentum", None), ("row", "slow_ema")):
-            name = f"gather {precision.name}, {words}"
-            found.append(_orthogonalise_case(name, 0, precision, "bfloat16", source))
-        for slow, measured in ((False, False), (True, False), (True, True)):
-            found.append(
-                _step_case(MUON, precision, "update", clip=True, slow=slow, measured=measured)
-            )
-        name = f"muon predict {precision.name}"
-        found.append(_predict_case(MUON, precision, SlowEMA.displacement, name))
+        for slow in (False, True):
+            name = f"gather {precision.name}" + ", slow EMA" * slow
+            found.append(_orthogonalise_case(name, 0, precision, "bfloat16", slow))
+            found.append(_step_case(MUON, precision, "update", clip=True, slow=slow))
+        name = f"muon predict {precision.name}, linear"
+        found.append(_predict_case(MUON, precision, Linear.displacement, name))
     for products in ("bfloat16", "float32"):
         short = TYPE_NAMES[getattr(torch, products)]
         for number, words in _PRODUCTS.items():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from frontier.judge import AT_LEAST, AT_MOST, Frontier, compare, tune, tune_budgets
+from frontier.pairs import paired_losses, write_pairs
 from frontier.report import load_lines, summarize, write_report
 from lib.run_store import Line
 
@@ -333,3 +334,31 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
         write_report([], tmp_path)
     with pytest.raises(ValueError, match=r"\[250, 500\]"):
         tune(Runs()(budgets=(250, 500)))
+
+
+def test_pairs_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """The difference is that of seeds both have; a setting each has its row."""
+    lines = []
+    for seed, (ours, theirs) in enumerate([(1.0, 1.5), (2.0, 2.3), (9.0, None)]):
+        for optimizer, loss, more in (
+            ("hybrid-muon", ours, {}),
+            ("hybrid-muon-none", theirs, {"optimizer_options": {"momentum": 0.9}}),
+            ("hybrid-muon-none", theirs, {"lr": 2.0}),
+        ):
+            if loss is not None:
+                line = {"task": "lm", "task_options": {}, "budget": 4, "lr": 1.0, "seed": seed}
+                line |= {"optimizer_options": {}, "final": loss, "diverged": False}
+                lines.append({**line, "optimizer": optimizer, **more})
+    for line in lines:
+        line |= {"hardware": {"threads": 1}, "versions": {}}
+    pairs = paired_losses(lines, "hybrid-muon")
+    assert [pair["against"]["lr"] for pair in pairs] == [1.0, 2.0]
+    for pair in pairs:
+        assert pair["seeds"] == [0, 1]
+        assert pair["difference"]["mean"] == pytest.approx(-0.4)
+        assert pair["difference"]["low"] < -0.4 < pair["difference"]["high"]
+        assert (pair["loss"], pair["loss_against"]) == (1.5, 1.9)
+    write_pairs(lines, "hybrid-muon", tmp_path / "pairs.json")
+    assert len(json.loads((tmp_path / "pairs.json").read_text())["pairs"]) == 2
+    with pytest.raises(ValueError, match="2 settings"):
+        paired_losses(lines, "hybrid-muon-none")

@@ -129,11 +129,12 @@ def test_muon_is_shown_beside_muon_alone(
     assert alone["gradient_evaluations"] == runs["baseline"]["gradient_evaluations"] == STEPS
     assert alone["stats"]["predictor"] == "none"
     assert hybrid["gradient_evaluations"] < STEPS
-    # Until something is predicted the two are the same thing, and not AdamW.
+    # The slow EMA is the first gradient, and takes part in the momentum from the second step on.
     losses = {name: [step["loss"] for step in run["steps"]] for name, run in runs.items()}
-    first = losses["hybrid"].index(None)
-    assert losses["base_alone"][:first] == losses["hybrid"][:first]
-    assert losses["base_alone"][1:first] != losses["baseline"][1:first]
+    assert losses["base_alone"][0] == losses["hybrid"][0] == losses["baseline"][0]
+    assert losses["base_alone"][1] == pytest.approx(losses["hybrid"][1], rel=1e-4)
+    for one, other in itertools.combinations(("base_alone", "hybrid", "baseline"), 2):
+        assert losses[one][2:4] != losses[other][2:4]
 
     end = hybrid["held_out_loss_end"]
     on_its_way = alone["held_out_loss_after_gradients"][str(hybrid["gradient_evaluations"])]
@@ -235,6 +236,38 @@ def test_interruption_leaves_what_was_done(
     assert seed["speed_up_wall_clock"] is None
     assert (tmp_path / "loss.png").is_file()
     assert f"4 of {STEPS}" in capsys.readouterr().out
+
+
+def test_gradients_to_the_final_loss_of_adamw_are_counted(
+    text_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    more = ("--base", "muon", "--to-loss", "--seeds", "0", "1")
+    assert gpt2_small.main(flags(text_folder, tmp_path, *more)) == 0
+    for seed in results(tmp_path)["seeds"]:
+        goal = seed["runs"]["baseline"]["held_out_loss_end"]
+        for name in ("baseline", "base_alone", "hybrid"):
+            run = seed["runs"][name]
+            after = {int(n): loss for n, loss in run["held_out_loss_after_gradients"].items()}
+            assert list(after) == list(range(1, run["gradient_evaluations"] + 1))
+            needed = run["gradients_to_baseline_loss"]
+            if needed is None:
+                assert name != "baseline"
+                assert min(after.values()) > goal
+                continue
+            assert after[needed] <= goal < min([after[n] for n in range(1, needed)], default=9e9)
+            steps = [step for step in run["steps"] if step["gradients"] < needed]
+            seconds = sum(step["seconds"] for step in run["steps"][: len(steps) + 1])
+            assert run["seconds_to_baseline_loss"] == pytest.approx(seconds)
+    printed = capsys.readouterr().out
+    for words in ("Gradients to AdamW's loss", "Seconds to it", "To AdamW's final held-out loss"):
+        assert words in printed
+
+
+@pytest.mark.parametrize("more", ["--schedule linear", "--only hybrid"])
+def test_to_loss_needs_runs_that_are_alike(more: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["--to-loss", *more.split()])
+    assert f"with {more}" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("base", ["adamw", "muon"])

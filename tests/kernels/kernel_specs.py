@@ -160,12 +160,12 @@ def hyper_table(groups: Sequence[dict[str, float]], rule: str = "adamw") -> Tens
         "weight_decay": 0.0,
         "sign": 1.0,
     }
-    start |= {"horizon": 3.0, "nesterov_mix": 1.0}
+    start |= {"horizon": 3.0, "nesterov_mix": 1.0, "slow_mix": 0.0}
     rows = []
     for group in groups:
         row = {**start, **group}
         options = {**OPTIONS, "betas": (row["beta1"], row["beta2"]), "momentum": row["beta1"]}
-        decays = {"exp_avg": RULES[rule].betas(options).exp_avg, "beta2": row["beta2"]}
+        decays = {"exp_avg": RULES[rule].betas(options, False).exp_avg, "beta2": row["beta2"]}
         logs = {f"log_{name}": math.log(d) if d else -math.inf for name, d in decays.items()}
         rows.append([{**row, **logs}[name] for name in HYPER])
     return torch.tensor(rows, dtype=torch.float64)

@@ -61,8 +61,7 @@ BLOCKWISE = [
 ]
 OPERATIONS = [
     *BLOCKWISE,
-    Operation("step", [*STEP, *ORTHOGONALISE, *ORTHOGONALISE, *STEP], "muon"),
-    Operation("predict", [*ORTHOGONALISE, *MOVE], "muon"),
+    Operation("step", [*STEP, *ORTHOGONALISE, *STEP], "muon"),
 ]
 
 

@@ -13,15 +13,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_launches import BACKENDS, KERNELS, Checked, counted_launches
+from kernel_launches import BACKENDS, Checked, counted_launches
 from kernel_memory import DEVICE, assert_same_bits
 from kernel_problems import Problem
 from kernel_specs import FP32, FP64, ON_GPU, Precision, fewer, plain, precisions
 from torch import Tensor
 from triton_hybrid.kernels.matrices import MatrixSet, MatrixTiling, blocks_of, matrix_tiling
 from triton_hybrid.kernels.newton_schulz import POLAR, QUINTIC, orthogonalise
-from triton_hybrid.kernels.newton_schulz_torch import momentum_torch, newton_schulz_torch
+from triton_hybrid.kernels.newton_schulz_torch import newton_schulz_torch, orthogonalise_torch
 from triton_hybrid.kernels.rows import NONE
+from triton_hybrid.kernels.scalars import HYPER
 
 SMALL = MatrixTiling(tile=16, depth=16, strip=16, warps=1)
 FIVE = QUINTIC * 5
@@ -59,11 +60,17 @@ def matrices(
     return problem
 
 
-def orthogonalised(problem: Problem) -> list[Tensor]:
-    """The slow EMA's matrices, by the kernels."""
-    orthogonalise(problem.tensors.matrices, problem.scalars, "direction", source="slow_ema")
+def orthogonalised(problem: Problem, plain: bool = False) -> list[Tensor]:
+    """The gradient's matrices, by the kernels or in plain torch: without momentum."""
+    for name, value in (("beta1", 0.0), ("nesterov_mix", 0.0)):
+        problem.scalars.hyperparameters[:, HYPER[name]] = value
+    if plain:
+        one = torch.ones((), dtype=torch.float64, device=DEVICE)
+        orthogonalise_torch(problem.tensors.matrices, problem.scalars, one, None)
+    else:
+        orthogonalise(problem.tensors.matrices, problem.scalars, None)
     problem.arena.check()
-    return [tensor.clone() for tensor in problem.rows["direction"]]
+    return [tensor.clone() for tensor in problem.rows["update"]]
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -152,8 +159,8 @@ def test_momentum_without_waiting_for_the_device() -> None:
         problem, other = matrices(((6, 20),)), matrices(((6, 20),))
         before = problem.snapshot()
         skip = torch.tensor(skipped, device=DEVICE)
-        momentum_torch(problem.tensors.matrices, problem.scalars, one, skip)
-        momentum_torch(other.tensors.matrices, other.scalars, one, None)
+        orthogonalise_torch(problem.tensors.matrices, problem.scalars, one, skip)
+        orthogonalise_torch(other.tensors.matrices, other.scalars, one, None)
         expected = before if skipped else other.rows
         assert_same_bits(problem.rows["exp_avg"][0], expected["exp_avg"][0], "exp_avg")
 
@@ -182,21 +189,20 @@ def test_kernels_match_the_oracle(
     problem, twin = matrices(shapes, **options), matrices(shapes, **options)
     before = problem.snapshot()
     results = orthogonalised(problem)
-    twin.rule.kernels.prepare_along_torch(twin.tensors, twin.scalars)
-    pairs = zip(before["slow_ema"], twin.rows["direction"])
+    pairs = zip(before["grad"], orthogonalised(twin, plain=True))
     for shape, result, (source, other) in zip(shapes, results, pairs):
         near = TOLERANCE[products] * (10 if shape in LARGE else 1)
         assert distance(result, other) < near
         # In BF16 torch.optim.Muon itself is that far from FP64.
         assert distance(result, oracle(source)) < (0.05 if products == "bfloat16" else near)
-    problem.assert_unchanged(before, but=("direction",))
+    problem.assert_unchanged(before, but=("update", "exp_avg"))
 
 
 def test_blocks_are_orthogonalised_each_by_itself() -> None:
     shapes, grids = ((12, 8), (8, 12), (8, 12)), ((3, 1), (1, 3), (2, 2))
     problem = matrices(shapes, blocks=grids, turned=(False, False, True))
     results = orthogonalised(problem)
-    for result, source, (down, across) in zip(results, problem.rows["slow_ema"], grids):
+    for result, source, (down, across) in zip(results, problem.rows["grad"], grids):
         for rows, expected_rows in zip(result.chunk(down, 0), source.chunk(down, 0)):
             for block, expected in zip(rows.chunk(across, 1), expected_rows.chunk(across, 1)):
                 assert distance(block, oracle(expected)) < 1e-5
@@ -222,9 +228,9 @@ def test_zeros_stay_zeros_and_scale_does_not_matter_above_eps(products: str) -> 
     for eps in (0.0, 1e-7):
         problem = matrices(((5, 9),), products=products, groups=({**GROUP, "eps": eps},))
         (usual,) = orthogonalised(problem)
-        problem.rows["slow_ema"][0].mul_(2.0**-16)
+        problem.rows["grad"][0].mul_(2.0**-16)
         assert_same_bits(orthogonalised(problem)[0], usual, "scaled by a power of two")
-        problem.rows["slow_ema"][0].zero_()
+        problem.rows["grad"][0].zero_()
         assert orthogonalised(problem)[0].abs().max() == 0.0
         zeros = torch.zeros(5, 9, dtype=getattr(torch, products))
         assert newton_schulz_torch(zeros, FIVE, eps).abs().max() == 0.0
@@ -236,6 +242,7 @@ def test_zeros_stay_zeros_and_scale_does_not_matter_above_eps(products: str) -> 
     max_norm=st.sampled_from((None, 0.5)),
     sign=st.sampled_from((1.0, -1.0)),
     nesterov_mix=st.sampled_from((0.9, 1.0)),
+    slow_mix=st.sampled_from((0.0, 0.6)),
 )
 @fewer(4)
 def test_base_step_is_muon(
@@ -244,8 +251,10 @@ def test_base_step_is_muon(
     max_norm: float | None,
     sign: float,
     nesterov_mix: float,
+    slow_mix: float,
 ) -> None:
     group = {**GROUP, "nesterov_mix": nesterov_mix, "sign": sign, "weight_decay": 0.1}
+    group["slow_mix"] = slow_mix
     shapes = ((6, 20), (17, 3), *LARGE[:ON_GPU])
     problem = matrices(shapes, precision=precision, groups=(group,))
     before = problem.snapshot()
@@ -254,10 +263,12 @@ def test_base_step_is_muon(
     clip = 1.0 if max_norm is None else min(max_norm / (norm + 1e-6), 1.0)
     near = 4e-6 if precision.kept != NONE else torch.finfo(precision.param).eps
     for index, spec in enumerate(problem.specs):
-        old = {n: before[n][index].double() for n in ("grad", "exp_avg", "weight")}
+        old = {n: before[n][index].double() for n in ("grad", "exp_avg", "slow_ema", "weight")}
         g = sign * clip * old["grad"]
         m = old["exp_avg"] + 0.1 * (g - old["exp_avg"])
-        update = 0.2 * math.sqrt(max(spec.shape)) * oracle(g + nesterov_mix * (m - g)).to(DEVICE)
+        mixed = m + slow_mix * (old["slow_ema"] - m)
+        momentum = oracle(g + nesterov_mix * (mixed - g)).to(DEVICE)
+        update = 0.2 * math.sqrt(max(spec.shape)) * momentum
         weight = old["weight"] * (1 - 1e-2 * 0.1) - 1e-2 * update
         assert distance(problem.rows["exp_avg"][index], m) < 4e-6
         assert distance(problem.values("weight")[index], weight) < near
@@ -266,19 +277,6 @@ def test_base_step_is_muon(
         left = 2.0**-24 * float(before["slow_ema"][index].double().norm() / g.norm())
         assert distance(problem.rows["slow_ema"][index], g) < 4e-6 + left
         assert problem.tensors.steps[index] == spec.step + 1
-
-
-def test_matrices_are_orthogonalised_once_a_row() -> None:
-    """The slow EMA is the same until the next gradient."""
-    problem = matrices(SHAPES[-2:], ns_steps=2).confident()
-    with counted_launches() as log:
-        for number in range(2):
-            KERNELS.predict(problem, save=number == 0)
-        assert log.count("_gather_kernel") == 1
-        KERNELS.step(problem)
-        del log[:]
-        KERNELS.predict(problem)
-        assert log.count("_gather_kernel") == 1
 
 
 def test_blocks_of_what_is_no_matrix_are_refused() -> None:

@@ -16,11 +16,10 @@ from kernel_specs import FP16, THREE, fewer, plain, some
 from triton_hybrid.kernels.ledger import FACTOR_COLUMN, SLOPE_COLUMN, read_ledger
 from triton_hybrid.kernels.predict import Displacement
 
-from triton_hybrid.rules import RULES
-
 
 @pytest.mark.parametrize(
-    ("rule", "along"), [*((rule, SLOW_EMA) for rule in RULES), ("adamw", LINEAR), ("muon", LINEAR)]
+    ("rule", "along"),
+    [("adamw", SLOW_EMA), ("lion", SLOW_EMA), ("adamw", LINEAR), ("muon", LINEAR)],
 )
 @given(
     data=st.data(),

@@ -120,7 +120,7 @@ def test_same_bits_with_muon(predictor: str) -> None:
         config = fast_config(predictor=predictor, offload=kind, inline=False)
         optimizer = HybridOptimizer(split_param_groups(model), lr=1e-2, hybrid=config)
         train(model, optimizer, 20)
-        # In the middle of a stretch the orthogonalised slow EMA must survive a checkpoint.
+        # Also in the middle of a stretch.
         until(optimizer, model, Phase.PREDICT) if predictor != "none" else None
         train(model, optimizer, 1)
         optimizer.state_dict()

@@ -28,15 +28,14 @@ class Auto(Choice):
 
     It leaves groups with a β1 of `LEAST_BETA1` or less alone: who sets it so low (in adversarial
     training mostly) says that momentum hurts, and the slow EMA is more momentum.
-    It leaves Muon's matrices frozen: over a tuned Muon no predicted move along the slow EMA has
-    gained anything (``examples/benchmarks/EXPERIMENTS.md``).
     """
 
     name = "auto"
+    mixes = True
     lends_moments = Linear.lends_moments
 
     def __init__(self, config: HybridConfig) -> None:
-        self._noisy, self._quiet = SlowEMA(config, along_matrices=False), Linear(config)
+        self._noisy, self._quiet = SlowEMA(config), Linear(config)
         self._noisy.least_beta1 = self._quiet.least_beta1 = LEAST_BETA1
         self.active: Predictor = self._noisy
 

@@ -49,7 +49,7 @@ SLOW_EMA = address_row("slow_ema")
 
 
 @triton.jit
-def _factors(row, rate, factor):
+def _factors(row, factor):
     return tl.where(tl.load(row + LR) != 0, factor, 0.0)
 
 
@@ -57,7 +57,7 @@ def _factors(row, rate, factor):
 def _block(
     addresses, tensor, begin, length, factor, a, b, c, d, coefficients,
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
-    UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     last = load_row(addresses, DISPLACEMENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     # What never had a gradient was moved by weight decay alone, which nobody predicts.

@@ -33,11 +33,13 @@ class Choice(abc.ABC):
     Attributes:
         name: Value of ``HybridConfig.predictor``.
         lends_moments: Whether the later predictions in a row do not read the moments.
+        mixes: Whether Muon's momentum takes in the slow EMA.
         active: The predictor in use.
     """
 
     name: ClassVar[str]
     lends_moments: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     active: Predictor
 
     @abc.abstractmethod

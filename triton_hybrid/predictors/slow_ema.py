@@ -2,9 +2,9 @@
 
     displacement = -factor · lr · horizon · slow_ema / (√v̂ + ε)
 
-The slow EMA is preconditioned as the base rule does with a gradient (of Muon: orthogonalised). One
-predicted step is a quarter of a base step with it, and more as the learning rate decays. AdEMAMix
-(arXiv 2409.03137) mixes the same vector into every step.
+The slow EMA is preconditioned as the base rule does with a gradient. One predicted step is a
+quarter of a base step with it, and more as the learning rate decays. AdEMAMix (arXiv 2409.03137)
+mixes the same vector into every step, and so does Muon here, whose matrices no prediction moves.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, STEPS_AHEAD, Scalars
 from triton_hybrid.predictors.predictor import Predictor, Rows
-from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import StateRow
 
 FIRST_HORIZON = 0.25
 HORIZON_GAIN = 3.0
@@ -54,21 +52,19 @@ def is_other_run(last: float | Tensor, now: float | Tensor) -> Any:
 
 
 @triton.jit
-def _factors(row, rate, factor):
-    return -factor * (tl.load(row + LR) * tl.load(row + STEPS_AHEAD)) * rate
+def _factors(row, factor):
+    return -factor * (tl.load(row + LR) * tl.load(row + STEPS_AHEAD))
 
 
 @triton.jit
 def _block(
     addresses, tensor, begin, length, factor, a, b, c, d, coefficients,
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
-    UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     denominator = DENOMINATOR(addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL)
     s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    return factor * ALONG(
-        addresses, tensor, begin, length, s, denominator, STATE, UPDATE_TYPE, BLOCK, FULL
-    )
+    return factor * ALONG(addresses, tensor, begin, length, s, denominator, STATE, BLOCK, FULL)
 
 
 class _Torch:
@@ -81,36 +77,26 @@ class _Torch:
         assert rule is not None
         rows = scalars.hyperparameters[tensors.group.long()]
         step = tensors.steps.double().clamp(min=1.0)
-        unit = rule.torch.unit((1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt())
+        unit = rule.torch_along.unit((1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt())
         moved = -factor * (rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]])
-        if tensors.rate_factors is not None:
-            moved = moved * tensors.rate_factors
         return [moved * unit, unit * rows[:, HYPER["eps"]]]
 
     def block(self, tensors: TensorSet, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
         factor, eps = factors
         assert tensors.rule is not None
-        return tensors.rule.torch.along(rows, rows["slow_ema"], eps, out).mul_(factor)
+        return tensors.rule.torch_along.along(rows, rows["slow_ema"], eps, out).mul_(factor)
 
 
 class SlowEMA(Predictor):
-    """Follows the slow gradient EMA.
-
-    Without ``along_matrices`` the parameters of rules that need rows for it (Muon) stay.
-    """
+    """Follows the slow gradient EMA."""
 
     name = "slow_ema"
+    mixes = True
     displacement = Displacement(_factors, _block, _Torch(), ("slow_ema",), along_rule=True)
 
-    def __init__(self, config: HybridConfig, along_matrices: bool = True) -> None:
+    def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         self.refit_steps = REFIT_STEPS
-        self._along_matrices = along_matrices
-
-    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
-        if rule.along_rows and not self._along_matrices:
-            return super().rows_for(rule)
-        return (*super().rows_for(rule), *rule.along_rows)
 
     @property
     def ready(self) -> bool:

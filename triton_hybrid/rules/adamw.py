@@ -83,7 +83,7 @@ def _denominator(
 @triton.jit
 def _along(
     addresses, tensor, begin, length, x, denominator,
-    STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     return precise_div(x, denominator)
 

@@ -52,7 +52,7 @@ def _direction(
 @triton.jit
 def _along(
     addresses, tensor, begin, length, x, denominator,
-    STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     return _sign(x)
 
@@ -83,5 +83,5 @@ LION = Rule(
         _constants, _direction, no_denominator, _along, _Torch(), ("exp_avg",), ("exp_avg",)
     ),
     rows=(FIRST_MOMENT,),
-    betas=lambda group: Betas(group["betas"], exp_avg=group["betas"][1]),
+    betas=lambda group, _: Betas(group["betas"], exp_avg=group["betas"][1]),
 )

@@ -4,6 +4,13 @@
     update  = Newton-Schulz(gradient + momentum · (exp_avg - gradient))
     weight  ← (1 - lr · weight_decay) · weight - lr · scale · update
 
+With a predicted gradient (``predictor="slow_ema"`` or ``"auto"``) the momentum is a mixture of two,
+one that forgets three times as fast, and the slow EMA as the step finds it:
+
+    exp_avg ← momentum³ · exp_avg + (1 - momentum³) · gradient
+    mixed   = exp_avg + SLOW_MIX · (slow_ema - exp_avg)
+    update  = Newton-Schulz(gradient + momentum · (mixed - gradient))
+
 The momenta of all matrices are orthogonalised together (``kernels/newton_schulz.py``), between the
 two parts of the base step.
 """
@@ -11,8 +18,7 @@ two parts of the base step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,13 +31,13 @@ from triton_hybrid.checks import is_flag, is_int, is_list, is_number
 from triton_hybrid.kernels.matrices import SCRATCH_DTYPES, Coefficients, MatrixSet
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import QUINTIC, orthogonalise
-from triton_hybrid.kernels.newton_schulz_torch import momentum_torch, orthogonalise_torch
+from triton_hybrid.kernels.newton_schulz_torch import orthogonalise_torch
 from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.update_rule import Block, UpdateRule
 from triton_hybrid.rules.adamw import FIRST_MOMENT
 from triton_hybrid.rules.rule import Betas, Group, Option, Rule, no_denominator
-from triton_hybrid.state import Home, Member, StateRow
+from triton_hybrid.state import Member, StateRow
 
 SCALES = ("match_rms_adamw", "original")
 """Values of ``adjust_lr_fn``; None is ``"original"``, as in ``torch.optim.Muon``."""
@@ -40,6 +46,11 @@ DTYPES = tuple(SCRATCH_DTYPES)
 ADAMW_RMS = 0.2
 """Root mean square of AdamW's updates in units of the learning rate (Liu et al., arXiv
 2502.16982)."""
+FASTER, SLOW_MIX = 3, 0.6
+"""How much faster than ``momentum`` the momentum beside the slow EMA forgets, and the slow EMA's
+weight. The measurements are in ``examples/benchmarks/EXPERIMENTS.md``."""
+LEAST_MOMENTUM = 0.5
+"""Who sets a momentum no larger says that memory hurts, and gets no more of it."""
 
 
 def scratch_dtype(param: Tensor, group: Group) -> torch.dtype:
@@ -53,15 +64,7 @@ def scratch_dtype(param: Tensor, group: Group) -> torch.dtype:
 
 MOMENTUM_UPDATE = StateRow("update", scratch_dtype, saved=False)
 """The orthogonalised momentum."""
-SLOW_DIRECTION = replace(
-    MOMENTUM_UPDATE,
-    name="direction",
-    home=Home.SCRATCH,
-    when=lambda plan: plan.measured or plan.edge if plan.gradient else not plan.trajectory,
-)
-"""The orthogonalised slow EMA."""
 ORTHOGONAL = address_row("update")
-DIRECTION = address_row("direction")
 
 
 def rate_scale(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
@@ -111,10 +114,13 @@ def _follow_schedulers(group: dict[str, Any]) -> None:
         group["momentum"] = group["betas"][0]
 
 
-def _betas(group: Group) -> Betas:
+def _betas(group: Group, mixes: bool) -> Betas:
     momentum = group["momentum"]
     mix = momentum if group["nesterov"] else 1.0
-    return Betas((momentum, group["betas"][1]), exp_avg=momentum, nesterov_mix=mix)
+    decay, slow_mix = (
+        (momentum**FASTER, SLOW_MIX) if mixes and momentum > LEAST_MOMENTUM else (momentum, 0.0)
+    )
+    return Betas((decay, group["betas"][1]), decay, nesterov_mix=mix, slow_mix=slow_mix)
 
 
 _is_triple = partial(is_list, suits=is_number, count=3)
@@ -177,16 +183,8 @@ def _direction(
     return update, update
 
 
-@triton.jit
-def _along(
-    addresses, tensor, begin, length, x, denominator,
-    STATE: tl.constexpr, UPDATE_TYPE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    return load_row(addresses, DIRECTION, tensor, begin, length, UPDATE_TYPE, STATE, BLOCK, FULL)
-
-
 class _Torch:
-    """Muon in plain torch, after `_prepare`."""
+    """Muon in plain torch, after `prepare_torch`."""
 
     def update(self, block: Block) -> None:
         update = block.rows["update"].to(block.w.dtype)
@@ -196,43 +194,15 @@ class _Torch:
         else:
             block.w.sub_(block.numbers.lr * update)
 
-    def compare(self, block: Block) -> tuple[Tensor, Tensor, Any]:
-        update, ahead = (block.rows[n].to(block.w.dtype) for n in ("update", "direction"))
-        return update, ahead, block.numbers.lr**2
 
-    def along(self, rows: Mapping[str, Tensor], x: Tensor, eps: Any, out: Tensor) -> Tensor:
-        return out[0].copy_(rows["direction"])
-
-    def unit(self, root_correction2: Tensor) -> Tensor:
-        return torch.ones_like(root_correction2)
-
-
-def _momentum(matrices: MatrixSet, scalars: Scalars, max_norm: float | None) -> None:
-    orthogonalise(matrices, scalars, "update", max_norm=max_norm)
-
-
-def _prepare(
-    row: Callable[..., None],
-    momentum: Callable[..., None],
-    tensors: TensorSet,
-    scalars: Scalars,
-    compare: bool,
-    *gradient: Any,
-) -> None:
-    """Orthogonalises the momentum, and the slow EMA to compare with, by functions of a backend."""
+def _prepare(tensors: TensorSet, scalars: Scalars, max_norm: float | None) -> None:
     assert tensors.matrices is not None
-    if compare:
-        row(tensors.matrices, scalars, "direction", source="slow_ema")
-    momentum(tensors.matrices, scalars, *gradient)
-    tensors.matrices.direction_known = False
+    orthogonalise(tensors.matrices, scalars, max_norm)
 
 
-def _prepare_along(row: Callable[..., None], tensors: TensorSet, scalars: Scalars) -> None:
-    """Orthogonalises the slow EMA, unless it has not changed since."""
+def _prepare_torch(tensors: TensorSet, scalars: Scalars, clip: Tensor, skip: Tensor | None) -> None:
     assert tensors.matrices is not None
-    if not tensors.matrices.direction_known:
-        row(tensors.matrices, scalars, "direction", source="slow_ema")
-        tensors.matrices.direction_known = True
+    orthogonalise_torch(tensors.matrices, scalars, clip, skip)
 
 
 MUON = Rule(
@@ -241,19 +211,15 @@ MUON = Rule(
         constants=_constants,
         direction=_direction,
         denominator=no_denominator,
-        along=_along,
+        along=None,
         torch=_Torch(),
         reads=("update",),
         writes=(),
-        reads_along=("direction",),
         uses_gradient=False,
-        prepare=partial(_prepare, orthogonalise, _momentum),
-        prepare_torch=partial(_prepare, orthogonalise_torch, momentum_torch),
-        prepare_along=partial(_prepare_along, orthogonalise),
-        prepare_along_torch=partial(_prepare_along, orthogonalise_torch),
+        prepare=_prepare,
+        prepare_torch=_prepare_torch,
     ),
     rows=(FIRST_MOMENT, MOMENTUM_UPDATE),
-    along_rows=(SLOW_DIRECTION,),
     options=OPTIONS,
     check_parameter=_check_parameter,
     betas=_betas,

@@ -18,11 +18,12 @@ Group = Mapping[str, Any]
 
 
 class Betas(NamedTuple):
-    """The decays of a rule's moments, and how Muon mixes momentum and gradient."""
+    """The decays of a rule's moments, and how Muon mixes momentum, slow EMA and gradient."""
 
     pair: tuple[float, float]  # β1 and β2 of the rule's formula
     exp_avg: float  # that of exp_avg, for its bias correction
     nesterov_mix: float = 1.0  # weight of the momentum against the gradient
+    slow_mix: float = 0.0  # weight of the slow EMA in the momentum
 
 
 class Option(NamedTuple):
@@ -41,10 +42,9 @@ class Rule:
         name: Value of ``base``.
         kernels: What it does with a block of a tensor, for both backends.
         rows: What it keeps of every parameter.
-        along_rows: What it needs besides to be followed along the slow EMA.
         options: Options of a group beyond AdamW's, by name.
         check_parameter: Refuses a parameter that it cannot update: group, index, parameter.
-        betas: Of a group.
+        betas: Of a group; whether the slow EMA takes part in a momentum.
         bind: Prepares the tensors of a batch, such as matrices; None where nothing is needed.
         batch_key: What parameters of one batch share, besides dtype and rule.
         settings: Of a group: what must stay the same for its parameters to stay bound.
@@ -55,10 +55,11 @@ class Rule:
     name: str
     kernels: UpdateRule
     rows: tuple[StateRow, ...]
-    along_rows: tuple[StateRow, ...] = ()
     options: Mapping[str, Option] = field(default_factory=dict)
     check_parameter: Callable[[Group, int, Tensor], None] = lambda group, index, param: None
-    betas: Callable[[Group], Betas] = lambda group: Betas(group["betas"], group["betas"][0])
+    betas: Callable[[Group, bool], Betas] = lambda group, _: Betas(
+        group["betas"], group["betas"][0]
+    )
     bind: Callable[[TensorSet, Sequence[Member]], None] | None = None
     batch_key: Callable[[Group], Hashable] = lambda group: None
     settings: Callable[[Group], Hashable] = lambda group: None

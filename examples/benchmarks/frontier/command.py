@@ -9,7 +9,8 @@ r"""Measures optimizers against the frontier of tuned AdamW.
 `run` trains every combination of tasks, optimizers, learning rates, budgets and seeds that the
 file does not hold yet. With ``--tune-seeds`` all learning rates run on those seeds, and only the
 best of them, for each task, optimizer and budget, on ``--seeds``. `report` turns files of runs
-into a table, plots and a summary. ``--quick`` does both on a small task within a minute.
+into a table, plots and a summary; `pairs` compares one optimizer with others at the same budget,
+with no frontier of AdamW. ``--quick`` does both on a small task within a minute.
 `never-worse` asks another question: whether HybridOptimizer with its defaults, put in AdamW's place
 at the same learning rate, is worse.
 """
@@ -33,6 +34,7 @@ from frontier.drivers import SCHEDULES
 from frontier.judge import tune
 from frontier.never_worse import measure_never_worse
 from frontier.optimizers import OPTIMIZERS, find_optimizer
+from frontier.pairs import write_pairs
 from frontier.report import load_lines, write_report
 from frontier.runs import run_all
 from frontier.swap_tasks import SWAP_TASKS
@@ -81,6 +83,15 @@ class ReportOptions:
 
     files: Positional[tuple[Path, ...]]
     output: Folder  # where the report goes
+
+
+@dataclass(frozen=True)
+class PairsOptions:
+    """Compare one optimizer's final losses with all others', seed by seed."""
+
+    files: Positional[tuple[Path, ...]]
+    optimizer: Annotated[str, choice(list(OPTIMIZERS))]  # which one
+    output: Annotated[Path, arg(metavar="FILE")]  # JSON
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quick_command(parse(QuickOptions, arguments, prog=NAME).output)
             return 0
         commands = {
-            "run": RunOptions, "report": ReportOptions, "never-worse": NeverWorseOptions
+            "run": RunOptions, "report": ReportOptions, "pairs": PairsOptions,
+            "never-worse": NeverWorseOptions,
         }  # fmt: skip
         options = parse(commands, arguments, prog=NAME, description=__doc__)
         if isinstance(options, RunOptions):
@@ -208,6 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif isinstance(options, NeverWorseOptions):
             chosen = options.tasks, options.seeds, options.output, options.steps
             print(measure_never_worse(*chosen), flush=True)
+        elif isinstance(options, PairsOptions):
+            write_pairs(load_lines(options.files), options.optimizer, options.output)
         else:
             write_report(load_lines(options.files), options.output)
     except (ValueError, RuntimeError) as error:
