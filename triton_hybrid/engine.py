@@ -6,6 +6,7 @@ The engine does what the phases ask for, and knows nothing of their order.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import Settings
+from triton_hybrid.kernels.addresses import refill
 from triton_hybrid.kernels.backend import BACKENDS
 from triton_hybrid.kernels.ledger import (
     FINGERPRINT_COLUMN,
@@ -21,7 +23,7 @@ from triton_hybrid.kernels.ledger import (
     read_ledger,
     write_ledger,
 )
-from triton_hybrid.kernels.multi_tensor import require_launchable, upload
+from triton_hybrid.kernels.multi_tensor import require_launchable
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
@@ -34,6 +36,10 @@ LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
 """What is remembered of a group's learning rate, in the group, for checkpoints."""
 FRESH_RATES: dict[str, Any] = {LARGEST_LR: 0.0, LAST_LR: -1.0}
 """Before the first step; -1 stands for no rate yet."""
+_NUMBERS = ("eps", "weight_decay", "maximize", "momentum", "nesterov", "max_momentum", *FRESH_RATES)
+
+
+_GRADIENT = operator.attrgetter("grad")
 
 
 class Engine:
@@ -69,6 +75,7 @@ class Engine:
         self.batches = self._make_batches(members, state)
         self.params = [param for batch in self.batches for param in batch.params]
         self.scalars = Scalars([batch.tensors for batch in self.batches], groups)
+        self._seen: list[Any] = []  # what the table of hyperparameters was made of
         self._hyperparameters: list[list[float]] = []  # as they are on the device
         self._losses = 0  # observed since the last gradient
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
@@ -110,7 +117,10 @@ class Engine:
         """Reads ``.grad`` of every parameter, and refuses sparse ones; False when there is none."""
         found = False
         for batch in self.batches:
-            grads = [param.grad for param in batch.params]
+            grads = [*map(_GRADIENT, batch.params)]
+            if batch.tensors.take_gradients(grads):
+                found = True
+                continue
             kinds = {(grad.dtype, grad.is_sparse) for grad in grads if grad is not None}
             if any(sparse for _, sparse in kinds):
                 raise RuntimeError("HybridOptimizer does not support sparse gradients")
@@ -214,6 +224,9 @@ class Engine:
 
         A learning rate that is a tensor on the device stays there.
         """
+        seen = [*map(_numbers, groups)]
+        if seen == self._seen:
+            return
         table, on_device = self.scalars.hyperparameters, {}
         rows = []
         for index, group in enumerate(groups):
@@ -232,9 +245,10 @@ class Engine:
         self.largest_beta1 = max(group["betas"][0] for group in groups)
         if rows != self._hyperparameters or on_device:
             self._hyperparameters = rows
-            table.copy_(upload(torch.tensor(rows, dtype=torch.float64, device="cpu"), table.device))
+            refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))
         for index, lr in on_device.items():
             _take_from_device(groups[index], table[index], lr)
+        self._seen = [] if on_device else [*map(_numbers, groups)]
 
     # ------------------------------------------------------------- what others do to the weights
 
@@ -321,6 +335,16 @@ def overlapping(params: Sequence[Tensor]) -> list[int]:
         together.append(index)
         until = max(until, end)
     return ranks
+
+
+def _numbers(group: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a group's row of hyperparameters is made of; an empty one if it is on the device."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.device.type != "cpu":
+            return ()
+        lr = lr.item()
+    return (lr, *group["betas"], *map(group.get, _NUMBERS))
 
 
 def _row(group: dict[str, Any], lr: float, largest: float) -> list[float]:

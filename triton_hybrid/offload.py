@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.multi_tensor import dense_view
+from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.state import Batch, Home, State, StateRow, StepPlan, buffer_like
 
 COPY_ON_CPU = False

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from cpu_step import one_round
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from triton.runtime.interpreter import InterpretedFunction
 
-from cpu_step import one_round
 from lib.environment import environment
 from lib.files import write_json
 from lib.flags import parse, whole_number
