@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.gram import totals
-from triton_hybrid.kernels.launch import LAUNCH, on_device
+from triton_hybrid.kernels.launch import LAUNCH, start
 from triton_hybrid.kernels.rows import number
 
 if TYPE_CHECKING:
@@ -393,8 +393,8 @@ def decide(scalars: Scalars, threshold: float, cooldown: float) -> None:
     their running mean; a first rejection forces ``cooldown`` real steps before the next prediction.
     """
     prediction = scalars.prediction
-    with on_device(prediction.device):
-        _decide_kernel[(1,)](
-            scalars.ledger, scalars.sums, prediction, len(prediction), float(threshold),
-            float(cooldown), TENSORS=128, **LAUNCH,
-        )  # fmt: skip
+    start(
+        _decide_kernel, (1,), prediction.device,
+        scalars.ledger, scalars.sums, prediction, prediction.shape[0], float(threshold),
+        float(cooldown), TENSORS=128, **LAUNCH,
+    )  # fmt: skip

@@ -21,8 +21,8 @@ except ImportError:
 def likeness(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function of as many tensors: whether each is like the one that it was made of.
 
-    That is in type, dtype, layout, device, shape, strides, and whether it requires a gradient. False
-    may be wrong (inside autocast or inference mode, if it was made outside), True never is.
+    That is in type, dtype, layout, device, shape, strides, and in requiring a gradient. False may
+    be wrong (inside autocast or inference mode, if it was made outside), True never is.
     """
     if _Guards is not None:
         sizes = [list(tensor.shape) for tensor in tensors]

@@ -24,7 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.addresses import AddressTable
-from triton_hybrid.kernels.launch import INTERPRETED, LAUNCH, Tiling, default_tiling, on_device
+from triton_hybrid.kernels.launch import (
+    INTERPRETED,
+    LAUNCH,
+    Tiling,
+    default_tiling,
+    on_device,
+    settle,
+)
 from triton_hybrid.kernels.layout import DenseViews, dense_view, same_layout
 from triton_hybrid.kernels.likeness import likeness
 from triton_hybrid.kernels.rows import NONE, OWN, OWN_DTYPE, ROW, SPLIT, TRITON_DTYPES
@@ -225,12 +232,14 @@ class TensorSet:
         """
         addresses, extents = self.tables()
         chunks = self.chunks(every)
+        tiling = self.tiling
         with on_device(self.device):
-            kernel[(self.tiling.programs,)](
+            kernel[(tiling.programs,)](
                 addresses, extents, chunks.places, chunks.count, *arguments, **constants,
                 PARAM_TYPE=self.dtype_of("param"), STATE=self.dtype_of("weight"), KEPT=self.kept,
-                BLOCK=self.tiling.block, CHUNK=self.tiling.chunk, **options,
+                BLOCK=tiling.block, CHUNK=tiling.chunk, **options,
             )  # fmt: skip
+        settle(kernel)
 
     def torch_blocks(self, index: int) -> Iterator[slice]:
         """Slices of one tensor for plain torch, small enough to stay in cache."""

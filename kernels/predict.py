@@ -37,7 +37,7 @@ from triton_hybrid.kernels.rows import (
     store_row,
     store_weight,
 )
-from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars
+from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars, own
 
 MOVE_COLUMNS = 3
 """Sums of a move: slope, squared displacement, non-finite results."""
@@ -203,7 +203,7 @@ def predict(
     if displacement.along_rule and rule.prepare_along is not None:
         rule.prepare_along(tensors, scalars)
     partials = tensors.room_for(MOVE_COLUMNS)
-    prediction = scalars.prediction[tensors.place]
+    prediction = own(scalars.prediction, tensors)
     tensors.launch(
         _predict_kernel, tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,
         prediction if coefficients is None else coefficients, prediction,
@@ -214,7 +214,7 @@ def predict(
         UPDATE_TYPE=tensors.dtype_of("direction"), MASTER=tensors.has_master,
         SAVE=save, SLOPES=with_slopes,
     )  # fmt: skip
-    sums = scalars.sums[tensors.place]
+    sums = own(scalars.sums, tensors)
     reduce_partials(partials, tensors.chunks(every=True), sums, begin=0 if with_slopes else 1)
 
 

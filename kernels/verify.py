@@ -41,7 +41,7 @@ from triton_hybrid.kernels.rows import (
     store_row,
     store_weight,
 )
-from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars
+from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars, own
 
 SLOPE_SUMS = 3
 """Sums of a verifying gradient: slope, squared gradient, non-finite gradients."""
@@ -108,7 +108,7 @@ def slopes(tensors: TensorSet, scalars: Scalars) -> None:
         _slopes_kernel, tensors.group, scalars.hyperparameters, scalars.ledger, partials,
         GRAD_TYPE=tensors.dtype_of("grad"),
     )  # fmt: skip
-    reduce_partials(partials, tensors.chunks(), scalars.sums[tensors.place])
+    reduce_partials(partials, tensors.chunks(), own(scalars.sums, tensors))
 
 
 def slopes_torch(tensors: TensorSet, scalars: Scalars) -> None:
@@ -233,8 +233,8 @@ def check_move(
         last: Whether this is the last set of the device.
     """
     tensors.launch(
-        _check_move_kernel, scalars.prediction[tensors.place], scalars.sums, scalars.prediction,
-        len(scalars.sums),
+        _check_move_kernel, own(scalars.prediction, tensors), scalars.sums, scalars.prediction,
+        scalars.sums.shape[0],
         scalars.ledger, scalars.arrivals, float(threshold), float(limit), float(cooldown),
         every=True, MASTER=tensors.has_master, LAST=last, TENSORS=128,
     )  # fmt: skip
@@ -312,7 +312,7 @@ def correct(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> None:
         restart: Whether ``snapshot`` becomes the placed weights, the start of a new cycle.
     """
     tensors.launch(
-        _correct_kernel, scalars.prediction[tensors.place], scalars.ledger,
+        _correct_kernel, own(scalars.prediction, tensors), scalars.ledger,
         every=True, MASTER=tensors.has_master, RESTART=restart,
     )  # fmt: skip
 
