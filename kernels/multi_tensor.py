@@ -246,7 +246,7 @@ class TensorSet:
         for begin in range(0, self.lengths[index], TORCH_BLOCK):
             yield slice(begin, min(begin + TORCH_BLOCK, self.lengths[index]))
 
-    def block_rows(self, index: int, part: slice) -> dict[str, Tensor]:
+    def block_rows(self, index: int, part: slice = slice(None)) -> dict[str, Tensor]:
         """A block of every row of state that is here, for plain torch."""
         others = ("param", "weight", "grad", "remainder")
         return {

@@ -188,6 +188,8 @@ def _along(
 class _Torch:
     """Muon in plain torch, after `_prepare`."""
 
+    takes_lists = False
+
     def update(self, block: Block) -> None:
         update = block.rows["update"].to(block.w.dtype)
         block.w.mul_(block.numbers.decay)
