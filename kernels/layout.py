@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +44,12 @@ class DenseViews(Sequence[Tensor]):
         return len(self._tensors)
 
     def __getitem__(self, index: Any) -> Any:
+        return self._made()[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._made())
+
+    def _made(self) -> list[Tensor]:
         if not self._views:
-            self._views += [t.as_strided((t.numel(),), (1,)).detach() for t in self._tensors]
-        return self._views[index]
+            self._views += [t.as_strided((t.numel(),), (1,)) for t in self._tensors]
+        return self._views

@@ -38,6 +38,7 @@ from triton_hybrid.kernels.rows import (
     store_weight,
 )
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars, own
+from triton_hybrid.kernels.together_torch import Together, dots, together
 
 MOVE_COLUMNS = 3
 """Sums of a move: slope, squared displacement, non-finite results."""
@@ -253,8 +254,18 @@ def predict_torch(
     numbers = table.tolist() if on_cpu else [row.unbind() for row in table.unbind()]
 
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
+    taking: Sequence[Any] = takes_part.tolist() if on_cpu else takes_part
+    parties = together(tensors, [(on_cpu and here) or None for here in taking])
+    done: dict[int, Tensor] = {}
     totals = []
-    for index, here in enumerate(takes_part.tolist() if on_cpu else takes_part):
+    for index, here in enumerate(taking):
+        if index in parties:
+            party = parties[index]
+            found = _predict_together(party, displacement, table, scratch, save, with_slopes)
+            done.update(zip(party.indices, found.unbind()))
+        if index in done:
+            totals.append(done[index])
+            continue
         inverse1, *factors = numbers[index]
         total = torch.zeros(MOVE_COLUMNS, dtype=torch.float64, device=tensors.device)
         moves = None if on_cpu else moving & here
@@ -281,3 +292,30 @@ def predict_torch(
                 total[2] += ~seen.isfinite().all()
         totals.append(total)
     written.copy_(torch.stack(totals)[:, -written.shape[1] :])
+
+
+def _predict_together(
+    party: Together,
+    displacement: Displacement,
+    table: Tensor,
+    scratch: Tensor,
+    save: bool,
+    with_slopes: bool,
+) -> Tensor:
+    """`predict_torch` of short tensors that all move; FP64 ``[tensors, MOVE_COLUMNS]``."""
+    inverse1, *columns = table.unbind(dim=1)
+    weight, rows = party.weight(), {name: party.joined(name) for name in party.names}
+    factors = [party.spread(column) for column in columns]
+    out = scratch[:, : party.total]
+    moved = displacement.torch.block(party.tensors, rows, factors, out)
+    if save:
+        party.put("snapshot", weight)
+    seen = party.put_weight(weight.add_(moved))
+    moves = party.parts(moved)
+    total = moved.new_zeros(len(moves), MOVE_COLUMNS, dtype=torch.float64)
+    if with_slopes:
+        total[:, 0] = dots(party.rows("exp_avg"), moves) * inverse1[party.indices]
+    total[:, 1] = dots(moves, moves)
+    if not bool(seen.isfinite().all()):
+        total[:, 2] = torch.stack([~part.isfinite().all() for part in party.parts(seen)])
+    return total

@@ -86,11 +86,11 @@ def gradient_sums_torch(sets: Sequence[TensorSet], ledger: Tensor) -> tuple[Tens
         here = [g for g in tensors.flat["grad"] if g.numel()]
         if here:
             wide = torch.float64 if here[0].dtype == torch.float64 else torch.float32
-            norms.extend(n.double() for n in torch._foreach_norm(here, 2, wide))
+            norms.append(torch.stack(torch._foreach_norm(here, 2, wide)).double())
             grads.extend(here)
     unscale = ledger[INDEX["loss_scale"]].reciprocal()
     zero = torch.zeros((), dtype=torch.float64, device=ledger.device)
-    norm = torch.stack(norms).square().sum().sqrt() * unscale if norms else zero
+    norm = torch.cat(norms).square().sum().sqrt() * unscale if norms else zero
     # An infinite sum of squares of finite values is an overflow, not a non-finite gradient.
     nonfinite = ~norm.isfinite()
     if grads and (ledger.device.type != "cpu" or bool(nonfinite)):
@@ -158,7 +158,8 @@ def _update(
             found = _update_together(party, its, after, scratch, known, measured, compared)
             done.update(zip(party.indices, found))
         if index in done:  # in the order of tensors, whoever is worked on together
-            sums = [total + term for total, term in zip(sums, done[index])]
+            if measured:
+                sums = [total + term for total, term in zip(sums, done[index])]
             continue
         for part in tensors.torch_blocks(index) if here else ():
             w = tensors.weight(index, part)
@@ -216,7 +217,9 @@ def _update_together(
         lists: Any = {name: party.rows(name) for name in rule.writes}
         steps: Any = [after[index] for index in indices]
         rule.torch.update(Block(weights, grads, lists, its, steps, scratch))  # type: ignore[arg-type]
-    rows = {name: party.joined(name) for name in party.names} if compared or weight is not None else {}
+    rows = (
+        {name: party.joined(name) for name in party.names} if compared or weight is not None else {}
+    )
     block = Block(weight, g, rows, its, after[indices[0]], scratch[:, : party.total])  # type: ignore[arg-type]
     if not rule.torch.takes_lists:
         rule.torch.update(block)

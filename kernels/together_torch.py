@@ -42,7 +42,9 @@ class Together:
     @property
     def names(self) -> list[str]:
         """The rows of state that are here."""
-        return list(self.tensors.block_rows(max(self.indices, key=self.tensors.lengths.__getitem__)))
+        return list(
+            self.tensors.block_rows(max(self.indices, key=self.tensors.lengths.__getitem__))
+        )
 
     def rows(self, name: str) -> list[Tensor]:
         """The tensors of a row."""

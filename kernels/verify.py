@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton_hybrid.kernels.gram import reduce_partials, totals
 from triton_hybrid.kernels.ledger import (
     CAUSE_JUMP,
@@ -42,6 +43,7 @@ from triton_hybrid.kernels.rows import (
     store_weight,
 )
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars, own
+from triton_hybrid.kernels.together_torch import Together, dots, together
 
 SLOPE_SUMS = 3
 """Sums of a verifying gradient: slope, squared gradient, non-finite gradients."""
@@ -115,8 +117,14 @@ def slopes_torch(tensors: TensorSet, scalars: Scalars) -> None:
     """`slopes` in plain torch."""
     flat, ledger = tensors.flat, scalars.ledger
     compute = tensors.compute_dtype
+    parties, done = together(tensors, [here or None for here in tensors.present]), {}
     totals = []
     for index, here in enumerate(tensors.present):
+        if index in parties:
+            done.update(zip(parties[index].indices, _slopes_together(parties[index]).unbind()))
+        if index in done:
+            totals.append(done[index])
+            continue
         total = torch.zeros(SLOPE_SUMS, dtype=torch.float64, device=tensors.device)
         for part in tensors.torch_blocks(index) if here else ():
             g = flat["grad"][index][part].to(compute)
@@ -132,6 +140,23 @@ def slopes_torch(tensors: TensorSet, scalars: Scalars) -> None:
     unscale = ledger[INDEX["loss_scale"]].reciprocal()
     sums[:, 0] *= scalars.hyperparameters[tensors.group.long(), HYPER["sign"]] * unscale
     sums[:, 1] *= unscale * unscale
+
+
+def _slopes_together(party: Together) -> Tensor:
+    """The sums of short tensors; FP64 ``[tensors, SLOPE_SUMS]``."""
+    tensors = party.tensors
+    joined, grads = party.joined("grad"), party.rows("grad")
+    if joined.dtype != tensors.compute_dtype:
+        joined = joined.to(tensors.compute_dtype)
+        grads = party.parts(joined)
+    squares = dots(grads, grads)
+    displaced = party.parts(party.weight().sub_(party.joined("snapshot")))
+    total = joined.new_zeros(len(grads), SLOPE_SUMS, dtype=torch.float64)
+    total[:, 0] = dots(grads, displaced)
+    total[:, 1] = squares
+    if not bool(squares.isfinite().all()):
+        total[:, 2] = torch.stack([~grad.isfinite().all() for grad in grads])
+    return total
 
 
 @triton.jit
@@ -327,8 +352,20 @@ def correct_torch(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> Non
     column = scalars.prediction[tensors.place, FRACTION_COLUMN.value]
     fractions = column.to(tensors.compute_dtype)
     known = fractions.tolist() if on_cpu else [None] * len(tensors)
+    moving = [None if not on_cpu or (x == 1.0 and not restart) else True for x in known]
+    done: set[int] = set()
+    for party in together(tensors, moving).values():
+        start, w = party.joined("snapshot"), party.weight()
+        fraction = party.spread(fractions)
+        placed = start + fraction * (w - start)
+        placed = torch.where(fraction == 1.0, w, placed)
+        placed = torch.where(fraction == 0.0, start, placed)
+        party.put_weight(placed)
+        if restart:
+            party.put("snapshot", placed)
+        done.update(party.indices)
     for index, fraction in enumerate(fractions.unbind()):
-        if known[index] == 1.0 and not restart:
+        if index in done or (known[index] == 1.0 and not restart):
             continue
         for part in tensors.torch_blocks(index):
             w = tensors.weight(index, part)
