@@ -118,6 +118,7 @@ class TensorSet:
         """FP64, what the group's learning rate is multiplied with for each tensor; None for 1.
         (Reading a table of ones spilled registers on gfx942.)"""
         self.short: tuple[Any, ...] | None = None  # tables of `fingerprint_torch`
+        self.together: dict[Any, Any] = {}  # those of `together_torch`
         self._addresses = AddressTable(self.lengths, device)
         self.tables = self._addresses.tables
         self._alike: Callable[..., bool] | None = None  # gradients that need no second look

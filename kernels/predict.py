@@ -256,18 +256,17 @@ def predict_torch(
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
     taking: Sequence[Any] = takes_part.tolist() if on_cpu else takes_part
     parties = together(tensors, [(on_cpu and here) or None for here in taking])
-    done: dict[int, Tensor] = {}
-    totals = []
+    totals = sums.new_zeros(len(tensors), MOVE_COLUMNS)
+    done: set[int] = set()
+    for party in parties.values():
+        found = _predict_together(party, displacement, table, scratch, save, with_slopes)
+        totals[party.indices] = found
+        done.update(party.indices)
     for index, here in enumerate(taking):
-        if index in parties:
-            party = parties[index]
-            found = _predict_together(party, displacement, table, scratch, save, with_slopes)
-            done.update(zip(party.indices, found.unbind()))
         if index in done:
-            totals.append(done[index])
             continue
         inverse1, *factors = numbers[index]
-        total = torch.zeros(MOVE_COLUMNS, dtype=torch.float64, device=tensors.device)
+        total = totals[index]
         moves = None if on_cpu else moving & here
         for part in tensors.torch_blocks(index) if not on_cpu or here else ():
             w = tensors.weight(index, part)
@@ -290,8 +289,7 @@ def predict_torch(
             # A finite sum has finite terms; on the CPU the second look costs only when not.
             if not on_cpu or not bool(seen.sum(dtype=compute).isfinite()):
                 total[2] += ~seen.isfinite().all()
-        totals.append(total)
-    written.copy_(torch.stack(totals)[:, -written.shape[1] :])
+    written.copy_(totals[:, -written.shape[1] :])
 
 
 def _predict_together(

@@ -215,11 +215,10 @@ def _update_together(
         weights = party.rows("weight") if weight is None else party.parts(weight)
         grads = party.parts(g) if converted and g is not None else party.rows("grad")
         lists: Any = {name: party.rows(name) for name in rule.writes}
-        steps: Any = [after[index] for index in indices]
+        steps: Any = [*after[indices].unbind()]
         rule.torch.update(Block(weights, grads, lists, its, steps, scratch))  # type: ignore[arg-type]
-    rows = (
-        {name: party.joined(name) for name in party.names} if compared or weight is not None else {}
-    )
+    names = party.names if compared or not rule.torch.takes_lists else []
+    rows = {name: party.joined(name) for name in names}
     block = Block(weight, g, rows, its, after[indices[0]], scratch[:, : party.total])  # type: ignore[arg-type]
     if not rule.torch.takes_lists:
         rule.torch.update(block)

@@ -24,50 +24,58 @@ from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
 SHORT = 1 << 13
 """Elements up to which a tensor is worked on together with others."""
 ALIGNED = 32
+MOST_PATTERNS = 8
+"""Groupings that a set remembers."""
+
+
+class Places:
+    """Which tensors are worked on as one, and where they lie in a joined row."""
+
+    def __init__(self, indices: Sequence[int], lengths: Sequence[int]) -> None:
+        self.indices = indices
+        self.lengths = [lengths[index] for index in indices]
+        self.whole = len(indices) == len(lengths)
+        self.longest = max(indices, key=lengths.__getitem__)
+        self.gaps = [-length % ALIGNED for length in self.lengths]
+        self.pieces = [piece for pair in zip(self.lengths, self.gaps) for piece in pair]
+        self.repeats = torch.tensor([sum(pair) for pair in zip(self.lengths, self.gaps)])
+        self.total = sum(self.pieces)
 
 
 class Together:
     """Some tensors of a set, as one."""
 
-    def __init__(self, tensors: TensorSet, indices: Sequence[int]) -> None:
-        self.tensors, self.indices = tensors, indices
-        lengths = [tensors.lengths[index] for index in indices]
-        gaps = [-length % ALIGNED for length in lengths]
-        self._gaps = gaps if any(gaps) else []
-        self._pieces = [piece for pair in zip(lengths, gaps) for piece in pair]
-        self._lengths = lengths
-        self._spread = torch.tensor([sum(pair) for pair in zip(lengths, gaps)])
-        self.total = sum(self._pieces)
+    def __init__(self, tensors: TensorSet, places: Places) -> None:
+        self.tensors, self._places = tensors, places
+        self.indices, self.total = places.indices, places.total
 
     @property
     def names(self) -> list[str]:
         """The rows of state that are here."""
-        return list(
-            self.tensors.block_rows(max(self.indices, key=self.tensors.lengths.__getitem__))
-        )
+        return list(self.tensors.block_rows(self._places.longest))
 
     def rows(self, name: str) -> list[Tensor]:
         """The tensors of a row."""
-        flat = self.tensors.flat[name]
-        return [flat[index] for index in self.indices]
+        flat = list(self.tensors.flat[name])
+        return flat if self._places.whole else [flat[index] for index in self.indices]
 
     def joined(self, name: str) -> Tensor:
         """A row in one piece, with zeros in the gaps."""
         rows = self.rows(name)
-        if self._gaps:
+        if any(self._places.gaps):
             zeros = rows[0].new_zeros(ALIGNED)
-            rows = [x for row, gap in zip(rows, self._gaps) for x in (row, zeros[:gap])]
+            rows = [x for row, gap in zip(rows, self._places.gaps) for x in (row, zeros[:gap])]
         return torch.cat(rows)
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Views of the tensors in a row that is in one piece."""
-        if not self._gaps:
-            return list(whole.split(self._lengths))
-        return list(whole.split(self._pieces)[::2])
+        if not any(self._places.gaps):
+            return list(whole.split(self._places.lengths))
+        return list(whole.split(self._places.pieces)[::2])
 
     def spread(self, numbers: Tensor) -> Tensor:
         """A number of each tensor of the set, for each element of the joined ones."""
-        return numbers[self.indices].repeat_interleave(self._spread, output_size=self.total)
+        return numbers[self.indices].repeat_interleave(self._places.repeats, output_size=self.total)
 
     def put(self, name: str, whole: Tensor) -> None:
         """Copies a row back."""
@@ -109,19 +117,29 @@ def together(tensors: TensorSet, keys: Sequence[Hashable | None]) -> dict[int, T
 
     On the CPU, short ones of equal keys; none whose key is None.
     """
-    alike: dict[Any, list[list[int]]] = {}
-    room: dict[Any, int] = {}
-    for index, (key, length) in enumerate(zip(keys, tensors.lengths)):
-        if key is None or length > SHORT or tensors.device.type != "cpu":
+    if tensors.device.type != "cpu":
+        return {}
+    numbers: dict[Any, int | None] = {None: None}
+    pattern = tuple([numbers.setdefault(key, len(numbers)) for key in keys])
+    known = tensors.together
+    if pattern not in known:
+        if len(known) == MOST_PATTERNS:
+            known.clear()
+        known[pattern] = _places(pattern, tensors.lengths)
+    return {places.indices[0]: Together(tensors, places) for places in known[pattern]}
+
+
+def _places(pattern: Sequence[int | None], lengths: Sequence[int]) -> list[Places]:
+    alike: dict[int, list[list[int]]] = {}
+    room: dict[int, int] = {}
+    for index, (key, length) in enumerate(zip(pattern, lengths)):
+        if key is None or length > SHORT:
             continue
-        if room.get(key, -1) < (padded := length + -length % ALIGNED):
+        padded = length + -length % ALIGNED
+        if room.get(key, -1) < padded:
             alike.setdefault(key, []).append([])
             room[key] = TORCH_BLOCK
         alike[key][-1].append(index)
         room[key] -= padded
-    return {
-        indices[0]: Together(tensors, indices)
-        for parties in alike.values()
-        for indices in parties
-        if len(indices) > 1
-    }
+    parties = (party for parties in alike.values() for party in parties)
+    return [Places(party, lengths) for party in parties if len(party) > 1]

@@ -117,15 +117,15 @@ def slopes_torch(tensors: TensorSet, scalars: Scalars) -> None:
     """`slopes` in plain torch."""
     flat, ledger = tensors.flat, scalars.ledger
     compute = tensors.compute_dtype
-    parties, done = together(tensors, [here or None for here in tensors.present]), {}
-    totals = []
+    sums = scalars.sums[tensors.place].zero_()
+    done: set[int] = set()
+    for party in together(tensors, [here or None for here in tensors.present]).values():
+        sums[party.indices] = _slopes_together(party)
+        done.update(party.indices)
     for index, here in enumerate(tensors.present):
-        if index in parties:
-            done.update(zip(parties[index].indices, _slopes_together(parties[index]).unbind()))
         if index in done:
-            totals.append(done[index])
             continue
-        total = torch.zeros(SLOPE_SUMS, dtype=torch.float64, device=tensors.device)
+        total = sums[index]
         for part in tensors.torch_blocks(index) if here else ():
             g = flat["grad"][index][part].to(compute)
             square = g.dot(g)
@@ -134,9 +134,6 @@ def slopes_torch(tensors: TensorSet, scalars: Scalars) -> None:
             # A finite sum of squares has finite terms; the second look costs only when not.
             if square.device.type != "cpu" or not bool(square.isfinite()):
                 total[2] += ~g.isfinite().all()
-        totals.append(total)
-    sums = scalars.sums[tensors.place]
-    sums.copy_(torch.stack(totals))
     unscale = ledger[INDEX["loss_scale"]].reciprocal()
     sums[:, 0] *= scalars.hyperparameters[tensors.group.long(), HYPER["sign"]] * unscale
     sums[:, 1] *= unscale * unscale
