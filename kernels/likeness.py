@@ -25,9 +25,8 @@ def likeness(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     be wrong (inside autocast or inference mode, if it was made outside), True never is.
     """
     if _Guards is not None:
-        sizes = [list(tensor.shape) for tensor in tensors]
-        strides = [list(tensor.stride()) for tensor in tensors]
-        guards = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        # No dimension is dynamic: sizes and strides must be those of these tensors.
+        guards = _Guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         check: Callable[..., bool] = guards.check
         return check
     known = [*map(_kind, tensors)]

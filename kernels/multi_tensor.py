@@ -166,7 +166,10 @@ class TensorSet:
 
         That is what mostly happens, and costs a small part of `set_row`.
         """
-        if self._alike is None or not self._alike(*grads):
+        try:
+            if self._alike is None or not self._alike(*grads):
+                return False
+        except RuntimeError:  # a sparse one was asked for strides
             return False
         here = cast("Sequence[Tensor]", grads)
         self.flat["grad"] = DenseViews(here)

@@ -254,7 +254,7 @@ def predict_torch(
     numbers = table.tolist() if on_cpu else [row.unbind() for row in table.unbind()]
 
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
-    taking: Sequence[Any] = takes_part.tolist() if on_cpu else takes_part
+    taking: Any = takes_part.tolist() if on_cpu else takes_part
     parties = together(tensors, [(on_cpu and here) or None for here in taking])
     totals = sums.new_zeros(len(tensors), MOVE_COLUMNS)
     done: set[int] = set()

@@ -105,9 +105,8 @@ class _Torch:
         numbers = block.numbers
         m, v = block.rows["exp_avg"], block.rows["exp_avg_sq"]
         if isinstance(numbers.lr, float):
-            w, g, m, v, steps = map(_listed, (block.w, block.g, m, v, block.step))
             torch._fused_adamw_(
-                w, g, m, v, [], steps,
+                _listed(block.w), _listed(block.g), _listed(m), _listed(v), [], _listed(block.step),
                 lr=numbers.lr, beta1=numbers.beta1, beta2=numbers.beta2,
                 weight_decay=numbers.weight_decay, eps=numbers.eps,
                 amsgrad=False, maximize=False,
