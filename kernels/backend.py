@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from triton_hybrid.kernels.fingerprint import fingerprint, fingerprint_torch
+from triton_hybrid.kernels.fingerprint import (
+    find_writes,
+    find_writes_torch,
+    fingerprint,
+    fingerprint_torch,
+    note_weights,
+    note_weights_torch,
+)
 from triton_hybrid.kernels.gram import gram, gram_torch
 from triton_hybrid.kernels.ledger import decide
 from triton_hybrid.kernels.ledger_torch import decide_torch
@@ -34,12 +41,17 @@ class Backend:
     decide: Callable[..., None]  # on the prediction
     correct: Callable[..., None]  # does what was decided
     gram: Callable[..., None]  # ends a cycle of a trajectory
-    fingerprint: Callable[..., None]  # of all parameters, to see what others write
+    fingerprint: Callable[..., None]  # of all parameters of a set
+    note_weights: Callable[..., None]  # as a step leaves them
+    find_writes: Callable[..., None]  # that others have made since
 
 
-TRITON = Backend("triton", step, predict, check_move, slopes, decide, correct, gram, fingerprint)
+TRITON = Backend(
+    "triton", step, predict, check_move, slopes, decide,
+    correct, gram, fingerprint, note_weights, find_writes,
+)  # fmt: skip
 TORCH = Backend(
     "torch", step_torch, predict_torch, check_move_torch, slopes_torch, decide_torch,
-    correct_torch, gram_torch, fingerprint_torch,
+    correct_torch, gram_torch, fingerprint_torch, note_weights_torch, find_writes_torch,
 )  # fmt: skip
 BACKENDS = {backend.name: backend for backend in (TRITON, TORCH)}

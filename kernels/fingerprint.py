@@ -19,6 +19,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.launch import LAUNCH, start
+from triton_hybrid.kernels.ledger import (
+    FINGERPRINT_COLUMN,
+    INDEX,
+    PART_COLUMN,
+    PREDICTION_COLUMNS,
+    WRITTEN,
+    add,
+)
 from triton_hybrid.kernels.multi_tensor import (
     TORCH_BLOCK,
     TensorSet,
@@ -26,6 +35,7 @@ from triton_hybrid.kernels.multi_tensor import (
     chunk_length,
 )
 from triton_hybrid.kernels.rows import PARAM, TAIL_SHARE, load_row
+from triton_hybrid.kernels.scalars import Scalars, own
 
 PERIOD = TORCH_BLOCK
 """The weights of places begin anew after so many elements, times another odd number."""
@@ -90,6 +100,96 @@ def fingerprint(tensors: TensorSet, found: Tensor) -> None:
     integers = INTEGERS[tensors.dtype["param"].itemsize][1]
     tensors.launch(_fingerprint_kernel, sums, every=True, BITS=integers)
     found.copy_(_halves(sums))
+
+
+@triton.jit
+def _settle_kernel(
+    found, prediction, ledger, n_tensors,
+    FIND: tl.constexpr, EVERY: tl.constexpr, TENSORS: tl.constexpr,
+):  # fmt: skip
+    """Compares the sums of `_fingerprint_kernel` with what was noted, or notes them."""
+    writes = tl.zeros([TENSORS], tl.int32)
+    for begin in range(0, n_tensors, TENSORS):
+        t = begin + tl.arange(0, TENSORS)
+        here = t < n_tensors
+        total = tl.load(found + t, mask=here, other=0)
+        tl.store(found + t, tl.zeros([TENSORS], tl.int64), mask=here)
+        low = (total & 0xFFFF).to(tl.float32)
+        high = (((total >> 16) & 0xFFFF) | 0x10000).to(tl.float32)
+        part = prediction + PREDICTION_COLUMNS * t + PART_COLUMN
+        noted = prediction + PREDICTION_COLUMNS * t + FINGERPRINT_COLUMN
+        if FIND:
+            known_low = tl.load(noted, mask=here, other=0.0)
+            known_high = tl.load(noted + 1, mask=here, other=0.0)
+            written = ((known_low != 0) & (known_low != low)) | (
+                (known_high != 0) & (known_high != high)
+            )
+            zero = tl.zeros([TENSORS], tl.float32)
+            tl.store(part, zero, mask=written)
+            tl.store(noted, zero, mask=written)
+            tl.store(noted + 1, zero, mask=written)
+            writes = tl.maximum(writes, written.to(tl.int32))
+        else:
+            moved = tl.load(part, mask=here, other=0.0) > 0
+            tl.store(noted, tl.where(moved | EVERY, low, 0.0), mask=here)
+            tl.store(noted + 1, tl.where(moved | EVERY, high, 0.0), mask=here)
+    if FIND:
+        add(ledger + WRITTEN, tl.max(writes, axis=0).to(tl.float64))
+
+
+def _settle(sets: Sequence[TensorSet], scalars: Scalars, **constants: bool) -> None:
+    for tensors in sets:
+        integers = INTEGERS[tensors.dtype["param"].itemsize][1]
+        found = own(scalars.found, tensors)
+        tensors.launch(_fingerprint_kernel, found, every=True, BITS=integers)
+    prediction = scalars.prediction
+    start(
+        _settle_kernel, (1,), prediction.device,
+        scalars.found, prediction, scalars.ledger, prediction.shape[0],
+        **constants, TENSORS=128, **LAUNCH,
+    )  # fmt: skip
+
+
+def note_weights(sets: Sequence[TensorSet], scalars: Scalars, *, every: bool) -> None:
+    """Notes how a step leaves the parameters. A launch for each set, and one more.
+
+    Args:
+        sets: All of a device, with row ``param``.
+        scalars: Of these sets; the table of predictions is written.
+        every: Of all parameters, or of those alone that take part in the prediction.
+    """
+    _settle(sets, scalars, FIND=False, EVERY=every)
+
+
+def find_writes(sets: Sequence[TensorSet], scalars: Scalars) -> None:
+    """Finds the parameters that are not as `note_weights` left them. As many launches.
+
+    They take no further part in the prediction, and the ledger says that there are some.
+    """
+    _settle(sets, scalars, FIND=True, EVERY=False)
+
+
+def note_weights_torch(sets: Sequence[TensorSet], scalars: Scalars, *, every: bool) -> None:
+    """`note_weights` in plain torch."""
+    found, noted = _found_torch(sets, scalars), scalars.prediction[:, FINGERPRINT_COLUMN.value :]
+    moved = scalars.prediction[:, PART_COLUMN.value] > 0
+    noted.copy_(found if every else found * moved.unsqueeze(1))
+
+
+def find_writes_torch(sets: Sequence[TensorSet], scalars: Scalars) -> None:
+    """`find_writes` in plain torch."""
+    noted = scalars.prediction[:, FINGERPRINT_COLUMN.value :]
+    written = ((noted != 0) & (noted != _found_torch(sets, scalars))).any(1)
+    scalars.prediction[:, PART_COLUMN.value].masked_fill_(written, 0.0)
+    noted.masked_fill_(written.unsqueeze(1), 0.0)
+    scalars.ledger[INDEX["written"]] += written.any()
+
+
+def _found_torch(sets: Sequence[TensorSet], scalars: Scalars) -> Tensor:
+    found = torch.empty_like(scalars.prediction[:, FINGERPRINT_COLUMN.value :])
+    for tensors in sets:
+        fingerprint_torch(tensors, found[tensors.place])
+    return found
 
 
 def fingerprint_torch(tensors: TensorSet, found: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -73,9 +74,32 @@ INTERPRETED = type(_probe).__name__ == "InterpretedFunction"
 """Whether Triton runs kernels by its interpreter (``TRITON_INTERPRET=1`` at import)."""
 
 
+_NOWHERE_ELSE = contextlib.nullcontext()
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Makes a CUDA device current for a launch; does nothing elsewhere."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else _NOWHERE_ELSE
+
+
+def start(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any
+) -> None:
+    """Launches a kernel on a device."""
+    with on_device(device):
+        kernel[grid](*arguments, **constants)
+    settle(kernel)
+
+
+def settle(kernel: Any) -> None:
+    """Lets further launches of a kernel cost less; to be called after the first.
+
+    At each launch Triton compares every global constant that a kernel reads with what it was when
+    compiled: 50 µs for the 48 of a base step, where all else takes 20. Ours never change.
+    """
+    constants_read = getattr(kernel, "used_global_vals", None)
+    if constants_read:
+        constants_read.clear()
 
 
 def launch_options(backend: str, resident: bool = False) -> dict[str, object]:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import LAUNCH, on_device
+from triton_hybrid.kernels.launch import LAUNCH, start
 from triton_hybrid.kernels.rows import number
 from triton_hybrid.kernels.sums import column_total, totals
 
@@ -388,8 +388,8 @@ def decide(scalars: Scalars, threshold: float, cooldown: float) -> None:
     their running mean; a first rejection forces ``cooldown`` real steps before the next prediction.
     """
     prediction = scalars.prediction
-    with on_device(prediction.device):
-        _decide_kernel[(1,)](
-            scalars.ledger, scalars.sums, prediction, len(prediction), float(threshold),
-            float(cooldown), TENSORS=128, **LAUNCH,
-        )  # fmt: skip
+    start(
+        _decide_kernel, (1,), prediction.device,
+        scalars.ledger, scalars.sums, prediction, prediction.shape[0], float(threshold),
+        float(cooldown), TENSORS=128, **LAUNCH,
+    )  # fmt: skip

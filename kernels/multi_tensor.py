@@ -16,15 +16,25 @@ kernel works on a *list* of tensors at once, described by tables in device memor
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import INTERPRETED, LAUNCH, Tiling, default_tiling, on_device
-from triton_hybrid.kernels.rows import MOST_ROWS, NONE, OWN, OWN_DTYPE, ROW, SPLIT, TRITON_DTYPES
+from triton_hybrid.kernels.addresses import AddressTable
+from triton_hybrid.kernels.launch import (
+    INTERPRETED,
+    LAUNCH,
+    Tiling,
+    default_tiling,
+    on_device,
+    settle,
+)
+from triton_hybrid.kernels.layout import DenseViews, dense_view, same_layout
+from triton_hybrid.kernels.likeness import likeness
+from triton_hybrid.kernels.rows import NONE, OWN, OWN_DTYPE, ROW, SPLIT, TRITON_DTYPES
 
 if TYPE_CHECKING:
     from triton_hybrid.kernels.matrices import MatrixSet
@@ -34,32 +44,6 @@ if TYPE_CHECKING:
 # update of many operations still reads and writes main memory about once. Measured on 2
 # cores, AdamW with slow EMA on 124M parameters: 2^16 0.159 s, 2^17 0.151, 2^19 0.144.
 TORCH_BLOCK = 1 << 19
-
-
-def dense_view(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order of its memory, as a 1-D view.
-
-    Raises:
-        ValueError: The tensor has gaps or overlaps in memory.
-    """
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size == 1 or not tensor.numel():
-            continue
-        if stride != expected:
-            raise ValueError(
-                f"tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense "
-                "in memory: allowed are contiguous tensors and permutations of them"
-            )
-        expected *= size
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def same_layout(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors of equal shape keep their elements in the same order."""
-    return not left.numel() or all(
-        a == b for a, b, size in zip(left.stride(), right.stride(), left.shape) if size != 1
-    )
 
 
 class ChunkTable:
@@ -123,7 +107,8 @@ class TensorSet:
         wide = 4 if self.kept != OWN else (rows.get("weight") or params)[0].element_size()
         self.tiling = tiling or default_tiling(device, wide)
         self.lengths = [p.numel() for p in params]
-        self.flat: dict[str, list[Tensor]] = {}  # dense 1-D views of the tensors of each row
+        self._nothing = [torch.empty(0, dtype=params[0].dtype, device=device)] * count
+        self.flat: dict[str, Sequence[Tensor]] = {}  # dense 1-D views of the tensors of each row
         self.dtype: dict[str, torch.dtype] = {} if self.kept == OWN else {"weight": torch.float32}
         self.present = [True] * count  # whether each tensor has a gradient
         self.group = torch.tensor(groups or [0] * count, dtype=torch.int32, device=device)
@@ -133,9 +118,12 @@ class TensorSet:
         """FP64, what the group's learning rate is multiplied with for each tensor; None for 1.
         (Reading a table of ones spilled registers on gfx942.)"""
         self.short: tuple[Any, ...] | None = None  # tables of `fingerprint_torch`
-        self._address = torch.zeros(count, MOST_ROWS, dtype=torch.int64, device="cpu")
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self.together: dict[Any, Any] = {}  # those of `together_torch`
+        self._addresses = AddressTable(self.lengths, device)
+        self.tables = self._addresses.tables
+        self._alike: Callable[..., bool] | None = None  # gradients that need no second look
         self._chunks: OrderedDict[tuple[bool, ...], ChunkTable] = OrderedDict()
+        self._in_use: dict[bool, ChunkTable] = {}  # of every tensor, of those with a gradient
         self._partials = torch.empty(0, dtype=torch.float32, device=device)
         for name, tensors in rows.items():
             self.set_row(name, list(tensors))
@@ -164,13 +152,29 @@ class TensorSet:
         if dtype is not None:
             self._set_dtype(name, dtype)
         self.flat[name] = flat
+        places = [*map(Tensor.data_ptr, flat)]
+        self._addresses.put(ROW[name], places)
         if name == "grad":
             self.present = [tensor is not None for tensor in tensors]
-        places = [view.data_ptr() if view.numel() else 0 for view in flat]
-        address = torch.tensor(places, dtype=torch.int64, device="cpu")
-        if not torch.equal(address, self._address[:, ROW[name]]):
-            self._address[:, ROW[name]] = address
-            self._tables = None
+            self._in_use.pop(False, None)
+            here = [tensor for tensor in tensors if tensor is not None]
+            read_in_place = len(here) == len(self) and places == [*map(Tensor.data_ptr, here)]
+            self._alike = likeness(here) if read_in_place else None
+
+    def take_gradients(self, grads: Sequence[Tensor | None]) -> bool:
+        """Sets the row of gradients, if these are like the last ones in all but their addresses.
+
+        That is what mostly happens, and costs a small part of `set_row`.
+        """
+        try:
+            if self._alike is None or not self._alike(*grads):
+                return False
+        except RuntimeError:  # a sparse one was asked for strides
+            return False
+        here = cast("Sequence[Tensor]", grads)
+        self.flat["grad"] = DenseViews(here)
+        self._addresses.put(ROW["grad"], [*map(Tensor.data_ptr, here)])
+        return True
 
     def _set_dtype(self, name: str, dtype: torch.dtype) -> None:
         """Kernels read weight and state with one dtype; another would be read as garbage."""
@@ -194,29 +198,21 @@ class TensorSet:
 
     def release(self, name: str) -> None:
         """Lets go of a row's memory until the next `set_row`; its addresses stay known."""
-        self.flat[name] = [self.shapes[0].new_empty(0)] * len(self)
-
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """``addresses`` and ``extents``, uploaded only after a change."""
-        if self._tables is None:
-            lengths = torch.tensor(self.lengths, dtype=torch.int64, device="cpu")
-            extents = 2 * lengths + (self._address % 16 == 0).all(1)
-            # A copy even where the device is the host: the table of a launch stays as it was.
-            addresses = upload(self._address.clone(), self.device)
-            self._tables = addresses, upload(extents, self.device)
-        return self._tables
+        self.flat[name] = self._nothing
 
     def chunks(self, every: bool = False) -> ChunkTable:
         """The chunk table of the tensors with a gradient, or of every tensor."""
-        key = (True,) * len(self) if every else tuple(self.present)
-        if key not in self._chunks:
-            self._chunks[key] = ChunkTable(self.lengths, key, self.tiling.chunk, self.device)
-            # A model whose unused parameters differ from step to step must not grow a table
-            # for each pattern.
-            if len(self._chunks) > 8:
-                self._chunks.popitem(last=False)
-        self._chunks.move_to_end(key)
-        return self._chunks[key]
+        if every not in self._in_use:
+            key = (True,) * len(self) if every else tuple(self.present)
+            if key not in self._chunks:
+                self._chunks[key] = ChunkTable(self.lengths, key, self.tiling.chunk, self.device)
+                # A model whose unused parameters differ from step to step must not grow a table
+                # for each pattern.
+                if len(self._chunks) > 8:
+                    self._chunks.popitem(last=False)
+            self._chunks.move_to_end(key)
+            self._in_use[every] = self._chunks[key]
+        return self._in_use[every]
 
     def room_for(self, columns: int) -> Tensor:
         """Scratch for the chunk sums of a kernel: FP32 ``[chunks · columns]``."""
@@ -240,19 +236,21 @@ class TensorSet:
         """
         addresses, extents = self.tables()
         chunks = self.chunks(every)
+        tiling = self.tiling
         with on_device(self.device):
-            kernel[(self.tiling.programs,)](
+            kernel[(tiling.programs,)](
                 addresses, extents, chunks.places, chunks.count, *arguments, **constants,
                 PARAM_TYPE=self.dtype_of("param"), STATE=self.dtype_of("weight"), KEPT=self.kept,
-                BLOCK=self.tiling.block, CHUNK=self.tiling.chunk, **options,
+                BLOCK=tiling.block, CHUNK=tiling.chunk, **options,
             )  # fmt: skip
+        settle(kernel)
 
     def torch_blocks(self, index: int) -> Iterator[slice]:
         """Slices of one tensor for plain torch, small enough to stay in cache."""
         for begin in range(0, self.lengths[index], TORCH_BLOCK):
             yield slice(begin, min(begin + TORCH_BLOCK, self.lengths[index]))
 
-    def block_rows(self, index: int, part: slice) -> dict[str, Tensor]:
+    def block_rows(self, index: int, part: slice = slice(None)) -> dict[str, Tensor]:
         """A block of every row of state that is here, for plain torch."""
         others = ("param", "weight", "grad", "remainder")
         return {
@@ -374,15 +372,6 @@ def remainder_of(weight: Tensor, param: Tensor) -> Tensor:
     """What BF16 parameters lack of their FP32 masters; int16."""
     high = param.view(torch.int16).to(torch.int32) << 16
     return (weight.view(torch.int32) - high).clamp(max=32767).to(torch.int16)
-
-
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copies a small host tensor to the device without waiting for it."""
-    if device.type != "cuda":
-        return host.to(device)
-    # A fresh pinned buffer each time: its allocator does not hand it out again before the
-    # copy has run, so no earlier copy is overwritten in flight.
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def require_launchable(device: torch.device) -> None:

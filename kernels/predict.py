@@ -36,8 +36,9 @@ from triton_hybrid.kernels.rows import (
     store_row,
     store_weight,
 )
-from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars
+from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars, own
 from triton_hybrid.kernels.sums import fold, no_sums, reduce_partials
+from triton_hybrid.kernels.together_torch import Together, dots, together
 
 MOVE_COLUMNS = 3
 """Sums of a move: slope, squared displacement, non-finite results."""
@@ -198,7 +199,7 @@ def predict(
     rule = tensors.rule
     assert rule is not None
     partials = tensors.room_for(MOVE_COLUMNS)
-    prediction = scalars.prediction[tensors.place]
+    prediction = own(scalars.prediction, tensors)
     tensors.launch(
         _predict_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
         prediction if coefficients is None else coefficients, prediction,
@@ -207,7 +208,7 @@ def predict(
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
         MASTER=tensors.has_master, SAVE=save, SLOPES=with_slopes,
     )  # fmt: skip
-    sums = scalars.sums[tensors.place]
+    sums = own(scalars.sums, tensors)
     reduce_partials(partials, tensors.chunks(every=True), sums, begin=0 if with_slopes else 1)
 
 
@@ -244,10 +245,19 @@ def predict_torch(
     numbers = table.tolist() if on_cpu else [row.unbind() for row in table.unbind()]
 
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
-    totals = []
-    for index, here in enumerate(takes_part.tolist() if on_cpu else takes_part):
+    taking: Any = takes_part.tolist() if on_cpu else takes_part
+    parties = together(tensors, [(on_cpu and here) or None for here in taking])
+    totals = sums.new_zeros(len(tensors), MOVE_COLUMNS)
+    done: set[int] = set()
+    for party in parties.values():
+        found = _predict_together(party, displacement, table, scratch, save, with_slopes)
+        totals[party.indices] = found
+        done.update(party.indices)
+    for index, here in enumerate(taking):
+        if index in done:
+            continue
         inverse1, *factors = numbers[index]
-        total = torch.zeros(MOVE_COLUMNS, dtype=torch.float64, device=tensors.device)
+        total = totals[index]
         moves = None if on_cpu else moving & here
         for part in tensors.torch_blocks(index) if not on_cpu or here else ():
             w = tensors.weight(index, part)
@@ -270,5 +280,31 @@ def predict_torch(
             # A finite sum has finite terms; on the CPU the second look costs only when not.
             if not on_cpu or not bool(seen.sum(dtype=compute).isfinite()):
                 total[2] += ~seen.isfinite().all()
-        totals.append(total)
-    written.copy_(torch.stack(totals)[:, -written.shape[1] :])
+    written.copy_(totals[:, -written.shape[1] :])
+
+
+def _predict_together(
+    party: Together,
+    displacement: Displacement,
+    table: Tensor,
+    scratch: Tensor,
+    save: bool,
+    with_slopes: bool,
+) -> Tensor:
+    """`predict_torch` of short tensors that all move; FP64 ``[tensors, MOVE_COLUMNS]``."""
+    inverse1, *columns = table.unbind(dim=1)
+    weight, rows = party.weight(), {name: party.joined(name) for name in party.names}
+    factors = [party.spread(column) for column in columns]
+    out = scratch[:, : party.total]
+    moved = displacement.torch.block(party.tensors, rows, factors, out)
+    if save:
+        party.put("snapshot", weight)
+    seen = party.put_weight(weight.add_(moved))
+    moves = party.parts(moved)
+    total = moved.new_zeros(len(moves), MOVE_COLUMNS, dtype=torch.float64)
+    if with_slopes:
+        total[:, 0] = dots(party.rows("exp_avg"), moves) * inverse1[party.indices]
+    total[:, 1] = dots(moves, moves)
+    if not bool(seen.isfinite().all()):
+        total[:, 2] = torch.stack([~part.isfinite().all() for part in party.parts(seen)])
+    return total

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton_hybrid.kernels.ledger import FOUND_INF, HOLD, LOSS_SCALE, new_ledger
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.rows import number
@@ -64,8 +65,15 @@ class Scalars:
         self.partials = torch.zeros(2 + UPDATE_SUMS, columns, dtype=torch.float32, device=device)
         """FP32, first-stage sums of each program: squared gradient, non-finite gradients, and those
         of an update."""
+        self.found = torch.zeros(count, dtype=torch.int64, device=device)
+        """Fingerprints as they are summed up; zero between launches."""
         self.arrivals = torch.zeros(2, dtype=torch.int32, device=device)
         """Counters of programs; zero between launches."""
+
+
+def own(table: Tensor, tensors: TensorSet) -> Tensor:
+    """The rows of a per-tensor table that are a set's."""
+    return table if table.shape[0] == len(tensors) else table[tensors.place]
 
 
 @triton.jit

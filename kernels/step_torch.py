@@ -15,7 +15,9 @@ from triton_hybrid.kernels.ledger_torch import (
     slow_share_torch,
 )
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet
+from triton_hybrid.kernels.rows import OWN
 from triton_hybrid.kernels.scalars import HYPER, UPDATE_SUMS, Scalars
+from triton_hybrid.kernels.together_torch import Together, dots, together
 from triton_hybrid.kernels.update_rule import Block, Numbers
 
 
@@ -84,11 +86,11 @@ def gradient_sums_torch(sets: Sequence[TensorSet], ledger: Tensor) -> tuple[Tens
         here = [g for g in tensors.flat["grad"] if g.numel()]
         if here:
             wide = torch.float64 if here[0].dtype == torch.float64 else torch.float32
-            norms.extend(n.double() for n in torch._foreach_norm(here, 2, wide))
+            norms.append(torch.stack(torch._foreach_norm(here, 2, wide)).double())
             grads.extend(here)
     unscale = ledger[INDEX["loss_scale"]].reciprocal()
     zero = torch.zeros((), dtype=torch.float64, device=ledger.device)
-    norm = torch.stack(norms).square().sum().sqrt() * unscale if norms else zero
+    norm = torch.cat(norms).square().sum().sqrt() * unscale if norms else zero
     # An infinite sum of squares of finite values is an overflow, not a non-finite gradient.
     nonfinite = ~norm.isfinite()
     if grads and (ledger.device.type != "cpu" or bool(nonfinite)):
@@ -139,15 +141,26 @@ def _update(
     assert rule is not None
     on_host = skip is None
     numbers = table.tolist() if on_host else [r.unbind() for r in table.to(compute).unbind()]
+    known: Any = None
     if rates is not None:
-        known: Any = rates.tolist() if on_host else rates.to(compute).unbind()
+        known = rates.tolist() if on_host else rates.to(compute).unbind()
         slow_rate, steady = known
     written = [*rule.writes, *["slow_ema"] * (rates is not None)]
-    sums = torch.zeros(UPDATE_SUMS, dtype=torch.float64, device=tensors.device)
+    sums: list[Any] = [0.0] * UPDATE_SUMS
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
     after = tensors.steps + 1.0
+    keys = [tuple(row) if on_host and here else None for here, row in zip(tensors.present, numbers)]
+    parties, done = together(tensors, keys), dict[int, Sequence[float]]()
     for index, (here, row) in enumerate(zip(tensors.present, numbers)):
         its = Numbers(*row)
+        if index in parties:
+            party = parties[index]
+            found = _update_together(party, its, after, scratch, known, measured, compared)
+            done.update(zip(party.indices, found))
+        if index in done:  # in the order of tensors, whoever is worked on together
+            if measured:
+                sums = [total + term for total, term in zip(sums, done[index])]
+            continue
         for part in tensors.torch_blocks(index) if here else ():
             w = tensors.weight(index, part)
             g = flat["grad"][index][part].to(compute)
@@ -170,9 +183,62 @@ def _update(
                 else:
                     s.add_(slow_rate * (steady * g - s))
                 if measured:
-                    sums[3] += s.dot(s)
+                    sums[3] += s.dot(s).double()
             if skip is not None:
                 for now, old in zip(changed, before):
                     now.copy_(torch.where(skip, old, now))
             tensors.put_weight(index, part, w)
-    return sums
+    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=table.device) for x in sums])
+
+
+def _update_together(
+    party: Together,
+    its: Numbers,
+    after: Tensor,
+    scratch: Tensor,
+    rates: list[float] | None,
+    measured: bool,
+    compared: bool,
+) -> list[Sequence[float]]:
+    """`_update` of short tensors with the same numbers; returns the sums of each."""
+    tensors, indices = party.tensors, party.indices
+    rule, compute = tensors.rule, tensors.compute_dtype
+    assert rule is not None
+    in_place = rule.torch.takes_lists and tensors.kept == OWN and not tensors.has_master
+    weight = None if in_place else party.weight()
+    converted = its.clip != 1.0 or tensors.dtype["grad"] != compute
+    needed = converted or rates is not None or not rule.torch.takes_lists
+    g = party.joined("grad").to(compute) if needed else None
+    if g is not None and its.clip != 1.0:
+        g = g * its.clip
+    if rule.torch.takes_lists:
+        weights = party.rows("weight") if weight is None else party.parts(weight)
+        grads = party.parts(g) if converted and g is not None else party.rows("grad")
+        lists: Any = {name: party.rows(name) for name in rule.writes}
+        steps: Any = [*after[indices].unbind()]
+        rule.torch.update(Block(weights, grads, lists, its, steps, scratch))  # type: ignore[arg-type]
+    names = party.names if compared or not rule.torch.takes_lists else []
+    rows = {name: party.joined(name) for name in names}
+    block = Block(weight, g, rows, its, after[indices[0]], scratch[:, : party.total])  # type: ignore[arg-type]
+    if not rule.torch.takes_lists:
+        rule.torch.update(block)
+        for name in rule.writes:
+            party.put(name, rows[name])
+    if weight is not None:
+        party.put_weight(weight)
+    if rates is None:
+        return [[0.0] * UPDATE_SUMS] * len(indices)
+    sums: list[list[float]] = [[0.0] * len(indices)] * UPDATE_SUMS
+    if compared:
+        update, ahead, square = rule.torch.compare(block)
+        updates, aheads = party.parts(update), party.parts(ahead)
+        for place, pair in enumerate(((updates, updates), (updates, aheads), (aheads, aheads))):
+            sums[place] = [square * x for x in dots(*pair).tolist()]
+    slow_rate, steady = rates
+    slow = rows["slow_ema"] if compared else party.joined("slow_ema")
+    slow.mul_(1.0 - slow_rate).add_(g, alpha=slow_rate * steady)  # type: ignore[arg-type]
+    party.put("slow_ema", slow)
+    if measured:
+        slows = party.rows("slow_ema")
+        sums[3] = dots(slows, slows).tolist()
+    return list(zip(*sums))

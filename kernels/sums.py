@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import LAUNCH, on_device
+from triton_hybrid.kernels.launch import LAUNCH, start
 from triton_hybrid.kernels.multi_tensor import ChunkTable
 
 
@@ -67,10 +67,11 @@ def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: i
         sums: FP64 ``[tensors, columns]``, written from column ``begin`` on.
         begin: Columns before it are left as they are.
     """
-    with on_device(sums.device):
-        _reduce_kernel[(len(sums),)](
-            partials, chunks.first, sums, BEGIN=begin, N=sums.shape[1], BLOCK=256, **LAUNCH
-        )
+    count, columns = sums.shape
+    start(
+        _reduce_kernel, (count,), sums.device,
+        partials, chunks.first, sums, BEGIN=begin, N=columns, BLOCK=256, **LAUNCH,
+    )  # fmt: skip
 
 
 @triton.jit

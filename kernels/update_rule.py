@@ -41,6 +41,9 @@ class Block:
 class TorchUpdate(Protocol):
     """A base rule in plain torch."""
 
+    takes_lists: bool
+    """Whether `update` takes lists of tensors on the CPU, in place of one tensor each."""
+
     def update(self, block: Block) -> None:
         """Updates the block's moments and weights in place."""
 

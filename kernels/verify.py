@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton_hybrid.kernels.ledger import (
     CAUSE_JUMP,
     CAUSE_NONFINITE,
@@ -40,8 +41,9 @@ from triton_hybrid.kernels.rows import (
     store_row,
     store_weight,
 )
-from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars
+from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars, own
 from triton_hybrid.kernels.sums import reduce_partials, totals
+from triton_hybrid.kernels.together_torch import Together, dots, together
 
 SLOPE_SUMS = 3
 """Sums of a verifying gradient: slope, squared gradient, non-finite gradients."""
@@ -108,16 +110,22 @@ def slopes(tensors: TensorSet, scalars: Scalars) -> None:
         _slopes_kernel, tensors.group, scalars.hyperparameters, scalars.ledger, partials,
         GRAD_TYPE=tensors.dtype_of("grad"),
     )  # fmt: skip
-    reduce_partials(partials, tensors.chunks(), scalars.sums[tensors.place])
+    reduce_partials(partials, tensors.chunks(), own(scalars.sums, tensors))
 
 
 def slopes_torch(tensors: TensorSet, scalars: Scalars) -> None:
     """`slopes` in plain torch."""
     flat, ledger = tensors.flat, scalars.ledger
     compute = tensors.compute_dtype
-    totals = []
+    sums = scalars.sums[tensors.place].zero_()
+    done: set[int] = set()
+    for party in together(tensors, [here or None for here in tensors.present]).values():
+        sums[party.indices] = _slopes_together(party)
+        done.update(party.indices)
     for index, here in enumerate(tensors.present):
-        total = torch.zeros(SLOPE_SUMS, dtype=torch.float64, device=tensors.device)
+        if index in done:
+            continue
+        total = sums[index]
         for part in tensors.torch_blocks(index) if here else ():
             g = flat["grad"][index][part].to(compute)
             square = g.dot(g)
@@ -126,12 +134,26 @@ def slopes_torch(tensors: TensorSet, scalars: Scalars) -> None:
             # A finite sum of squares has finite terms; the second look costs only when not.
             if square.device.type != "cpu" or not bool(square.isfinite()):
                 total[2] += ~g.isfinite().all()
-        totals.append(total)
-    sums = scalars.sums[tensors.place]
-    sums.copy_(torch.stack(totals))
     unscale = ledger[INDEX["loss_scale"]].reciprocal()
     sums[:, 0] *= scalars.hyperparameters[tensors.group.long(), HYPER["sign"]] * unscale
     sums[:, 1] *= unscale * unscale
+
+
+def _slopes_together(party: Together) -> Tensor:
+    """The sums of short tensors; FP64 ``[tensors, SLOPE_SUMS]``."""
+    tensors = party.tensors
+    joined, grads = party.joined("grad"), party.rows("grad")
+    if joined.dtype != tensors.compute_dtype:
+        joined = joined.to(tensors.compute_dtype)
+        grads = party.parts(joined)
+    squares = dots(grads, grads)
+    displaced = party.parts(party.weight().sub_(party.joined("snapshot")))
+    total = joined.new_zeros(len(grads), SLOPE_SUMS, dtype=torch.float64)
+    total[:, 0] = dots(grads, displaced)
+    total[:, 1] = squares
+    if not bool(squares.isfinite().all()):
+        total[:, 2] = torch.stack([~grad.isfinite().all() for grad in grads])
+    return total
 
 
 @triton.jit
@@ -233,8 +255,8 @@ def check_move(
         last: Whether this is the last set of the device.
     """
     tensors.launch(
-        _check_move_kernel, scalars.prediction[tensors.place], scalars.sums, scalars.prediction,
-        len(scalars.sums),
+        _check_move_kernel, own(scalars.prediction, tensors), scalars.sums, scalars.prediction,
+        scalars.sums.shape[0],
         scalars.ledger, scalars.arrivals, float(threshold), float(limit), float(cooldown),
         every=True, MASTER=tensors.has_master, LAST=last, TENSORS=128,
     )  # fmt: skip
@@ -312,7 +334,7 @@ def correct(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> None:
         restart: Whether ``snapshot`` becomes the placed weights, the start of a new cycle.
     """
     tensors.launch(
-        _correct_kernel, scalars.prediction[tensors.place], scalars.ledger,
+        _correct_kernel, own(scalars.prediction, tensors), scalars.ledger,
         every=True, MASTER=tensors.has_master, RESTART=restart,
     )  # fmt: skip
 
@@ -327,8 +349,20 @@ def correct_torch(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> Non
     column = scalars.prediction[tensors.place, FRACTION_COLUMN.value]
     fractions = column.to(tensors.compute_dtype)
     known = fractions.tolist() if on_cpu else [None] * len(tensors)
+    moving = [None if not on_cpu or (x == 1.0 and not restart) else True for x in known]
+    done: set[int] = set()
+    for party in together(tensors, moving).values():
+        start, w = party.joined("snapshot"), party.weight()
+        fraction = party.spread(fractions)
+        placed = start + fraction * (w - start)
+        placed = torch.where(fraction == 1.0, w, placed)
+        placed = torch.where(fraction == 0.0, start, placed)
+        party.put_weight(placed)
+        if restart:
+            party.put("snapshot", placed)
+        done.update(party.indices)
     for index, fraction in enumerate(fractions.unbind()):
-        if known[index] == 1.0 and not restart:
+        if index in done or (known[index] == 1.0 and not restart):
             continue
         for part in tensors.torch_blocks(index):
             w = tensors.weight(index, part)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +17,9 @@ from triton_hybrid.distributed import Ranks
 from triton_hybrid.engine import Engine
 from triton_hybrid.groups import check_parameter
 from triton_hybrid.kernels.fingerprint import fingerprint_of
+from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, INDEX, PART_COLUMN
-from triton_hybrid.kernels.multi_tensor import dense_view
 from triton_hybrid.phases import Phase, PhaseController
-from triton_hybrid.rules import RULES
 from triton_hybrid.state import (
     DECLARED,
     PREDICTION,
@@ -35,8 +32,10 @@ from triton_hybrid.state import (
     state_bytes,
 )
 from triton_hybrid.stats import HybridStats
+from triton_hybrid.watch import Groups, Watch
 
-Groups = Sequence[dict[str, Any]]
+FEW = 8
+"""Parameters of a group that are looked at for gradients which nobody reads."""
 
 
 class Binding:
@@ -47,10 +46,9 @@ class Binding:
         self.progress = Progress(PhaseController(settings.config))
         self.engine: Engine | None = None  # before the first step and after a change
         self._pending_losses: list[Tensor | float] = []
-        self._bound: list[Any] = []
+        self._watch: Watch | None = None
         self._params: list[Tensor] = []
         self._state: State = {}
-        self._held: list[int] = []
         self._installs = 0
         self._mentioned = False
 
@@ -60,10 +58,7 @@ class Binding:
         Anybody may replace parameters in the groups, their memory or their state between steps, so
         what is bound is compared every time.
         """
-        bound = _whereabouts([param for group in groups for param in group["params"]])
-        for group in groups:
-            bound += [len(group["params"]), group["base"], RULES[group["base"]].settings(group)]
-        if self.engine is None or bound != self._bound or not self._holds(state):
+        if self.engine is None or self._sees_changes(groups, state):
             members = [
                 Member(param, group, group_index, index)
                 for group_index, group in enumerate(groups)
@@ -79,15 +74,14 @@ class Binding:
             for member in members:
                 check_parameter(member.group, member.place, member.param, masters)
             initialising = not state and _only_initialises(members)
-            self._rebind(members, state, len(groups))
-            self._bound = bound
+            self._rebind(members, state, groups)
             if initialising:
                 return None
         assert self.engine is not None
         self.engine.refresh(groups)
         return self.engine
 
-    def _rebind(self, members: Sequence[Member], state: State, groups: int) -> None:
+    def _rebind(self, members: Sequence[Member], state: State, groups: Groups) -> None:
         self.unbind()
         ledger, old = self.progress.ledger, self._params
         self._params = [member.param for member in members]
@@ -98,13 +92,13 @@ class Binding:
                 _leave(param, state[param], standing)
         if standing and old and known != present:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
-        self.engine = Engine(members, state, groups, self.settings)
+        self.engine = Engine(members, state, len(groups), self.settings)
         self.engine.restore(self.progress.ledger, self.progress.predictor)
         for loss in self._pending_losses:
             self.engine.observe_loss(loss)
         self._pending_losses.clear()
-        self._state = state
-        self._note_state()
+        self._state, self._installs = state, self.engine.offload.installs
+        self._watch = Watch(groups, state)
 
     def restart(self) -> None:
         """Begins anew with Warmup; counters and the loss scale go on."""
@@ -113,15 +107,14 @@ class Binding:
         kept = ("loss_scale", "growth_tracker")
         self.progress.ledger = {k: v for k, v in before.ledger.items() if k in kept}
 
-    def _holds(self, state: State) -> bool:
-        """Whether the state holds the tensors that are bound."""
+    def _sees_changes(self, groups: Groups, state: State) -> bool:
+        """Whether anything of what is bound is not as it was."""
         assert self.engine is not None
-        return self.engine.offload.installs != self._installs or self._held == _tensors(state)
-
-    def _note_state(self) -> None:
-        """Notes which tensors the state holds."""
-        assert self.engine is not None
-        self._held, self._installs = _tensors(self._state), self.engine.offload.installs
+        assert self._watch is not None
+        ours = self.engine.offload.installs != self._installs
+        if not ours and self._watch.sees_other_tensors(state):
+            return True
+        return self._watch.sees_other_parameters(groups)
 
     def unbind(self, save: bool = True) -> None:
         """Lets go of bound memory; the state stays where it is, scalars in the progress."""
@@ -129,7 +122,7 @@ class Binding:
             self.engine.offload.close(save)
             if save:
                 self._note(self.engine)
-        self.engine = None
+        self.engine = self._watch = None
 
     def _note(self, engine: Engine) -> None:
         self.progress.ledger = engine.read()
@@ -196,7 +189,9 @@ class Binding:
 
     def mention_unread_gradients(self, groups: Groups) -> None:
         """Warns, once, of gradients that were computed for a Predict step; zeros are none."""
-        if self._mentioned or not has_gradients(groups):
+        # To look at all of them would be the longest check of a Predict step.
+        few = [group["params"][:: len(group["params"]) // FEW + 1] for group in groups]
+        if self._mentioned or not has_gradients([{"params": params} for params in few]):
             return
         self._mentioned = True
         if not all_zero(param for group in groups for param in group["params"]):
@@ -207,25 +202,32 @@ class Binding:
             )
 
     @contextmanager
-    def undisturbed(self, engine: Engine, plan: StepPlan) -> Iterator[None]:
+    def undisturbed(self, engine: Engine) -> Iterator[None]:
         """What surrounds the work of a step: memory in its place, and an eye on what others write.
 
         Autocast is off, which would round the products of matrices.
         """
-        with torch.autocast(engine.device.type, enabled=False):
+        kind = engine.device.type
+        on = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if on else nullcontext():
             engine.gather()
-            engine.offload.fetch(plan)
-            follows = engine.predictor.follows_trajectory
-            if self.progress.controller.stands or follows:
+            offload = engine.offload
+            if offload.moves:
+                offload.fetch(self.plan(engine))
+            controller = self.progress.controller
+            if controller.stands or engine.predictor.follows_trajectory:
                 engine.find_writes()
             yield
-            stands, follows = self.progress.controller.stands, engine.predictor.follows_trajectory
-            if stands or follows:
+            stands = controller.stands
+            if stands or engine.predictor.follows_trajectory:
                 engine.note_weights(every=not stands)
             engine.scatter()
-            engine.offload.place(self.plan(engine), self.progress.controller.left_in_row)
-            if engine.offload.installs != self._installs:
-                self._note_state()
+            if offload.moves:
+                offload.place(self.plan(engine), controller.left_in_row)
+            if offload.installs != self._installs:
+                assert self._watch is not None
+                self._watch.note(self._state)
+                self._installs = offload.installs
 
     def plan(self, engine: Engine) -> StepPlan:
         """What the next step does."""
@@ -248,28 +250,6 @@ def has_gradients(groups: Groups) -> bool:
 def all_zero(params: Iterable[Tensor]) -> bool:
     """Whether no parameter has a gradient that is not zero. Waits for the device."""
     return not any(bool(param.grad.any()) for param in params if param.grad is not None)
-
-
-_PROPERTIES = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "shape")))
-
-
-def _whereabouts(params: Sequence[Tensor]) -> list[Any]:
-    """What parameters are, and where; changes with all that has to be bound anew."""
-    try:
-        # A pass for each property costs a third of a tuple for each parameter.
-        found: list[Any] = [*map(id, params), *map(Tensor.data_ptr, params)]
-        found += map(Tensor.stride, params)
-        for read in _PROPERTIES:
-            found += map(read, params)
-    except ValueError:  # one of them waits for its shape (`torch.nn.UninitializedParameter`)
-        return _whereabouts([param for param in params if not is_lazy(param)])
-    return found
-
-
-def _tensors(state: State) -> list[int]:
-    """Identities of all tensors in the state of parameters."""
-    entries = [entry.values() for entry in state.values() if isinstance(entry, dict)]
-    return list(map(id, itertools.chain.from_iterable(entries)))
 
 
 def _leave(param: Tensor, entry: dict[str, Any], standing: bool) -> None:

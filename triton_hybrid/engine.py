@@ -6,6 +6,7 @@ The engine does what the phases ask for, and knows nothing of their order.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import Settings
+from triton_hybrid.kernels.addresses import refill
 from triton_hybrid.kernels.backend import BACKENDS
 from triton_hybrid.kernels.ledger import (
     FINGERPRINT_COLUMN,
@@ -21,19 +23,23 @@ from triton_hybrid.kernels.ledger import (
     read_ledger,
     write_ledger,
 )
-from triton_hybrid.kernels.multi_tensor import require_launchable, upload
+from triton_hybrid.kernels.multi_tensor import require_launchable
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import STEP_LIMIT, Predictor
 from triton_hybrid.predictors.slow_ema import is_other_run, steps_ahead
 from triton_hybrid.rules import RULES
-from triton_hybrid.state import Batch, Member, State, StepPlan
+from triton_hybrid.state import Batch, Member, State
 
 LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
 """What is remembered of a group's learning rate, in the group, for checkpoints."""
 FRESH_RATES: dict[str, Any] = {LARGEST_LR: 0.0, LAST_LR: -1.0}
 """Before the first step; -1 stands for no rate yet."""
+_NUMBERS = ("eps", "weight_decay", "maximize", "momentum", "nesterov", "max_momentum", *FRESH_RATES)
+
+
+_GRADIENT = operator.attrgetter("grad")
 
 
 class Engine:
@@ -68,7 +74,12 @@ class Engine:
         self.choice = PREDICTORS[config.predictor](config)
         self.batches = self._make_batches(members, state)
         self.params = [param for batch in self.batches for param in batch.params]
-        self.scalars = Scalars([batch.tensors for batch in self.batches], groups)
+        self._sets = [batch.tensors for batch in self.batches]
+        self.scalars = Scalars(self._sets, groups)
+        self._written = self.scalars.ledger[INDEX["written"]]
+        self._start = self.scalars.prediction[:, PART_COLUMN.value :].clone()
+        self._start_of: Any = None  # what `_start` was made of: how stretches begin
+        self._seen: list[Any] = []  # what the table of hyperparameters was made of
         self._hyperparameters: list[list[float]] = []  # as they are on the device
         self._losses = 0  # observed since the last gradient
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
@@ -110,7 +121,10 @@ class Engine:
         """Reads ``.grad`` of every parameter, and refuses sparse ones; False when there is none."""
         found = False
         for batch in self.batches:
-            grads = [param.grad for param in batch.params]
+            grads = [*map(_GRADIENT, batch.params)]
+            if batch.tensors.take_gradients(grads):
+                found = True
+                continue
             kinds = {(grad.dtype, grad.is_sparse) for grad in grads if grad is not None}
             if any(sparse for _, sparse in kinds):
                 raise RuntimeError("HybridOptimizer does not support sparse gradients")
@@ -125,21 +139,21 @@ class Engine:
         for batch in self.batches:
             batch.tensors.release("grad")
 
-    def base_step(self, plan: StepPlan) -> None:
+    def base_step(self, measured: bool) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
         predicts, self._losses = self.predictor.predicts, 0
         self.backend.step(
-            [batch.tensors for batch in self.batches],
+            self._sets,
             self.scalars,
             max_norm=self.settings.max_grad_norm,
             slow_beta=self.config.slow_beta if predicts else 0.0,
             observed=predicts,
-            measured=plan.measured,
+            measured=measured,
         )
 
-    def predict(self, plan: StepPlan, in_row: int) -> None:
+    def predict(self, in_row: int) -> None:
         """Moves the weights by one more predicted step, or undoes them all where that fails."""
-        self.predictor.predict(plan.first)
+        self.predictor.predict(first=in_row == 0)
         for batch in self.batches:
             self.backend.check_move(
                 batch.tensors,
@@ -159,7 +173,7 @@ class Engine:
             self.backend.slopes(batch.tensors, self.scalars)
         self.backend.decide(self.scalars, self.config.divergence_threshold, self._cooldown)
         if self.settings.capturable:  # then nobody else looks
-            self.scalars.ledger[INDEX["written"]].zero_()
+            self._written.zero_()
         restart = self.predictor.follows_trajectory
         for batch in self.batches:
             self.backend.correct(batch.tensors, self.scalars, restart=restart)
@@ -214,6 +228,9 @@ class Engine:
 
         A learning rate that is a tensor on the device stays there.
         """
+        seen = [*map(_numbers, groups)]
+        if seen == self._seen:
+            return
         table, on_device = self.scalars.hyperparameters, {}
         rows = []
         for index, group in enumerate(groups):
@@ -232,53 +249,55 @@ class Engine:
         self.largest_beta1 = max(group["betas"][0] for group in groups)
         if rows != self._hyperparameters or on_device:
             self._hyperparameters = rows
-            table.copy_(upload(torch.tensor(rows, dtype=torch.float64, device="cpu"), table.device))
+            refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))
         for index, lr in on_device.items():
             _take_from_device(groups[index], table[index], lr)
+        self._seen = [] if on_device else [*map(_numbers, groups)]
 
     # ------------------------------------------------------------- what others do to the weights
 
     def begin_stretch(self) -> None:
-        """Says which tensors the coming predictions move.
+        """Says which tensors the coming predictions move, and that nothing is noted of any.
 
         Those that had a gradient in the step that ends, at a learning rate that is not 0: what
         AdamW would leave alone, predictions leave alone.
         """
-        self._noted.zero_()
+        least, predictor = self.predictor.least_beta1, self.predictor
+        rates, betas = HYPER["lr"], HYPER["beta1"]
+        moving = [(row[rates] != 0, row[betas] > least) for row in self._hyperparameters]
+        reason = (predictor, moving, [batch.tensors.chunks() for batch in self.batches])
+        start = self.scalars.prediction[:, PART_COLUMN.value :]
+        if self._seen and reason == self._start_of:
+            start.copy_(self._start)
+            return
+        start.zero_()
         for batch in self.batches:
             tensors = batch.tensors
-            part = self._part[tensors.place]
             rows = self.scalars.hyperparameters[tensors.group.long()]
-            moves = (rows[:, HYPER["lr"]] != 0) & (tensors.chunks().present != 0)
-            moves &= rows[:, HYPER["beta1"]] > self.predictor.least_beta1
-            part.copy_(torch.zeros_like(moves) if self.predictor.leaves(batch) else moves)
+            moves = (rows[:, rates] != 0) & (tensors.chunks().present != 0)
+            moves &= rows[:, betas] > least
+            part = start[tensors.place, 0]
+            part.copy_(torch.zeros_like(moves) if predictor.leaves(batch) else moves)
+        # While a graph is captured nothing is copied yet.
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._start.copy_(start)
+            self._start_of = reason
 
     def note_weights(self, every: bool) -> None:
         """Notes how this step leaves the parameters, or those that a prediction has moved."""
-        found = self.fingerprints()
-        self._noted.copy_(found if every else found * (self._part > 0).unsqueeze(1))
+        self.backend.note_weights(self._sets, self.scalars, every=every)
 
     def find_writes(self) -> None:
         """Finds out on the device which parameters are not as `note_weights` left them.
 
         They take no further part in the prediction, and the ledger says that there are some.
         """
-        written = ((self._noted != 0) & (self._noted != self.fingerprints())).any(1)
-        self._part.masked_fill_(written, 0.0)
-        self._noted.masked_fill_(written.unsqueeze(1), 0.0)
-        self.scalars.ledger[INDEX["written"]] += written.any()
-
-    @property
-    def _part(self) -> Tensor:
-        return self.scalars.prediction[:, PART_COLUMN.value]
-
-    @property
-    def _noted(self) -> Tensor:
-        return self.scalars.prediction[:, FINGERPRINT_COLUMN.value :]
+        self.backend.find_writes(self._sets, self.scalars)
 
     def fingerprints(self) -> Tensor:
         """Of all parameters as they are, FP32 ``[tensors, 2]``."""
-        found = torch.empty_like(self._noted)
+        columns = self.scalars.prediction.shape[1] - FINGERPRINT_COLUMN.value
+        found = self.scalars.prediction.new_empty(len(self.params), columns)
         for batch in self.batches:
             self.backend.fingerprint(batch.tensors, found[batch.tensors.place])
         return found
@@ -286,7 +305,7 @@ class Engine:
     def forget_writes(self) -> None:
         """Goes on from weights that somebody else has written."""
         self.choice.forget()
-        self.scalars.ledger[INDEX["written"]].zero_()
+        self._written.zero_()
 
     def gather(self) -> None:
         """Brings parameters with gaps in memory to where the kernels can read them."""
@@ -321,6 +340,16 @@ def overlapping(params: Sequence[Tensor]) -> list[int]:
         together.append(index)
         until = max(until, end)
     return ranks
+
+
+def _numbers(group: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a group's row of hyperparameters is made of; an empty one if it is on the device."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.device.type != "cpu":
+            return ()
+        lr = lr.item()
+    return (lr, *group["betas"], *map(group.get, _NUMBERS))
 
 
 def _row(group: dict[str, Any], lr: float, largest: float, mixes: bool) -> list[float]:

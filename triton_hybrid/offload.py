@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.multi_tensor import dense_view
+from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.state import Batch, Home, State, StateRow, StepPlan, buffer_like
 
 COPY_ON_CPU = False
@@ -60,6 +60,7 @@ class Offload:
         self, batches: Sequence[Batch], state: State, config: HybridConfig, unread: bool
     ) -> None:
         self._rows = [MovingRow(*row, batch) for batch in batches for row in batch.travelling]
+        self.moves = bool(self._rows)
         self._state, self._device = state, batches[0].tensors.device
         stretch = min(config.correction_interval, config.max_predict_steps)
         self._lends = unread and not config.inline and stretch - 1 >= LONG_STRETCH

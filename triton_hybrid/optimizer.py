@@ -24,7 +24,7 @@ from triton_hybrid.config import HybridConfig, Settings
 from triton_hybrid.distributed import Ranks, check_process_group
 from triton_hybrid.engine import FRESH_RATES, Engine
 from triton_hybrid.groups import as_rate, check_group, check_parameter, complete_group, own_options
-from triton_hybrid.phases import Phase, Report
+from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.rules import OPTIONS
 from triton_hybrid.stats import HybridStats
 
@@ -138,8 +138,7 @@ class HybridOptimizer(Optimizer):
         if engine is None:
             return loss
         phase = self.phase  # Warmup, where the state was cleared
-        plan = self._binding.plan(engine)
-        with self._binding.undisturbed(engine, plan):  # sees what others wrote, and obeys them
+        with self._binding.undisturbed(engine):  # sees what others wrote, and obeys them
             if phase is Phase.PREDICT:
                 self._predict(engine)
             elif engine.take_gradients():
@@ -148,7 +147,7 @@ class HybridOptimizer(Optimizer):
                 self._binding.agree(engine)
                 if phase is Phase.CORRECT:
                     engine.verify()  # accepts the prediction, corrects it, or rolls it back
-                engine.base_step(plan)
+                engine.base_step(measured=self._progress.controller.measures)
                 self._choose_next_phase(engine, scaled=scaler is not None)
                 self._count(phase, started)
                 while self.hybrid.inline and self.phase is Phase.PREDICT:
@@ -160,13 +159,13 @@ class HybridOptimizer(Optimizer):
 
     def _predict(self, engine: Engine) -> None:
         started, controller = time.perf_counter(), self._progress.controller
-        engine.predict(self._binding.plan(engine), controller.in_row)
+        engine.predict(controller.in_row)
         controller.after_prediction()
         self._count(Phase.PREDICT, started)
 
     def _choose_next_phase(self, engine: Engine, scaled: bool) -> None:
         """Ends a gradient step: observe, ask the device if it must be, choose what is next."""
-        controller, predictor, report = self._progress.controller, engine.predictor, Report()
+        controller, predictor, report = self._progress.controller, engine.predictor, NOBODY_ASKED
         if controller.ends_gradients:
             predictor.end_cycle()
         ask = predictor.predicts and controller.wants_report

@@ -39,6 +39,9 @@ class Report:
     missed: int = 0  # gradients since the last look that were not finite but counted as steps
 
 
+NOBODY_ASKED = Report()
+
+
 class PhaseController:
     """Decides which phase comes next.
 
@@ -90,7 +93,7 @@ class PhaseController:
         return min(self._config.correction_interval - self.in_row, left)
 
     def after_gradient(self, report: Report, ready: bool, refit_steps: int) -> None:
-        """Moves on after a Warmup, Full or Correct step; ``Report()`` says that nobody asked."""
+        """Moves on after a Warmup, Full or Correct step."""
         if report.skipped:
             return
         full_steps, may_go_on = self._config.full_steps, ready and report.confident

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.kernels.ledger import PREDICTION_COLUMNS
-from triton_hybrid.kernels.multi_tensor import TensorSet, assembled, dense_view, remainder_of
+from triton_hybrid.kernels.multi_tensor import TensorSet, assembled, remainder_of
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT, address_row
 from triton_hybrid.kernels.scalars import Scalars
 
@@ -36,8 +37,7 @@ class Home(enum.Enum):
     HOST = "host"  # in host memory, if state is offloaded
 
 
-@dataclass(frozen=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """What a step does, as far as it decides which rows it touches."""
 
     gradient: bool  # is it a Warmup, Full or Correct step?

@@ -20,7 +20,7 @@ from triton_hybrid.kernels.audit.problems import (
     itemsize,
 )
 from triton_hybrid.kernels.audit.targets import TYPE_NAMES, Launch, Target, launches
-from triton_hybrid.kernels.fingerprint import fingerprint
+from triton_hybrid.kernels.fingerprint import find_writes, fingerprint, note_weights
 from triton_hybrid.kernels.gram import gram
 from triton_hybrid.kernels.ledger import decide
 from triton_hybrid.kernels.multi_tensor import TensorSet
@@ -256,7 +256,15 @@ def _single_cases() -> list[Case]:
     def decide_all(problem: Problem) -> None:
         decide(problem.scalars, 2.5, 5.0)
 
+    def find(problem: Problem) -> None:
+        find_writes([problem.tensors], problem.scalars)
+
+    def note(problem: Problem) -> None:
+        note_weights([problem.tensors], problem.scalars, every=False)
+
     return [
+        Case("settle, find writes", _launch(-1, find, FP32, ADAMW)),
+        Case("settle, note weights", _launch(-1, note, FP32, ADAMW)),
         Case("reduce", _launch(0, reduce, FP32, ADAMW)),
         Case("decide", _launch(0, decide_all, FP32, ADAMW)),
         Case("decide, one tensor", _launch(0, decide_all, FP32, ADAMW, SINGLE)),

@@ -146,6 +146,7 @@ def test_every_rule_and_every_kernel_is_audited() -> None:
         "correct",
         "gram",
         "fingerprint",
+        "settle",
         "reduce",
     } <= kernels
 

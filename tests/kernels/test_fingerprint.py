@@ -7,15 +7,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_launches import counted_launches
-from kernel_memory import DEVICE, Arena
+from kernel_memory import DEVICE, Arena, assert_same_bits
 from kernel_problems import Make, Problem, problems
 from kernel_specs import THREE, plain
 from triton_hybrid.kernels.fingerprint import (
     PERIOD,
+    find_writes,
+    find_writes_torch,
     fingerprint,
     fingerprint_of,
     fingerprint_torch,
+    note_weights,
+    note_weights_torch,
 )
+from triton_hybrid.kernels.ledger import INDEX, PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import TensorSet
 
 
@@ -62,6 +67,31 @@ def test_long_tensors_and_what_others_do_to_them(dtype: torch.dtype) -> None:
     )  # fmt: skip
     rows = {"param": list(changes), "weight": [state] * len(changes)}
     assert len(set(found(TensorSet(rows)))) == len(changes)
+
+
+@given(make=problems(groups=3), every=st.booleans(), data=st.data())
+def test_both_backends_note_and_find_the_same(make: Make, every: bool, data: st.DataObject) -> None:
+    ours, theirs = make(), make()
+    count = len(ours.specs)
+    parts = data.draw(st.lists(st.booleans(), min_size=count, max_size=count), label="parts")
+    index = data.draw(st.integers(0, count - 1), label="written")
+    for problem in (ours, theirs):
+        problem.scalars.prediction[:, PART_COLUMN.value] = torch.tensor(parts).float().to(DEVICE)
+    for note, find, problem in (
+        (note_weights, find_writes, ours),
+        (note_weights_torch, find_writes_torch, theirs),
+    ):
+        note([problem.tensors], problem.scalars, every=every)
+        find([problem.tensors], problem.scalars)
+        assert problem.scalars.ledger[INDEX["written"]] == 0
+        param = problem.tensors.flat["param"][index]
+        param += 1
+        find([problem.tensors], problem.scalars)
+        seen = len(param) > 0 and (every or parts[index])
+        assert problem.scalars.ledger[INDEX["written"]] == int(seen)
+        assert not problem.scalars.found.any(), "zero between launches"
+        problem.arena.check()
+    assert_same_bits(ours.scalars.prediction, theirs.scalars.prediction, "predictions")
 
 
 def test_one_launch_for_many_tensors() -> None:

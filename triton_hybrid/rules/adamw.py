@@ -88,6 +88,10 @@ def _along(
     return precise_div(x, denominator)
 
 
+def _listed(tensors: Any) -> list[Tensor]:
+    return tensors if isinstance(tensors, list) else [tensors]
+
+
 class _Torch:
     """AdamW in plain torch.
 
@@ -95,12 +99,14 @@ class _Torch:
     plain operations block by block 0.31 s, ``AdamW(foreach=True)`` 0.38 s.
     """
 
+    takes_lists = True
+
     def update(self, block: Block) -> None:
         numbers = block.numbers
         m, v = block.rows["exp_avg"], block.rows["exp_avg_sq"]
         if isinstance(numbers.lr, float):
             torch._fused_adamw_(
-                [block.w], [block.g], [m], [v], [], [block.step],
+                _listed(block.w), _listed(block.g), _listed(m), _listed(v), [], _listed(block.step),
                 lr=numbers.lr, beta1=numbers.beta1, beta2=numbers.beta2,
                 weight_decay=numbers.weight_decay, eps=numbers.eps,
                 amsgrad=False, maximize=False,

@@ -60,6 +60,8 @@ def _along(
 class _Torch:
     """Lion in plain torch; its direction waits in the block's scratch memory for `compare`."""
 
+    takes_lists = False
+
     def update(self, block: Block) -> None:
         numbers, m, direction = block.numbers, block.rows["exp_avg"], block.scratch[0]
         direction.copy_(torch.lerp(m, block.g, numbers.rate1)).sign_()

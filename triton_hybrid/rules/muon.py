@@ -186,6 +186,8 @@ def _direction(
 class _Torch:
     """Muon in plain torch, after `prepare_torch`."""
 
+    takes_lists = False
+
     def update(self, block: Block) -> None:
         update = block.rows["update"].to(block.w.dtype)
         block.w.mul_(block.numbers.decay)

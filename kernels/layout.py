@@ -1,0 +1,55 @@
+"""The order of elements in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def dense_view(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of its memory, as a 1-D view.
+
+    Raises:
+        ValueError: The tensor has gaps or overlaps in memory.
+    """
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size == 1 or not tensor.numel():
+            continue
+        if stride != expected:
+            raise ValueError(
+                f"tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense "
+                "in memory: allowed are contiguous tensors and permutations of them"
+            )
+        expected *= size
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def same_layout(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of equal shape keep their elements in the same order."""
+    return not left.numel() or all(
+        a == b for a, b, size in zip(left.stride(), right.stride(), left.shape) if size != 1
+    )
+
+
+class DenseViews(Sequence[Tensor]):
+    """Dense views of tensors, made when somebody asks for one: kernels never do."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._views = tensors, list[Tensor]()
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._made()[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._made())
+
+    def _made(self) -> list[Tensor]:
+        if not self._views:
+            self._views += [t.as_strided((t.numel(),), (1,)) for t in self._tensors]
+        return self._views

@@ -1,0 +1,145 @@
+"""Short tensors together: plain torch pays a microsecond an operation, whatever the length.
+
+Where tensors are worked on alike, their rows are copied into one buffer, worked on there, and
+copied back. Element by element the results are the same bits. Sums are not, in another order: they
+are taken of each tensor by itself, which begins at a multiple of `ALIGNED` elements for it, as its
+own memory would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton_hybrid.kernels.multi_tensor import (
+    TORCH_BLOCK,
+    TensorSet,
+    assembled,
+    remainder_of,
+)
+from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
+
+SHORT = 1 << 13
+"""Elements up to which a tensor is worked on together with others."""
+ALIGNED = 32
+MOST_PATTERNS = 8
+"""Groupings that a set remembers."""
+
+
+class Places:
+    """Which tensors are worked on as one, and where they lie in a joined row."""
+
+    def __init__(self, indices: Sequence[int], lengths: Sequence[int]) -> None:
+        self.indices = indices
+        self.lengths = [lengths[index] for index in indices]
+        self.whole = len(indices) == len(lengths)
+        self.longest = max(indices, key=lengths.__getitem__)
+        self.gaps = [-length % ALIGNED for length in self.lengths]
+        self.pieces = [piece for pair in zip(self.lengths, self.gaps) for piece in pair]
+        self.repeats = torch.tensor([sum(pair) for pair in zip(self.lengths, self.gaps)])
+        self.total = sum(self.pieces)
+
+
+class Together:
+    """Some tensors of a set, as one."""
+
+    def __init__(self, tensors: TensorSet, places: Places) -> None:
+        self.tensors, self._places = tensors, places
+        self.indices, self.total = places.indices, places.total
+
+    @property
+    def names(self) -> list[str]:
+        """The rows of state that are here."""
+        return list(self.tensors.block_rows(self._places.longest))
+
+    def rows(self, name: str) -> list[Tensor]:
+        """The tensors of a row."""
+        flat = list(self.tensors.flat[name])
+        return flat if self._places.whole else [flat[index] for index in self.indices]
+
+    def joined(self, name: str) -> Tensor:
+        """A row in one piece, with zeros in the gaps."""
+        rows = self.rows(name)
+        if any(self._places.gaps):
+            zeros = rows[0].new_zeros(ALIGNED)
+            rows = [x for row, gap in zip(rows, self._places.gaps) for x in (row, zeros[:gap])]
+        return torch.cat(rows)
+
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """Views of the tensors in a row that is in one piece."""
+        if not any(self._places.gaps):
+            return list(whole.split(self._places.lengths))
+        return list(whole.split(self._places.pieces)[::2])
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """A number of each tensor of the set, for each element of the joined ones."""
+        return numbers[self.indices].repeat_interleave(self._places.repeats, output_size=self.total)
+
+    def put(self, name: str, whole: Tensor) -> None:
+        """Copies a row back."""
+        torch._foreach_copy_(self.rows(name), self.parts(whole))
+
+    def weight(self) -> Tensor:
+        """As `TensorSet.weight`, which says how weights are kept; a copy in each case."""
+        kept = self.tensors.kept
+        if kept == OWN and not self.tensors.has_master:
+            return self.joined("weight")
+        param = self.joined("param")
+        if kept == NONE:
+            return param.float()
+        if kept == SPLIT:
+            return assembled(param, self.joined("remainder"))
+        weight = self.joined("weight")
+        return torch.where(weight.to(param.dtype) == param, weight, param.to(weight.dtype))
+
+    def put_weight(self, weight: Tensor) -> Tensor:
+        """Keeps the weights, and rounds the parameters; returns them, joined."""
+        if self.tensors.kept == OWN:
+            self.put("weight", weight)
+        if not self.tensors.has_master:
+            return weight
+        param = weight.to(self.tensors.dtype["param"])
+        self.put("param", param)
+        if self.tensors.kept == SPLIT:
+            self.put("remainder", remainder_of(weight, param))
+        return param
+
+
+def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """The inner product of each pair."""
+    return torch.stack([*map(torch.dot, left, right)])
+
+
+def together(tensors: TensorSet, keys: Sequence[Hashable | None]) -> dict[int, Together]:
+    """Which tensors of a set are worked on as one, by the first of them.
+
+    On the CPU, short ones of equal keys; none whose key is None.
+    """
+    if tensors.device.type != "cpu":
+        return {}
+    numbers: dict[Any, int | None] = {None: None}
+    pattern = tuple([numbers.setdefault(key, len(numbers)) for key in keys])
+    known = tensors.together
+    if pattern not in known:
+        if len(known) == MOST_PATTERNS:
+            known.clear()
+        known[pattern] = _places(pattern, tensors.lengths)
+    return {places.indices[0]: Together(tensors, places) for places in known[pattern]}
+
+
+def _places(pattern: Sequence[int | None], lengths: Sequence[int]) -> list[Places]:
+    alike: dict[int, list[list[int]]] = {}
+    room: dict[int, int] = {}
+    for index, (key, length) in enumerate(zip(pattern, lengths)):
+        if key is None or length > SHORT:
+            continue
+        padded = length + -length % ALIGNED
+        if room.get(key, -1) < padded:
+            alike.setdefault(key, []).append([])
+            room[key] = TORCH_BLOCK
+        alike[key][-1].append(index)
+        room[key] -= padded
+    parties = (party for parties in alike.values() for party in parties)
+    return [Places(party, lengths) for party in parties if len(party) > 1]

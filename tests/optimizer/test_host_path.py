@@ -1,0 +1,189 @@
+"""What a step costs the host, by counts: operations of torch, looks at tensors, launches, uploads.
+
+Times are measured by ``examples/benchmarks/host_time.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kernel_launches import counted_launches
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import short_config
+from triton_hybrid.kernels import likeness as likeness_module
+from triton_hybrid.kernels.launch import INTERPRETED, settle
+from triton_hybrid.kernels.likeness import likeness
+
+from triton_hybrid import HybridConfig, HybridOptimizer, Phase
+from triton_hybrid.watch import Watch
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations of torch inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def make(count: int, backend: str = "triton", **options: Any) -> HybridOptimizer:
+    """An optimizer of small tensors that has taken its first steps, in a Full phase."""
+    params = [nn.Parameter(torch.full((2, 3), float(n))) for n in range(count)]
+    config = short_config(inline=False, **options)
+    optimizer = HybridOptimizer(params, lr=1e-3, hybrid=config, capturable=True, backend=backend)
+    for _ in range(12):
+        give(optimizer)
+        optimizer.step()
+    while optimizer.phase is not Phase.FULL:
+        give(optimizer)
+        optimizer.step()
+    return optimizer
+
+
+def give(optimizer: HybridOptimizer) -> list[Tensor]:
+    """Fresh gradients, in other memory."""
+    params = optimizer.param_groups[0]["params"]
+    grads = [torch.full((2, 3), 0.5) for _ in params]
+    for param, grad in zip(params, grads):
+        param.grad = grad if optimizer.phase is not Phase.PREDICT else None
+    return grads
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_looking_for_changes_runs_no_operation_of_torch(backend: str) -> None:
+    optimizer = make(5, backend)
+    with torch.no_grad(), Operations() as seen:
+        for _ in range(2):  # the first sees that the mode is on
+            kept = give(optimizer)
+            seen.names.clear()
+            engine = optimizer._binding.bind(optimizer.param_groups, optimizer.state)
+            assert engine is optimizer._engine
+            assert engine.take_gradients()
+    assert seen.names == []
+    assert all(grad is param.grad for grad, param in zip(kept, engine.params))
+
+
+@pytest.mark.parametrize("predictor", ["none", "slow_ema"])
+def test_operations_of_a_step_do_not_grow_with_the_tensors(
+    predictor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the launches: interpreted ones would run operations of their own."""
+    if INTERPRETED:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: None)
+    found = []
+    for count in (4, 40):
+        optimizer, steps = make(count, predictor=predictor), {}
+        for _ in range(8):
+            give(optimizer)
+            phase = optimizer.phase
+            with Operations() as seen:
+                optimizer.step()
+            steps[phase] = seen.names
+        found.append(steps)
+    assert found[0] == found[1]
+    # The profiler's mark around every step of torch; the column of gradient addresses.
+    mark = ["_record_function_enter_new", "_record_function_exit"]
+    for phase, names in found[0].items():
+        extra = [name for name in names if name not in mark]
+        most = {Phase.FULL: 3, Phase.PREDICT: 1, Phase.CORRECT: 5}[phase]
+        assert len(extra) <= most, (phase, extra)
+
+
+def test_launches_of_each_phase() -> None:
+    optimizer, found = make(3), {}
+    for _ in range(6):
+        give(optimizer)
+        phase = optimizer.phase
+        with counted_launches() as log:
+            optimizer.step()
+        found[phase] = [name.strip("_").removesuffix("_kernel") for name in log]
+    look = ["fingerprint", "settle"]
+    assert found[Phase.FULL] == ["step"]
+    assert found[Phase.PREDICT][-5:] == ["predict", "reduce", "check_move", *look]
+    assert found[Phase.CORRECT] == [*look, "slopes", "reduce", "decide", "correct", "step"]
+
+
+def test_only_the_addresses_of_moved_gradients_are_uploaded() -> None:
+    optimizer = make(3, predictor="none")
+    tensors = optimizer._engine.batches[0].tensors
+    addresses, extents = tensors.tables()
+    grads = give(optimizer)
+    optimizer.step()
+    assert tensors.tables()[0] is addresses
+    assert tensors.tables()[1] is extents
+    placed = [set(row) for row in addresses.tolist()]
+    assert all(grad.data_ptr() in row for grad, row in zip(grads, placed))
+
+
+def test_a_gradient_of_another_kind_is_looked_at_again() -> None:
+    runs = []
+    for change in (lambda g: g, lambda g: g.t().contiguous().t(), lambda g: torch.stack([g, g])[0]):
+        optimizer = make(3, "torch", predictor="none")
+        for grad, param in zip(give(optimizer), optimizer.param_groups[0]["params"]):
+            param.grad = change(grad)
+        optimizer.step()
+        optimizer.param_groups[0]["params"][1].grad = None
+        optimizer.step()
+        runs.append([param.detach().clone() for param in optimizer.param_groups[0]["params"]])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0]))
+
+
+OTHERS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "values": lambda x: x + 1,
+    "shape": lambda x: x[:1],
+    "strides": lambda x: x.t(),
+    "dtype": lambda x: x.double(),
+    "layout": lambda x: x.to_sparse(),
+    "gradient": lambda x: x.clone().requires_grad_(),
+    "class": lambda x: nn.Parameter(x, requires_grad=False),
+    "none": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("other", OTHERS)
+def test_likeness_sees_all_but_values(
+    other: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fast:
+        monkeypatch.setattr(likeness_module, "_Guards", None)
+    first, square = torch.zeros(2), torch.zeros(3, 3)
+    alike = likeness([first, square])
+    assert alike(first, square)
+    assert alike(first, OTHERS[other](square)) == (other == "values")
+
+
+def test_equal_values_are_not_the_same_state() -> None:
+    """One-element tensors compare equal, and would be taken for each other."""
+    optimizer = HybridOptimizer([nn.Parameter(torch.ones(1))], hybrid=HybridConfig())
+    state: Any = {optimizer.param_groups[0]["params"][0]: {"a": torch.ones(1), "b": 1.0}}
+    watch = Watch(optimizer.param_groups, state)
+    (entry,) = state.values()
+    assert not watch.sees_other_tensors(state)
+    for value in (torch.ones(1), 1.0, None):
+        kept, entry["a"] = entry["a"], value
+        assert watch.sees_other_tensors(state)
+        entry["a"] = kept
+        assert not watch.sees_other_tensors(state)
+    entry["c"] = torch.ones(1)
+    assert watch.sees_other_tensors(state)
+
+
+def test_constants_are_compared_at_the_first_launch_only() -> None:
+    kernel = SimpleNamespace(used_global_vals={("LR", 1): (0, {})})
+    settle(kernel)
+    assert kernel.used_global_vals == {}
+    settle(SimpleNamespace())

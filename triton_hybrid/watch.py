@@ -1,0 +1,92 @@
+"""Has anybody changed what is bound? Looked at before every step, so it must cost next to nothing.
+
+All comparisons run inside C, over whole lists: Python compares lists and dictionaries by identity
+before it asks for equality, and tensors that are not the same are not asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from triton_hybrid.kernels.likeness import likeness
+from triton_hybrid.rules import RULES
+from triton_hybrid.state import State
+
+Groups = Sequence[dict[str, Any]]
+_PARAMS = operator.itemgetter("params")
+_PROPERTIES = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "shape")))
+
+
+class _OtherTensorError(Exception):
+    """A tensor was compared with something that is not itself."""
+
+
+class _ByIdentity(TorchFunctionMode):
+    """Two tensors that are not the same are different, whatever their values."""
+
+    def __torch_function__(self, *_: Any, **__: Any) -> NoReturn:
+        raise _OtherTensorError
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two nested lists and dictionaries hold the same tensors."""
+    try:
+        with _ByIdentity():
+            return bool(left == right)
+    except (_OtherTensorError, ValueError):  # NumPy's arrays refuse to be compared as a whole
+        return False
+
+
+class Watch:
+    """What parameters are, and where; what must stay the same of groups; the tensors of state."""
+
+    def __init__(self, groups: Groups, state: State) -> None:
+        self._params = _members(groups)
+        here = [param for param in self._params if not is_lazy(param)]
+        self._some_lazy = len(here) < len(self._params)
+        self._settings = _settings(groups)
+        self._places = [*map(Tensor.data_ptr, here)]
+        self._kinds, self._alike = _kinds(here), likeness(here)
+        self.note(state)
+
+    def note(self, state: State) -> None:
+        """Takes the state as it is now."""
+        self._entries = [dict(x) if isinstance(x, dict) else x for x in state.values()]
+
+    def sees_other_tensors(self, state: Mapping[Tensor, Any]) -> bool:
+        """Whether the state holds other tensors than were noted."""
+        return not _same([*state.values()], self._entries)
+
+    def sees_other_parameters(self, groups: Groups) -> bool:
+        """Whether parameters were replaced, moved, frozen or converted, or settings changed."""
+        params = _members(groups)
+        if not _same(params, self._params) or _settings(groups) != self._settings:
+            return True
+        if self._some_lazy:
+            params = [param for param in params if not is_lazy(param)]
+        if [*map(Tensor.data_ptr, params)] != self._places:
+            return True
+        if not self._alike(*params):
+            if _kinds(params) != self._kinds:
+                return True
+            self._alike = likeness(params)
+        return False
+
+
+def _members(groups: Groups) -> list[Tensor]:
+    return [*itertools.chain.from_iterable(map(_PARAMS, groups))]
+
+
+def _settings(groups: Groups) -> list[Any]:
+    return [(len(g["params"]), g["base"], RULES[g["base"]].settings(g)) for g in groups]
+
+
+def _kinds(params: Sequence[Tensor]) -> list[Any]:
+    return [*map(Tensor.stride, params), *(read(p) for read in _PROPERTIES for p in params)]
