@@ -125,7 +125,7 @@ def matrix_tiling(dtype: torch.dtype, device: torch.device) -> MatrixTiling:
     """
     if device.type == "cpu":
         return MatrixTiling(32, 32, 32, 4)
-    return MatrixTiling(128, 64, 32, 4) if dtype == torch.bfloat16 else MatrixTiling(64, 32, 32, 8)
+    return MatrixTiling(128, 64, 32, 8) if dtype == torch.bfloat16 else MatrixTiling(64, 32, 32, 8)
 
 
 @dataclass(frozen=True)

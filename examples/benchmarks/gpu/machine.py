@@ -54,7 +54,7 @@ def output(*command: str) -> str | None:
 
 PATHS = ("tests/kernels", "tests/test_promises.py")
 NEEDED = ("pytest", "hypothesis")
-MOST_PROCESSES = 12  # compiling takes most of the time, and the device is shared
+MOST_PROCESSES = 16  # compiling takes most of the time
 FAREWELL = 10.0  # seconds in which pytest, interrupted, writes what it has found so far
 
 
