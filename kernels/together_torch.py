@@ -38,7 +38,8 @@ class Places:
         self.longest = max(indices, key=lengths.__getitem__)
         self.gaps = [-length % ALIGNED for length in self.lengths]
         self.pieces = [piece for pair in zip(self.lengths, self.gaps) for piece in pair]
-        self.repeats = torch.tensor([sum(pair) for pair in zip(self.lengths, self.gaps)])
+        padded = [sum(pair) for pair in zip(self.lengths, self.gaps)]
+        self.repeats = torch.tensor(padded, dtype=torch.int64, device="cpu")
         self.total = sum(self.pieces)
 
 

@@ -7,18 +7,22 @@ what a step costs beside a GPU that is never waited for: checks, decisions, argu
 operations of torch still run. Beside it, in turn: torch's AdamW and Muon, and this optimizer's
 plain torch backend. Tensors have 64 elements each, so that arithmetic costs next to nothing.
 
-Times are of the thread's processor clock, which others on the machine disturb less. Every optimizer
-steps in every round; gradients are ``kept`` (the same memory in each step) or ``moved``
-(other memory each time, as after ``zero_grad()``).
+Times are of the thread's processor clock, which others on the machine disturb less, without
+Python's garbage collection. All optimizers take turns of a few rounds with a step of each phase.
+The first round finds its caches ``cold``, filled by the others; in the rest they are ``warm``.
+Gradients are ``kept`` (the same memory in each step) or ``moved`` (other memory each time, as after
+``zero_grad()``).
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +48,8 @@ from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 SHAPE = (8, 8)
 CHECKS = "checks"  # part of every step: has anybody changed parameters, memory, state, rates?
 MICROSECONDS = 1e6
-WARM_UP = 3
+WARM_UP = 2  # turns before, in which state is made
+ROUNDS = 4  # of a turn
 Make = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -118,27 +123,40 @@ def checks(optimizer: HybridOptimizer) -> None:
         engine.take_gradients()
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Python's garbage collection waits, as in `timeit`."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     """Stands for every launch; a mock would cost more than it replaces."""
 
 
 def measure(
-    count: int, moved: bool, rounds: int, report: Callable[[int, str], None]
+    count: int, moved: bool, turns: int, report: Callable[[int, str], None]
 ) -> list[dict[str, Any]]:
     """Lets every optimizer step in turn; returns a row for each of its kinds of steps."""
     made = {name: Contender(make, count, moved) for name, make in contenders().items()}
-    samples: dict[tuple[str, str], list[float]] = {}
-    for number in range(WARM_UP + rounds):
+    samples: dict[tuple[str, str, str], list[float]] = {}
+    for turn in range(WARM_UP + turns):
         for name, contender in made.items():
-            for phase, taken in contender.round():
-                if number >= WARM_UP:
-                    samples.setdefault((name, phase), []).append(taken)
-        report(number + 1, f"{count} tensors")
+            for number in range(ROUNDS):
+                for phase, taken in contender.round():
+                    if turn >= WARM_UP:
+                        caches = "warm" if number else "cold"
+                        samples.setdefault((name, phase, caches), []).append(taken)
+        gc.collect()
+        report(turn + 1, f"{count} tensors")
     return [summary(*key, count, moved, taken) for key, taken in samples.items()]
 
 
 def summary(
-    optimizer: str, phase: str, count: int, moved: bool, taken: Sequence[float]
+    optimizer: str, phase: str, caches: str, count: int, moved: bool, taken: Sequence[float]
 ) -> dict[str, Any]:
     """Median and quartiles."""
     low, median, high = statistics.quantiles(taken, n=4)
@@ -147,6 +165,7 @@ def summary(
         "phase": phase,
         "tensors": count,
         "gradients": "moved" if moved else "kept",
+        "caches": caches,
         "steps": len(taken),
         "microseconds_median": round(MICROSECONDS * median, 2),
         "microseconds_quartiles": [round(MICROSECONDS * x, 2) for x in (low, high)],
@@ -160,7 +179,7 @@ class Options:
     """The flags."""
 
     tensors: Annotated[tuple[int, ...], whole_number(1, many=True)] = (148, 1000, 5000)
-    rounds: Annotated[int, whole_number(4)] = 60  # steps of each kind at 148 tensors; fewer at more
+    turns: Annotated[int, whole_number(2)] = 24  # of each optimizer at 148 tensors; fewer at more
     output: Path | None = None  # the JSON file
 
 
@@ -170,20 +189,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     console, rows = Console(), list[dict[str, Any]]()
     for count in options.tensors:
-        rounds = max(4, min(options.rounds, options.rounds * 148 // count))
+        turns = max(2, min(options.turns, options.turns * 148 // count))
         for moved in (False, True):
             with (
                 mock.patch.object(InterpretedFunction, "run", _nothing),
-                progress(console, WARM_UP + rounds, "rounds") as report,
+                progress(console, WARM_UP + turns, "turns") as report,
+                without_collection(),
             ):
-                rows += measure(count, moved, rounds, report)
+                rows += measure(count, moved, turns, report)
     table = Table(title=f"Host time of one step, tensors of {SHAPE}, launches left out")
-    for name in ("optimizer", "phase", "tensors", "gradients", "µs", "quartiles", "ns a tensor"):
+    columns = ("optimizer", "phase", "tensors", "gradients", "caches", "µs", "quartiles")
+    for name in (*columns, "ns a tensor"):
         table.add_column(name, overflow="fold")
     for row in rows:
         low, high = row["microseconds_quartiles"]
         table.add_row(
-            row["optimizer"], row["phase"], str(row["tensors"]), row["gradients"],
+            row["optimizer"], row["phase"], str(row["tensors"]), row["gradients"], row["caches"],
             f"{row['microseconds_median']:,.0f}", f"{low:,.0f} to {high:,.0f}",
             f"{row['nanoseconds_per_tensor']:,.0f}",
         )  # fmt: skip

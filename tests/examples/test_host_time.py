@@ -13,10 +13,11 @@ from triton_hybrid import Phase
 
 def test_every_optimizer_and_phase_is_measured(tmp_path: Path) -> None:
     output, threads = tmp_path / "host.json", torch.get_num_threads()
-    assert host_time.main(["--tensors", "3", "--rounds", "4", "--output", str(output)]) == 0
+    assert host_time.main(["--tensors", "3", "--turns", "2", "--output", str(output)]) == 0
     torch.set_num_threads(threads)
     rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
     assert {row["gradients"] for row in rows} == {"kept", "moved"}
+    assert {row["caches"] for row in rows} == {"cold", "warm"}
     phases: dict[str, set[str]] = {}
     for row in rows:
         phases.setdefault(row["optimizer"], set()).add(row["phase"])
