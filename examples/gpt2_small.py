@@ -59,7 +59,7 @@ class Flags(Options):
             its way, which is the same thing for a constant learning rate.
         to_loss: Measure the held-out loss after every gradient (on a CPU this takes several times
             as long as training; --held-out-windows makes it shorter), and count the gradients and
-            seconds of training until it is no higher than AdamW's at the end.
+            seconds of training until it is no higher than AdamW's lowest.
     """
 
     seed: Annotated[int, whole_number(0, LARGEST_SEED), ONE_OF] = 0

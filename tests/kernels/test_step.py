@@ -117,9 +117,9 @@ def test_the_torch_step_that_never_waits_for_the_device_matches_too(
     for skip in (True, False):
         skipped = torch.tensor(skip, device=DEVICE)
         if prepare is not None:
-            prepare(tensors, scalars, True, one, skipped)
+            prepare(tensors, scalars, one, skipped)
         table = update_numbers(tensors, scalars, one)
-        sums = _update(tensors, table, skipped, rates, True, True)
+        sums = _update(tensors, table, skipped, rates, True, not tensors.frozen)
         problem.check()
         if skip:
             problem.assert_unchanged(before, but=problem.worked_out)

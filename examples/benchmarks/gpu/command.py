@@ -39,12 +39,13 @@ class Section:
     share: float  # of the time budget; what earlier sections leave over is added
     target: str  # what runs it, ``module:function``
     required: bool = False  # does it always run?
+    least: float = 0.0  # seconds that it gets however short the budget: torch comes from a cold disk
 
 
 BARRIER = "barrier"
 SECTIONS = (
-    Section("environment", "Environment", 0.03, "gpu.machine:environment", required=True),
-    Section(BARRIER, "Grid barrier", 0.10, "gpu.kernels:barrier", required=True),
+    Section("environment", "Environment", 0.03, "gpu.machine:environment", True, 30.0),
+    Section(BARRIER, "Grid barrier", 0.10, "gpu.kernels:barrier", True, 30.0),
     Section("correctness", "Tests on the device", 0.36, "gpu.machine:correctness", required=True),
     Section("bandwidth", "Bandwidth, every input and output once", 0.14, "gpu.kernels:bandwidth"),
     Section("steps", "A step, parameters of GPT-2 small", 0.09, "gpu.training:steps"),
@@ -104,6 +105,7 @@ def run(sections: Sequence[Section], record: Record, seconds: float, device: str
         for section, result in zip(sections, record.sections, strict=True):
             spent += section.share / shares
             left = started + SOFT_SHARE * seconds * spent - time.monotonic()
+            left = max(left, min(section.least, started + SOFT_SHARE * seconds - time.monotonic()))
             if left <= 0:
                 continue
             print(f"{section.title} ...", file=sys.stderr, flush=True)
