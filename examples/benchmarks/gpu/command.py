@@ -39,7 +39,7 @@ class Section:
     share: float  # of the time budget; what earlier sections leave over is added
     target: str  # what runs it, ``module:function``
     required: bool = False  # does it always run?
-    least: float = 0.0  # seconds that it gets however short the budget: torch comes from a cold disk
+    least: float = 0.0  # seconds that it gets anyhow: torch may come from a cold disk
 
 
 BARRIER = "barrier"
