@@ -230,7 +230,7 @@ def _update_together(
         return [[0.0] * UPDATE_SUMS] * len(indices)
     sums: list[list[float]] = [[0.0] * len(indices)] * UPDATE_SUMS
     if compared:
-        update, ahead, square = rule.torch.compare(block)
+        update, ahead, square = rule.torch_along.compare(block)
         updates, aheads = party.parts(update), party.parts(ahead)
         for place, pair in enumerate(((updates, updates), (updates, aheads), (aheads, aheads))):
             sums[place] = [square * x for x in dots(*pair).tolist()]
