@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow
+from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow, StepPlan
 
 if TYPE_CHECKING:
     from triton_hybrid.engine import Engine
@@ -44,6 +45,9 @@ class Choice(abc.ABC):
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         """The rows that it keeps of parameters of a base rule."""
 
+    def check_rule(self, rule: Rule) -> None:  # noqa: B027 - most follow any rule
+        """Refuses a base rule that it cannot follow with a ValueError."""
+
     @abc.abstractmethod
     def bind(self, engine: Engine) -> None:
         """Takes the engine whose weights it moves."""
@@ -54,11 +58,11 @@ class Choice(abc.ABC):
     def forget(self) -> None:  # noqa: B027 - most follow no trajectory
         """Begins anew: the weights are not where the run had brought them."""
 
-    def state(self) -> dict[str, int]:
-        """Everything that must survive a checkpoint, as integers."""
+    def state(self) -> dict[str, Any]:
+        """Everything that must survive a checkpoint, as numbers."""
         return {}
 
-    def restore(self, state: dict[str, int]) -> None:  # noqa: B027 - most have no state
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
         """The inverse of `state`."""
 
 
@@ -70,8 +74,10 @@ class Predictor(Choice):
         follows_trajectory: Whether it moves along the displacements of cycles.
         displacement: What it moves the weights by.
         share: Part of that which each predicted step makes.
-        refit_steps: Full steps needed after a stretch that held.
+        refit_steps: Full steps needed after a stretch that held; 0: none, and it goes on.
         least_beta1: Tensors of groups with no larger β1 stay where they are.
+        keeps_pairs: Whether it notes moves and gradient changes, in every step after Warmup.
+        slow_beta: Largest decay of the slow EMA; 0 without one.
     """
 
     predicts: bool = True
@@ -79,9 +85,14 @@ class Predictor(Choice):
     displacement: Displacement
     share: float = 1.0
     least_beta1: float = -1.0
+    keeps_pairs: bool = False
 
     def __init__(self, config: HybridConfig) -> None:
         self.config = config
+        self.slow_beta = config.slow_beta if self.predicts else 0.0
+        # Gradient steps after a first rejection; each further one in a row doubles them. A single
+        # rejection is mostly an odd batch, so it costs a quarter of a Full phase.
+        self.cooldown = float(math.ceil(config.full_steps / 4))
         self.active = self
         self.refit_steps = config.full_steps
         self._slopes_known = False
@@ -111,8 +122,24 @@ class Predictor(Choice):
         """Whether it never moves the tensors of a batch."""
         return batch.aliased or (self.displacement.along_rule and batch.tensors.frozen)
 
-    def predict(self, first: bool) -> None:
-        """Moves the weights by one predicted step; the first in a row keeps the snapshot."""
+    def base_rates(self) -> Tensor | None:
+        """A factor on the learning rates of the base step under way, 0-dim, or None."""
+        return None
+
+    def verify(self, plan: StepPlan) -> None:
+        """Decides on the prediction by the gradient at hand, and places the weights."""
+        engine = self.engine
+        for batch in engine.batches:
+            engine.backend.slopes(batch.tensors, engine.scalars)
+        engine.backend.decide(engine.scalars, self.config.divergence_threshold, self.cooldown)
+        for batch in engine.batches:
+            engine.backend.correct(batch.tensors, engine.scalars, restart=self.follows_trajectory)
+
+    def predict(self, first: bool, in_row: int) -> None:
+        """Moves the weights by one predicted step, or undoes all of a row where that fails.
+
+        The first in a row keeps the snapshot.
+        """
         engine, sums = self.engine, self.engine.scalars.sums
         # A trajectory makes the same step again, along the same slopes, bit for bit.
         known = self.follows_trajectory and not first and self._slopes_known
@@ -130,4 +157,14 @@ class Predictor(Choice):
                 share=self.share,
                 save=first and not self.follows_trajectory,
                 with_slopes=not known,
+            )
+        limit = self.config.divergence_threshold * (STEP_LIMIT * (in_row + 1))
+        for batch in engine.batches:
+            engine.backend.check_move(
+                batch.tensors,
+                engine.scalars,
+                threshold=self.config.confidence_threshold,
+                limit=limit,
+                cooldown=self.cooldown,
+                last=batch is engine.batches[-1],
             )
