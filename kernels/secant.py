@@ -15,6 +15,7 @@ from triton_hybrid.kernels.launch import INTERPRETED
 from triton_hybrid.kernels.ledger import LOSS_SCALE, PART_COLUMN, PREDICTION_COLUMNS
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import (
+    EXP_AVG,
     GRAD,
     MOST_ROWS,
     SNAPSHOT,
@@ -26,7 +27,14 @@ from triton_hybrid.kernels.rows import (
     store_row,
     store_weight,
 )
-from triton_hybrid.kernels.scalars import HYPER_COLUMNS, LR, SIGN, WEIGHT_DECAY, Scalars
+from triton_hybrid.kernels.scalars import (
+    HYPER_COLUMNS,
+    LOG_EXP_AVG,
+    LR,
+    SIGN,
+    WEIGHT_DECAY,
+    Scalars,
+)
 
 LONGEST_HISTORY = 32
 EXP_AVG_SQ = address_row("exp_avg_sq")
@@ -41,7 +49,7 @@ _N_ROWS = tl.constexpr(MOST_ROWS)
 
 def products_size(history: int) -> int:
     """Inner products of so many pairs and a gradient (see `products`)."""
-    return 2 * history * (history + 1) + 2 * history + 2
+    return 2 * history * (history + 1) + 2 * history + 3
 
 
 @triton.jit
@@ -156,7 +164,7 @@ def _tile(
 @triton.jit
 def _products_chunk(
     addresses, tensor, start, length, row, step, along, against, moves_square, changes_square,
-    square, slope,
+    square, usual, slope,
     CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr, HISTORY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
@@ -166,6 +174,7 @@ def _products_chunk(
     lr = tl.load(row + LR)
     decay = lr * tl.load(row + WEIGHT_DECAY)
     _, a, b, c, d = CONSTANTS(row, step, step, STATE)
+    inverse_correction1 = (1.0 / (1.0 - tl.exp(step * tl.load(row + LOG_EXP_AVG)))).to(STATE)
     columns = tl.arange(0, COLUMNS)
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
@@ -182,6 +191,9 @@ def _products_chunk(
         changes_square += tl.sum(changes * changes, axis=1).to(tl.float64)
         changes = changes * metric[None, :]
         square += tl.sum(metric * g * g, axis=0).to(tl.float64)
+        m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        m = m * inverse_correction1
+        usual += tl.sum(metric * m * m, axis=0).to(tl.float64)
         slope += decay * tl.sum(g * w, axis=0).to(tl.float64)
         for number in range(HISTORY + 1):
             # The last column is the gradient's.
@@ -192,7 +204,7 @@ def _products_chunk(
             now = (columns == number)[None, :]
             along += tl.where(now, left[:, None], 0.0)
             against += tl.where(now, right[:, None], 0.0)
-    return along, against, moves_square, changes_square, square, slope
+    return along, against, moves_square, changes_square, square, usual, slope
 
 
 @triton.jit
@@ -209,7 +221,7 @@ def _products_kernel(
     moves_square = tl.zeros([ROWS], tl.float64)
     changes_square = tl.zeros([ROWS], tl.float64)
     square = tl.full((), 0.0, tl.float64)
-    slope = tl.full((), 0.0, tl.float64)
+    usual, slope = square, square
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
         row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
@@ -217,14 +229,16 @@ def _products_kernel(
         takes_part = tl.load(prediction + PREDICTION_COLUMNS * tensor + PART_COLUMN) > 0
         for FULL in tl.static_range(2):
             if takes_part & (full == FULL):
-                along, against, moves_square, changes_square, square, slope = _products_chunk(
+                (
+                    along, against, moves_square, changes_square, square, usual, slope,
+                ) = _products_chunk(
                     addresses, tensor, start, length, row, step,
-                    along, against, moves_square, changes_square, square, slope,
+                    along, against, moves_square, changes_square, square, usual, slope,
                     CONSTANTS, DENOMINATOR, HISTORY, ROWS, COLUMNS,
                     PARAM_TYPE, STATE, KEPT, PART, CHUNK, FULL,
                 )  # fmt: skip
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    own = partials + tl.program_id(0) * (2 * ROWS * COLUMNS + 2 * ROWS + 2)
+    own = partials + tl.program_id(0) * (2 * ROWS * COLUMNS + 2 * ROWS + 3)
     cells = own + rows[:, None] * COLUMNS + columns[None, :]
     tl.store(cells, along)
     tl.store(cells + ROWS * COLUMNS, against)
@@ -232,7 +246,8 @@ def _products_kernel(
     tl.store(own + rows, moves_square)
     tl.store(own + ROWS + rows, changes_square)
     tl.store(own + 2 * ROWS, square)
-    tl.store(own + 2 * ROWS + 1, slope)
+    tl.store(own + 2 * ROWS + 1, usual)
+    tl.store(own + 2 * ROWS + 2, slope)
 
 
 def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) -> None:
@@ -240,9 +255,10 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
 
     With the moves S, the changes Y, the newest gradient g and the metric D, learning rate over the
     rule's denominator, those are ``[S; D Y]ᵀ [Y, g]`` (``[2, history, history + 1]``, row by row),
-    the squares of moves and of changes, gᵀ D g, and Σ learning rate · weight decay · g · weight.
+    the squares of moves and of changes, gᵀ D g, the squared step of the rule in the metric, mᵀ D m
+    with its bias-corrected exp_avg m, and Σ learning rate · weight decay · g · weight.
 
-    A pass reads 8 · history + 12 bytes a parameter in FP32. Sums are FP32 within a block, FP64 over
+    A pass reads 8 · history + 16 bytes a parameter in FP32. Sums are FP32 within a block, FP64 over
     blocks, and over programs in the order of their numbers.
 
     Args:
@@ -254,7 +270,7 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
     rule = tensors.rule
     assert rule is not None
     rows, columns = triton.next_power_of_2(history), triton.next_power_of_2(history + 1)
-    size = 2 * rows * columns + 2 * rows + 2
+    size = 2 * rows * columns + 2 * rows + 3
     partials = torch.empty(tensors.tiling.programs, size, dtype=torch.float64, device=out.device)
     tensors.launch(
         _products_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
@@ -264,8 +280,8 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
     )  # fmt: skip
     total = partials.sum(0)
     gram = total[: 2 * rows * columns].view(2, rows, columns)[:, :history, : history + 1]
-    squares = total[2 * rows * columns : -2].view(2, rows)[:, :history]
-    out += torch.cat([gram.flatten(), squares.flatten(), total[-2:]])
+    squares = total[2 * rows * columns : -3].view(2, rows)[:, :history]
+    out += torch.cat([gram.flatten(), squares.flatten(), total[-3:]])
 
 
 @triton.jit

@@ -58,21 +58,23 @@ def settle_torch(tensors: TensorSet, scalars: Scalars, orders: Tensor, history: 
                 tensors.put_weight(index, part, w)
 
 
-def _metric(tensors: TensorSet, scalars: Scalars) -> tuple[Tensor, Tensor, Tensor]:
-    """FP64 columns ``[tensors]``: ε and learning rate as `along` takes them; the decay."""
+def _metric(tensors: TensorSet, scalars: Scalars) -> tuple[Tensor, ...]:
+    """FP64 columns ``[tensors]``: ε and rate as `along` takes them; decay; bias correction."""
     rule = tensors.rule
     assert rule is not None
     row = scalars.hyperparameters[tensors.group.long()]
     step = tensors.steps.double().clamp(min=1.0)
     unit = rule.torch.unit((1.0 - (step * row[:, HYPER["log_beta2"]]).exp()).sqrt())
     lr = row[:, HYPER["lr"]]
-    return unit * row[:, HYPER["eps"]], lr * unit, lr * row[:, HYPER["weight_decay"]]
+    correction1 = 1.0 - (step * row[:, HYPER["log_exp_avg"]]).exp()
+    decay = lr * row[:, HYPER["weight_decay"]]
+    return unit * row[:, HYPER["eps"]], lr * unit, decay, correction1
 
 
 def _blocks(
     tensors: TensorSet, scalars: Scalars, history: int
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, dict[str, Tensor], Tensor, Any]]:
-    """Moves and changes of each block with its metric, rows, weights and decay."""
+    """Of each block: moves, changes, metric, rows, weights; place, part, decay, correction."""
     rule, on_cpu = tensors.rule, scalars.ledger.device.type == "cpu"
     assert rule is not None
     table = torch.stack(_metric(tensors, scalars), dim=1).to(tensors.compute_dtype)
@@ -82,11 +84,11 @@ def _blocks(
     names = [[f"{kind}_{slot}" for slot in range(history)] for kind in ("move", "change")]
     scratch = torch.empty(2, PART, dtype=tensors.compute_dtype, device=tensors.device)
     for index, here in enumerate(takes_part):
-        eps, lr, decay = numbers[index]
+        eps, lr, *others = numbers[index]
         for begin in range(0, tensors.lengths[index], PART) if not on_cpu or here else ():
             part = slice(begin, min(begin + PART, tensors.lengths[index]))
             w = tensors.weight(index, part)
-            rows = tensors.block_rows(index, part, ("last_gradient", "exp_avg_sq"))
+            rows = tensors.block_rows(index, part, ("last_gradient", "exp_avg", "exp_avg_sq"))
             ones = torch.ones_like(w)
             metric = rule.torch.along(rows, ones, eps, scratch[:, : w.numel()]).mul_(lr)
             if not on_cpu:
@@ -94,15 +96,16 @@ def _blocks(
             moves, changes = (
                 torch.stack([tensors.flat[name][index][part] for name in its]) for its in names
             )
-            yield index, moves, changes, metric, rows, w, (part, here, decay)
+            yield index, moves, changes, metric, rows, w, (part, here, *others)
 
 
 def products_torch(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) -> None:
     """`products` in plain torch."""
     gram = torch.zeros(2 * history, history + 1, dtype=torch.float64, device=tensors.device)
     squares = torch.zeros(2, history, dtype=torch.float64, device=tensors.device)
-    rest = torch.zeros(2, dtype=torch.float64, device=tensors.device)
-    for _, moves, changes, metric, rows, w, (_, here, decay) in _blocks(tensors, scalars, history):
+    rest = torch.zeros(3, dtype=torch.float64, device=tensors.device)
+    for _, moves, changes, metric, rows, w, others in _blocks(tensors, scalars, history):
+        _, here, decay, correction1 = others
         if here is not True:
             moves, changes = moves * here, changes * here
         g = rows["last_gradient"]
@@ -111,7 +114,8 @@ def products_torch(tensors: TensorSet, scalars: Scalars, out: Tensor, history: i
         squares[0] += moves.square().sum(1)
         squares[1] += changes.square().sum(1)
         rest[0] += (metric * g).dot(g)
-        rest[1] += decay * g.dot(w) * here
+        rest[1] += (metric * rows["exp_avg"]).dot(rows["exp_avg"]) / correction1**2
+        rest[2] += decay * g.dot(w) * here
     out += torch.cat([gram.flatten(), squares.flatten(), rest])
 
 
@@ -124,9 +128,8 @@ def move_torch(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: 
         return
     _, gamma, share, *_ = solution.to(tensors.compute_dtype).unbind()
     alpha, delta = solution[3:].to(tensors.compute_dtype).split(history)
-    for index, moves, changes, metric, rows, w, (part, here, decay) in _blocks(
-        tensors, scalars, history
-    ):
+    for index, moves, changes, metric, rows, w, others in _blocks(tensors, scalars, history):
+        part, here, decay, _ = others
         g = rows["last_gradient"]
         moved = -gamma * metric * (g - alpha @ changes) - delta @ moves - share * decay * w
         moves_here = (rows["exp_avg_sq"] != 0) & moving & here

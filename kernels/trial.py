@@ -32,8 +32,8 @@ SHORTEST, LONGEST = 0.1, 0.5
 up."""
 MOST_SHORTENED = 3
 RADIUS, GROWTH, SHRINKAGE = 10.0, 1.5, 0.5
-"""First trust radius, in steps of the base rule, and its factors after an accepted and a rejected
-move; the ledger's horizon is the radius over the first one."""
+"""First trust radius, in steps of the base rule with its present moments, in the metric, and its
+factors after an accepted and a rejected move; the ledger's horizon is the radius over the first."""
 LARGEST_HORIZON = 1e12
 LEAST_CURVATURE = 1e-8
 """Cosine of move and gradient change up to which a pair is left out."""
@@ -139,8 +139,8 @@ def solve(products: Tensor, trial: Tensor, history: int) -> Tensor:
     takes as much as leaves it half of its slope.
 
     Args:
-        products: FP64, as `products_size` says: ``[S; D Y]ᵀ[Y, g]``, |s|², |y|², gᵀDg, and the
-            slope against the weight decay.
+        products: FP64, as `products` adds them up: ``[S; D Y]ᵀ[Y, g]``, |s|², |y|², gᵀDg, the
+            squared step of the rule, and the slope against the weight decay.
         trial: FP64.
         history: Pairs that are kept.
 
@@ -170,7 +170,7 @@ def solve(products: Tensor, trial: Tensor, history: int) -> Tensor:
     right = diagonal * alpha - gamma * (ydg - ydy @ alpha)
     delta = _triangular(upper.T, torch.where(valid, right, 0.0), upper=False)
 
-    square, decay = rest[-2:].unbind()
+    square, _, decay = rest[-3:].unbind()
     slope = -gamma * (square - alpha.dot(ydg)) - delta.dot(sg)
     # The decay leads along -decay.
     against_it = (-decay).clamp(min=1e-300)
