@@ -42,7 +42,7 @@ LAST_GRADIENT = address_row("last_gradient")
 # Rows of one kind lie side by side in the address table.
 MOVES, *_ = (address_row(f"move_{slot}") for slot in range(LONGEST_HISTORY))
 CHANGES, *_ = (address_row(f"change_{slot}") for slot in range(LONGEST_HISTORY))
-PART = 4096 if INTERPRETED else 128
+PART = 4096 if INTERPRETED else 32
 """Elements of all pairs that a program holds in registers at a time."""
 _N_ROWS = tl.constexpr(MOST_ROWS)
 
@@ -54,9 +54,9 @@ def products_size(history: int) -> int:
 
 @triton.jit
 def _settle_chunk(
-    addresses, tensor, start, length, factor, orders, takes_part,
+    addresses, tensor, start, length, factor, orders, takes_part, here,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
-    MASTER: tl.constexpr, KEPT: tl.constexpr, HERE: tl.constexpr,
+    MASTER: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     pair = tl.load(orders) > 0
@@ -69,15 +69,14 @@ def _settle_chunk(
         origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         if pair | restart:
             g = tl.zeros([BLOCK], STATE)
-            moved, change = g, g
-            if HERE:
+            if here:
                 g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL)
                 g = g * factor
+            if pair:
                 last = load_row(
                     addresses, LAST_GRADIENT, tensor, begin, length, STATE, STATE, BLOCK, FULL
                 )
-                moved, change = w - origin, g - last
-            if pair:
+                moved, change = tl.where(here, w - origin, 0.0), tl.where(here, g - last, 0.0)
                 store_row(
                     addresses, MOVES + slot, tensor, begin, length, moved, STATE, STATE, BLOCK, FULL
                 )
@@ -112,15 +111,14 @@ def _settle_kernel(
         row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
         factor = (tl.load(row + SIGN) * unscale).to(STATE)
         takes_part = tl.load(prediction + PREDICTION_COLUMNS * tensor + PART_COLUMN) > 0
-        here = tl.load(present + tensor)
+        here = tl.load(present + tensor) > 0
         for FULL in tl.static_range(2):
-            for HERE in tl.static_range(2):
-                if (full == FULL) & (here == HERE):
-                    _settle_chunk(
-                        addresses, tensor, start, length, factor, orders, takes_part,
-                        PARAM_TYPE, GRAD_TYPE, STATE, MASTER, KEPT, HERE,
-                        BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
-                    )  # fmt: skip
+            if full == FULL:
+                _settle_chunk(
+                    addresses, tensor, start, length, factor, orders, takes_part, here,
+                    PARAM_TYPE, GRAD_TYPE, STATE, MASTER, KEPT,
+                    BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                )  # fmt: skip
 
 
 def settle(tensors: TensorSet, scalars: Scalars, orders: Tensor, history: int) -> None:
@@ -286,8 +284,8 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
 
 @triton.jit
 def _move_chunk(
-    addresses, tensor, start, length, row, step, solution,
-    CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr, HISTORY: tl.constexpr,
+    addresses, tensor, start, length, row, step, solution, history,
+    CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -307,9 +305,9 @@ def _move_chunk(
         )
         rest = g
         along = tl.zeros([BLOCK], STATE)
-        for number in range(HISTORY):
+        for number in range(history):
             alpha = tl.load(solution + 3 + number).to(STATE)
-            delta = tl.load(solution + 3 + HISTORY + number).to(STATE)
+            delta = tl.load(solution + 3 + history + number).to(STATE)
             rest -= alpha * load_row(
                 addresses, CHANGES + number, tensor, begin, length, STATE, STATE, BLOCK, FULL
             )
@@ -333,8 +331,8 @@ def _move_chunk(
 @triton.jit
 def _move_kernel(
     addresses, extents, places, n_chunks,
-    group, hyperparameters, steps, prediction, solution, partials,
-    CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr, HISTORY: tl.constexpr,
+    group, hyperparameters, steps, prediction, solution, history, partials,
+    CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -350,8 +348,8 @@ def _move_kernel(
             for FULL in tl.static_range(2):
                 if takes_part & (full == FULL):
                     slope, square, bad = _move_chunk(
-                        addresses, tensor, start, length, row, step, solution,
-                        CONSTANTS, DENOMINATOR, HISTORY, PARAM_TYPE, STATE, MASTER, KEPT,
+                        addresses, tensor, start, length, row, step, solution, history,
+                        CONSTANTS, DENOMINATOR, PARAM_TYPE, STATE, MASTER, KEPT,
                         BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
@@ -380,8 +378,7 @@ def move(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: int) -
     partials = tensors.room_for(3)
     tensors.launch(
         _move_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
-        scalars.prediction[tensors.place], solution, partials, every=True,
-        CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, HISTORY=history,
-        MASTER=tensors.has_master,
+        scalars.prediction[tensors.place], solution, history, partials, every=True,
+        CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, MASTER=tensors.has_master,
     )  # fmt: skip
     reduce_partials(partials, tensors.chunks(every=True), scalars.sums[tensors.place])
