@@ -23,8 +23,9 @@ as far as it leaves them half of their slope. Clipping limits what the moments s
 of the gradients as they came, and the trust radius limits the moves. Where no loss is observed,
 the slopes before and after a move judge it.
 
-Bytes a parameter in FP32, for h pairs: 52 to judge and note a gradient, 8 h + 16 for the inner
-products, 8 h + 24 for the move; 28 for the moments. With h = 10: 280, ten times an AdamW step.
+Bytes a parameter in FP32, for h pairs: 12 to judge the gradient, 32 to note it, 8 h + 16 for the
+inner products, 8 h + 20 for the move, and a base step whose rate is 0, 32. With h = 10: 272, ten
+times an AdamW step; 12 more where the trust radius shortens the move.
 """
 
 from __future__ import annotations
