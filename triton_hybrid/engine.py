@@ -126,9 +126,9 @@ class Engine:
     def base_step(self, plan: StepPlan) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
         predictor, self._losses = self.predictor, 0
-        rates = self.scalars.hyperparameters[:, HYPER["lr"]]
-        kept, scale = rates.clone(), predictor.base_rates()
+        rates, scale = self.scalars.hyperparameters[:, HYPER["lr"]], predictor.base_rates()
         if scale is not None:
+            kept = rates.clone()
             rates.mul_(scale)
         self.backend.step(
             [batch.tensors for batch in self.batches],

@@ -64,11 +64,9 @@ class Reference:
                             square=0.0, steps=0, factor=1.0, slope=0.0)
             for w in weights
         ]  # fmt: skip
-        # Of `secant`: where its last gradient was taken, loss and slope there, and the pairs.
+        # Of `secant`: the pairs; where its last gradient was taken, loss and slope there.
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        nothing = torch.empty(0)
-        self.trial = SimpleNamespace(based=False, w=nothing, g=nothing, loss=math.nan, slope=0.0)
-        self.trial.shortened = 0
+        self.trial = SimpleNamespace(based=False, loss=math.nan, slope=0.0, shortened=0)
 
     # ------------------------------------------------------------------ one step, all phases
 
@@ -303,8 +301,7 @@ class Reference:
         decision, moves = "none", False
         if phases.phase is not Phase.WARMUP:
             decision, moves = self.judge(flat(gradients), loss)
-        stays = decision in ("shortened", "rejected")
-        if not ledger.nonfinite and not stays:
+        if not ledger.nonfinite and decision not in ("shortened", "rejected"):
             self.update(gradients, norm, loss, still=moves)
         report = Report(
             skipped=bool(ledger.nonfinite) and decision != "rejected",
@@ -347,7 +344,7 @@ class Reference:
             self.give_up()
             return "rejected", False
         if ledger.moved:
-            ledger.horizon, ledger.rejections = min(1.5 * ledger.horizon, 1e12), 0
+            ledger.horizon, ledger.rejections = min(1.2 * ledger.horizon, 1e12), 0
             ledger.accepted += 1
         decision = "accepted" if ledger.moved else "none"
         ledger.moved = 0
@@ -377,7 +374,7 @@ class Reference:
         decay = decay * (min(1.0, 0.5 * float(g @ r) / uphill) if uphill > 0 else 1.0)
         moved = -(r + decay) * (v > 0)
         length = (moved * moved / metric)[v > 0].sum().sqrt()
-        radius = 10.0 * self.ledger.horizon * (m * m * metric).sum().sqrt()
+        radius = 3.0 * self.ledger.horizon * (m * m * metric).sum().sqrt()
         share = min(1.0, float(radius / length.clamp(min=1e-300)))
         trial.slope = share * float(g @ moved)
         if not (trial.slope < 0 and bool(moved.isfinite().all())):

@@ -190,7 +190,7 @@ class Options:
 
     output: Path | None = None
     """JSON file to write."""
-    seeds: Annotated[tuple[int, ...], whole_number(0, many=True)] = (21, 22, 23)
+    seeds: Annotated[tuple[int, ...], whole_number(0, many=True)] = (41, 42, 43)
     """Of weights and points."""
     evaluations: Annotated[int, whole_number(40)] = 500
     """Gradients of every run."""

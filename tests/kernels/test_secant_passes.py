@@ -215,7 +215,7 @@ def test_sufficient_decrease(
     known = dict(zip(TRIAL, trial.tolist()))
     assert problem.ledger[INDEX["decision"]] == decision
     assert orders[2].item() == pytest.approx(share)
-    assert problem.ledger[INDEX["horizon"]] == pytest.approx(1.2 if decision == 1 else 0.4)
+    assert problem.ledger[INDEX["horizon"]] == pytest.approx(0.96 if decision == 1 else 0.4)
     assert known["ready"] == (decision == 1)
     assert known["slope"] == pytest.approx(share * slope if decision == 4 else slope)
     assert problem.ledger[INDEX["hold"]] == (decision != 1)

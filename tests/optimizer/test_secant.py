@@ -283,3 +283,27 @@ def test_state_is_two_rows_a_pair_and_two_more() -> None:
     rows = {name for name, value in optimizer.state[params[1]].items() if value.shape == (8,)}
     pairs = {f"{kind}_{slot}" for kind in ("move", "change") for slot in range(5)}
     assert rows == {"exp_avg", "exp_avg_sq", "snapshot", "last_gradient", *pairs}
+
+
+def test_a_checkpoint_of_another_predictor_goes_on() -> None:
+    """Rows that are not there are made, and what the other one predicted is judged."""
+    params, loss = quadratic()
+    kinds = ("secant", "slow_ema", "secant", "linear", "auto")
+    optimizer: HybridOptimizer | None = None
+    for kind in kinds:
+        hybrid = HybridConfig(**{**SECANT, "predictor": kind, "confidence_threshold": 0.0})
+        other = HybridOptimizer(params, lr=1e-2, hybrid=hybrid)
+        if optimizer is not None:
+            other.load_state_dict(optimizer.state_dict())
+        optimizer = other
+        losses = run(optimizer, loss, 15)
+        assert losses[-1] < losses[0], kind
+
+
+@pytest.mark.parametrize("masters", ["auto", "split", "none"])
+def test_sixteen_bits(masters: str) -> None:
+    params, loss = quadratic(torch.bfloat16)
+    optimizer = made(params, master_weights=masters, weight_decay=0.1)
+    losses = run(optimizer, loss, 40)
+    assert losses[-1] < 0.5 * losses[0]
+    assert optimizer.stats().predicted_steps > 10

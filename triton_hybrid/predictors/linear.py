@@ -157,4 +157,4 @@ class Linear(Predictor):
         return {"cycles": self.cycles}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.cycles = int(state["cycles"])
+        self.cycles = int(state.get("cycles", -1))  # a checkpoint may be another predictor's

@@ -136,10 +136,22 @@ class Predictor(Choice):
             engine.backend.correct(batch.tensors, engine.scalars, restart=self.follows_trajectory)
 
     def predict(self, first: bool, in_row: int) -> None:
-        """Moves the weights by one predicted step, or undoes all of a row where that fails.
+        """Moves the weights by one predicted step, or undoes all of a row where that fails."""
+        engine = self.engine
+        self.move(first)
+        limit = self.config.divergence_threshold * (STEP_LIMIT * (in_row + 1))
+        for batch in engine.batches:
+            engine.backend.check_move(
+                batch.tensors,
+                engine.scalars,
+                threshold=self.config.confidence_threshold,
+                limit=limit,
+                cooldown=self.cooldown,
+                last=batch is engine.batches[-1],
+            )
 
-        The first in a row keeps the snapshot.
-        """
+    def move(self, first: bool) -> None:
+        """Moves the weights by one predicted step; the first in a row keeps the snapshot."""
         engine, sums = self.engine, self.engine.scalars.sums
         # A trajectory makes the same step again, along the same slopes, bit for bit.
         known = self.follows_trajectory and not first and self._slopes_known
@@ -157,14 +169,4 @@ class Predictor(Choice):
                 share=self.share,
                 save=first and not self.follows_trajectory,
                 with_slopes=not known,
-            )
-        limit = self.config.divergence_threshold * (STEP_LIMIT * (in_row + 1))
-        for batch in engine.batches:
-            engine.backend.check_move(
-                batch.tensors,
-                engine.scalars,
-                threshold=self.config.confidence_threshold,
-                limit=limit,
-                cooldown=self.cooldown,
-                last=batch is engine.batches[-1],
             )
