@@ -145,12 +145,13 @@ class Engine:
         """Moves the weights by one more predicted step, or undoes them all where that fails."""
         self.predictor.predict(plan.first, in_row)
 
-    def verify(self, plan: StepPlan) -> None:
+    def verify(self, last: bool = True) -> None:
         """Decides on the prediction by the gradient at the predicted point, and places the weights.
 
         They stay, are corrected by the residual along the displacement, or are rolled back.
+        ``last``: a prediction may follow this gradient.
         """
-        self.predictor.verify(plan)
+        self.predictor.verify(last)
         if self.settings.capturable:  # then nobody else looks
             self.scalars.ledger[INDEX["written"]].zero_()
 

@@ -146,7 +146,9 @@ class HybridOptimizer(Optimizer):
                     engine.borrow_scale(*scaler)
                 self._binding.agree(engine)
                 if phase is Phase.CORRECT or plan.pairs:
-                    engine.verify(plan)  # accepts the prediction, corrects it, or rolls it back
+                    engine.verify(
+                        plan.edge
+                    )  # accepts the prediction, corrects it, or rolls it back
                 engine.base_step(plan)
                 self._choose_next_phase(engine, scaled=scaler is not None)
                 self._count(phase, started)

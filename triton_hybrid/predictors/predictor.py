@@ -12,7 +12,7 @@ from torch import Tensor
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow, StepPlan
+from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow
 
 if TYPE_CHECKING:
     from triton_hybrid.engine import Engine
@@ -126,8 +126,11 @@ class Predictor(Choice):
         """A factor on the learning rates of the base step under way, 0-dim, or None."""
         return None
 
-    def verify(self, plan: StepPlan) -> None:
-        """Decides on the prediction by the gradient at hand, and places the weights."""
+    def verify(self, last: bool) -> None:
+        """Decides on the prediction by the gradient at hand, and places the weights.
+
+        ``last``: a prediction may follow this gradient.
+        """
         engine = self.engine
         for batch in engine.batches:
             engine.backend.slopes(batch.tensors, engine.scalars)

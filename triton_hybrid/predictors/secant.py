@@ -40,7 +40,7 @@ from triton_hybrid.kernels.secant import LONGEST_HISTORY, products_size
 from triton_hybrid.kernels.trial import TRIAL, judge, limit, new_trial, solve
 from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow, StepPlan
+from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow
 
 if TYPE_CHECKING:
     from triton_hybrid.engine import Engine
@@ -102,13 +102,13 @@ class Secant(Predictor):
         """0 where the coming move contains the base step, else 1; 0-dim."""
         return 1.0 - self._trial[TRIAL.index("ready")]
 
-    def verify(self, plan: StepPlan) -> None:
+    def verify(self, last: bool) -> None:
         engine, scalars, history = self.engine, self.engine.scalars, self.config.history
         for batch in engine.batches:
             engine.backend.slopes(batch.tensors, scalars)
         orders = judge(
             scalars.ledger, self._trial, scalars.sums,
-            last=plan.edge and self.ready, cooldown=float(self.config.full_steps), history=history,
+            last=last and self.ready, cooldown=float(self.config.full_steps), history=history,
         )  # fmt: skip
         for batch in engine.batches:
             engine.backend.settle(batch.tensors, scalars, orders, history)
