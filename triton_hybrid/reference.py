@@ -391,7 +391,7 @@ class Reference:
 
     def place(self, w: Tensor) -> None:
         """Gives the weights the values of one long vector."""
-        for p, values in zip(self.tensors, w.split([p.w.numel() for p in self.tensors])):
+        for p, values in zip(self.tensors, torch.split(w, [p.w.numel() for p in self.tensors])):
             p.w.copy_(values.view(p.w.shape))
 
 
