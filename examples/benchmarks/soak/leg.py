@@ -138,10 +138,8 @@ class SoakRunner:
             confidence_threshold=0.0, predictor=leg.predictor, history=3,
             inline=self.drive == "inline", offload=leg.offload,
         )  # fmt: skip
-        groups: Any = split_param_groups(self.model, lr=LEARNING_RATE)
-        if leg.predictor == "secant":  # which has no metric for Muon's matrices
-            groups = self.model.parameters()
-        return HybridOptimizer(groups, lr=LEARNING_RATE, hybrid=config, backend=leg.backend)
+        groups = split_param_groups(self.model, lr=LEARNING_RATE)
+        return HybridOptimizer(groups, hybrid=config, backend=leg.backend)
 
     def _bits(self, of_state: bool = False) -> dict[tuple[str, str], bytes]:
         """The weights, or all tensors of the state, as bytes: NaN would equal nothing."""
