@@ -17,6 +17,8 @@ from triton_hybrid.kernels.gram import gram, gram_torch
 from triton_hybrid.kernels.ledger import decide
 from triton_hybrid.kernels.ledger_torch import decide_torch
 from triton_hybrid.kernels.predict import predict, predict_torch
+from triton_hybrid.kernels.secant import move, products, settle
+from triton_hybrid.kernels.secant_torch import move_torch, products_torch, settle_torch
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.step_torch import step_torch
 from triton_hybrid.kernels.verify import (
@@ -44,14 +46,18 @@ class Backend:
     fingerprint: Callable[..., None]  # of all parameters of a set
     note_weights: Callable[..., None]  # as a step leaves them
     find_writes: Callable[..., None]  # that others have made since
+    products: Callable[..., None]  # of the pairs of a quasi-Newton move
+    move: Callable[..., None]  # makes it
+    settle: Callable[..., None]  # notes its pair, places the weights
 
 
 TRITON = Backend(
-    "triton", step, predict, check_move, slopes, decide,
-    correct, gram, fingerprint, note_weights, find_writes,
+    "triton", step, predict, check_move, slopes, decide, correct, gram,
+    fingerprint, note_weights, find_writes, products, move, settle,
 )  # fmt: skip
 TORCH = Backend(
     "torch", step_torch, predict_torch, check_move_torch, slopes_torch, decide_torch,
     correct_torch, gram_torch, fingerprint_torch, note_weights_torch, find_writes_torch,
+    products_torch, move_torch, settle_torch,
 )  # fmt: skip
 BACKENDS = {backend.name: backend for backend in (TRITON, TORCH)}

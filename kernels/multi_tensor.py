@@ -16,7 +16,7 @@ kernel works on a *list* of tensors at once, described by tables in device memor
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -250,14 +250,13 @@ class TensorSet:
         for begin in range(0, self.lengths[index], TORCH_BLOCK):
             yield slice(begin, min(begin + TORCH_BLOCK, self.lengths[index]))
 
-    def block_rows(self, index: int, part: slice = slice(None)) -> dict[str, Tensor]:
-        """A block of every row of state that is here, for plain torch."""
-        others = ("param", "weight", "grad", "remainder")
-        return {
-            name: tensors[index][part]
-            for name, tensors in self.flat.items()
-            if name not in others and len(tensors[index]) == self.lengths[index]
-        }
+    def block_rows(
+        self, index: int, part: slice = slice(None), names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """A block of some rows, by default of all state that is here, for plain torch."""
+        others, length = ("param", "weight", "grad", "remainder"), self.lengths[index]
+        found = {name: self.flat[name][index] for name in names or self.flat.keys() - others}
+        return {name: flat[part] for name, flat in found.items() if flat.numel() == length}
 
     def weight(self, index: int, part: slice) -> Tensor:
         """Weights of one tensor for plain torch, in the dtype of the mathematics.

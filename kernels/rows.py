@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton_hybrid.kernels.launch import INTERPRETED
 
-MOST_ROWS = 64
+MOST_ROWS = 96
 """Entries of the address table for one tensor."""
 ROW: dict[str, int] = {}
 """Index of each row by name."""

@@ -34,6 +34,7 @@ def table() -> Iterator[str]:
     lines = {
         'AdamW, `predictor="none"`': ("adamw", "none"),
         '`"slow_ema"`': ("adamw", "slow_ema"),
+        '`"secant"`, 10 pairs': ("adamw", "secant"),
         '`"linear"`': ("adamw", "linear"),
         '`"auto"`': ("adamw", "auto"),
         'Lion, `"none"`': ("lion", "none"),

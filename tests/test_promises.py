@@ -94,7 +94,7 @@ def test_promise_1_predictor_none_is_adamw_with_groups_and_scheduler(backend: st
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
+@pytest.mark.parametrize("predictor", ["slow_ema", "secant", "linear"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_promise_2_parameter_is_the_rounded_master(
     dtype: torch.dtype, predictor: str, backend: str
@@ -152,7 +152,7 @@ def test_promise_3_rollback_restores_bit_for_bit(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @settings(max_examples=5)
-@given(stop=st.integers(0, 25), predictor=st.sampled_from(["slow_ema", "linear"]))
+@given(stop=st.integers(0, 25), predictor=st.sampled_from(["slow_ema", "secant", "linear"]))
 def test_promise_4_state_dict_continues_bit_for_bit(
     stop: int, predictor: str, dtype: torch.dtype, backend: str
 ) -> None:
@@ -187,13 +187,16 @@ def test_promise_4_fp32_state_of_fp16_parameters_stays_fp32() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inline", [True, False])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("predictor", "value"),
+    [("slow_ema", math.nan), ("slow_ema", math.inf), ("slow_ema", -math.inf), ("secant", math.nan)],
+)
 def test_promise_5_nonfinite_gradient_changes_nothing(
-    value: float, inline: bool, backend: str
+    predictor: str, value: float, inline: bool, backend: str
 ) -> None:
     """Before every gradient step of a whole run a poisoned step is tried."""
     model = make_model(torch.bfloat16)
-    config = fast_config(inline=inline, correction_interval=2)
+    config = fast_config(predictor=predictor, inline=inline, correction_interval=2, history=3)
     optimizer = HybridOptimizer(model.parameters(), lr=1e-2, backend=backend, hybrid=config)
     batches = make_batches(1)
     train(model, optimizer, 1, batches)
@@ -243,14 +246,16 @@ def test_promise_5_grad_scaler_skip_does_not_advance_the_phase() -> None:
     assert optimizer.stats().predicted_steps > 0
 
 
+@pytest.mark.parametrize("predictor", ["slow_ema", "secant"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_promise_6_same_inputs_same_bits(backend: str) -> None:
+def test_promise_6_same_inputs_same_bits(backend: str, predictor: str) -> None:
     runs = []
     for _ in range(3):
         model = make_model(torch.bfloat16)
         optimizer = HybridOptimizer(
-            model.parameters(), lr=1e-2, backend=backend, hybrid=fast_config(), max_grad_norm=0.5
-        )
+            model.parameters(), lr=1e-2, backend=backend, max_grad_norm=0.5,
+            hybrid=fast_config(predictor=predictor, history=3),
+        )  # fmt: skip
         train(model, optimizer, 15)
         runs.append((weights(optimizer), state_copy(optimizer)))
     for other in runs[1:]:
@@ -300,7 +305,7 @@ def test_promise_7_the_ledger_is_read_at_most_once_a_cycle(
     assert reads <= (0 if capturable else rows + 1)
 
 
-@pytest.mark.parametrize("predictor", ["auto", "slow_ema", "linear", "none"])
+@pytest.mark.parametrize("predictor", ["auto", "slow_ema", "secant", "linear", "none"])
 def test_promise_8_memory_is_flat_after_the_first_step(predictor: str) -> None:
     model = make_model()
     config = fast_config(predictor=predictor, history=3)

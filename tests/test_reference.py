@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -40,7 +40,7 @@ def training(
 @settings(max_examples=max(20, settings().max_examples))
 @given(
     base=st.sampled_from(("adamw", "lion", "muon")),
-    predictor=st.sampled_from(("slow_ema", "linear", "none")),
+    predictor=st.sampled_from(("slow_ema", "secant", "linear", "none")),
     seed=st.integers(0, 99),
     noise=st.sampled_from((0.02, 0.3)),
     decays=st.booleans(),
@@ -58,6 +58,7 @@ def test_the_optimizer_is_its_reference(
     max_grad_norm: float | None,
     interval: int,
 ) -> None:
+    assume(base == "adamw" or predictor != "secant")
     config = HybridConfig(
         warmup_steps=4, full_steps=3, max_predict_steps=4, correction_interval=interval,
         confidence_threshold=0.0, predictor=predictor,
@@ -93,5 +94,5 @@ def test_the_optimizer_is_its_reference(
             torch.testing.assert_close(param.detach(), weight, rtol=tolerance, atol=tolerance)
     ledger, stats = reference.ledger, optimizer.stats()
     assert stats.rollbacks == ledger.rejected
-    if predictor != "none":
+    if predictor in ("slow_ema", "linear"):
         assert stats.confidence == pytest.approx(ledger.confidence, abs=1e-3)

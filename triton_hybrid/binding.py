@@ -239,6 +239,7 @@ class Binding:
             edge=phase is Phase.CORRECT or controller.ends_gradients,
             first=phase is Phase.PREDICT and controller.in_row == 0,
             trajectory=engine.predictor.follows_trajectory,
+            pairs=engine.predictor.keeps_pairs and phase is not Phase.WARMUP,
         )
 
 

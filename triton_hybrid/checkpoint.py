@@ -39,7 +39,7 @@ class Progress:
     steps: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     ledger: dict[str, float] = field(default_factory=dict)  # of the device, as read last
-    predictor: dict[str, int] | None = None  # its state; None before the first step
+    predictor: dict[str, Any] | None = None  # its state; None before the first step
     known_skips: int = 0  # skipped gradients that the host knows of
 
     @property

@@ -37,23 +37,26 @@ class HybridConfig:
             trajectory of ``linear``, in every cycle. A first rejection costs a quarter of it, and
             each further one in a row doubles that. The slow EMA is refitted by every gradient;
             while its predictions hold, one Full step separates two stretches. At least 1.
-        max_predict_steps: Predicted steps between two Full phases. At least 1.
-        correction_interval: Predicted steps in a row before a Correct step. At least 1.
+        max_predict_steps: Predicted steps between two Full phases; ``secant`` goes on while its
+            moves hold. At least 1.
+        correction_interval: Predicted steps in a row before a Correct step; 1 with ``secant``,
+            whatever this says. At least 1.
         divergence_threshold: Standard deviations above their running mean that gradient norm and
             loss may have at the predicted point. Positive.
         confidence_threshold: Least confidence at which the weights are moved, in [0, 1].
-        predictor: The dynamics model: ``"slow_ema"``, ``"linear"``, ``"none"`` (the base rule
-            alone), or ``"auto"``, which takes ``linear`` where the gradient is mostly signal and
+        predictor: The dynamics model: ``"slow_ema"``, ``"secant"`` (for training without noise:
+            quasi-Newton moves, AdamW groups only), ``"linear"``, ``"none"`` (the base rule alone),
+            or ``"auto"``, which takes ``linear`` where the gradient is mostly signal and
             ``slow_ema`` where it is mostly noise. With ``auto`` and ``slow_ema`` the slow EMA is a
             part of Muon's momentum.
-        history: Pairs of moves and gradient changes that a quasi-Newton predictor keeps; no
-            predictor reads it at present. In [1, 32].
+        history: Pairs of moves and gradient changes that ``secant`` keeps, each 8 bytes a
+            parameter. In [1, 32].
         slow_beta: Largest decay of the slow gradient EMA, in (0, 1). Its window is a quarter of
             the run so far until this is reached.
         inline: True: the Predict steps run inside the `step()` that ends a gradient part, so every
             call consumes one gradient. False: one phase step a call.
-        offload: Where state lives that AdamW does not have (slow EMA, weight EMA, snapshot, cycle
-            displacements): ``"none"`` (the device), ``"cpu"``, or ``"pinned"``, page-locked host
+        offload: Where state lives that AdamW does not have (slow EMA, snapshot, displacements,
+            pairs): ``"none"`` (the device), ``"cpu"``, or ``"pinned"``, page-locked host
             memory, from which copies do not hold the host up. It visits the device for the steps
             that touch it; what a gradient step touches comes back while the backward pass before
             it runs. In a stretch of more than four predictions without a gradient that do not read

@@ -27,7 +27,7 @@ from triton_hybrid.kernels.multi_tensor import require_launchable
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
-from triton_hybrid.predictors.predictor import STEP_LIMIT, Predictor
+from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.predictors.slow_ema import is_other_run, steps_ahead
 from triton_hybrid.rules import RULES
 from triton_hybrid.state import Batch, Member, State
@@ -68,9 +68,6 @@ class Engine:
             require_launchable(self.device)
         self.settings = settings
         self.config = config = settings.config
-        # Gradient steps after a first rejection; each further one in a row doubles them. A single
-        # rejection is mostly an odd batch, so it costs a quarter of a Full phase.
-        self._cooldown = float(math.ceil(config.full_steps / 4))
         self.choice = PREDICTORS[config.predictor](config)
         self.batches = self._make_batches(members, state)
         self.params = [param for batch in self.batches for param in batch.params]
@@ -103,6 +100,7 @@ class Engine:
         batches = []
         for (_, name, rank, _), its in alike.items():
             rule = RULES[name]
+            self.choice.check_rule(rule)
             rows = tuple(dict.fromkeys((*rule.rows, *self.choice.rows_for(rule))))
             batch = Batch(its, rows, rule, state, offload=offload, masters=masters)
             batch.aliased = rank > 0
@@ -141,42 +139,35 @@ class Engine:
 
     def base_step(self, measured: bool) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
-        predicts, self._losses = self.predictor.predicts, 0
+        predictor, self._losses = self.predictor, 0
+        rates, scale = self.scalars.hyperparameters[:, HYPER["lr"]], predictor.base_rates()
+        if scale is not None:
+            kept = rates.clone()
+            rates.mul_(scale)
         self.backend.step(
             self._sets,
             self.scalars,
             max_norm=self.settings.max_grad_norm,
-            slow_beta=self.config.slow_beta if predicts else 0.0,
-            observed=predicts,
+            slow_beta=predictor.slow_beta,
+            observed=predictor.predicts,
             measured=measured,
         )
+        if scale is not None:
+            rates.copy_(kept)
 
     def predict(self, in_row: int) -> None:
         """Moves the weights by one more predicted step, or undoes them all where that fails."""
-        self.predictor.predict(first=in_row == 0)
-        for batch in self.batches:
-            self.backend.check_move(
-                batch.tensors,
-                self.scalars,
-                threshold=self.config.confidence_threshold,
-                limit=self.config.divergence_threshold * (STEP_LIMIT * (in_row + 1)),
-                cooldown=self._cooldown,
-                last=batch is self.batches[-1],
-            )
+        self.predictor.predict(in_row == 0, in_row)
 
-    def verify(self) -> None:
+    def verify(self, last: bool = True) -> None:
         """Decides on the prediction by the gradient at the predicted point, and places the weights.
 
         They stay, are corrected by the residual along the displacement, or are rolled back.
+        ``last``: a prediction may follow this gradient.
         """
-        for batch in self.batches:
-            self.backend.slopes(batch.tensors, self.scalars)
-        self.backend.decide(self.scalars, self.config.divergence_threshold, self._cooldown)
+        self.predictor.verify(last)
         if self.settings.capturable:  # then nobody else looks
             self._written.zero_()
-        restart = self.predictor.follows_trajectory
-        for batch in self.batches:
-            self.backend.correct(batch.tensors, self.scalars, restart=restart)
 
     @property
     def reads_are_free(self) -> bool:
@@ -187,7 +178,7 @@ class Engine:
         """The ledger on the host. Waits for the device."""
         return read_ledger(self.scalars.ledger)
 
-    def restore(self, ledger: Mapping[str, float], predictor: dict[str, int] | None) -> None:
+    def restore(self, ledger: Mapping[str, float], predictor: dict[str, Any] | None) -> None:
         """Goes on from ledger and predictor's state as they were read before, if they were."""
         known = {**self.read(), **ledger, **self.settings.scale_entries(ledger)}
         self.scalars.ledger.copy_(write_ledger(known, self.device))

@@ -145,9 +145,10 @@ class HybridOptimizer(Optimizer):
                 if scaler:
                     engine.borrow_scale(*scaler)
                 self._binding.agree(engine)
-                if phase is Phase.CORRECT:
-                    engine.verify()  # accepts the prediction, corrects it, or rolls it back
-                engine.base_step(measured=self._progress.controller.measures)
+                plan = self._binding.plan(engine)
+                if phase is Phase.CORRECT or plan.pairs:
+                    engine.verify(plan.edge)  # accepts the prediction, corrects it or rolls it back
+                engine.base_step(plan.measured)
                 self._choose_next_phase(engine, scaled=scaler is not None)
                 self._count(phase, started)
                 while self.hybrid.inline and self.phase is Phase.PREDICT:
@@ -160,7 +161,7 @@ class HybridOptimizer(Optimizer):
     def _predict(self, engine: Engine) -> None:
         started, controller = time.perf_counter(), self._progress.controller
         engine.predict(controller.in_row)
-        controller.after_prediction()
+        controller.after_prediction(alone=engine.predictor.keeps_pairs)
         self._count(Phase.PREDICT, started)
 
     def _choose_next_phase(self, engine: Engine, scaled: bool) -> None:
@@ -194,7 +195,8 @@ class HybridOptimizer(Optimizer):
             missed=missed,
             # No decision means that there was nothing to decide: the move was rolled back at
             # once, or the device's gate let none happen.
-            rejected=self.phase is Phase.CORRECT and entry["decision"] not in (1, 3),
+            rejected=self.phase is Phase.CORRECT and entry["decision"] not in (1, 3, 4),
+            shortened=entry["decision"] == 4,
             written=entry["decision"] == 3 or entry["written"] > 0,
             confident=entry["confidence"] >= self.hybrid.confidence_threshold,
             cooldown=int(entry["cooldown"]),

@@ -33,6 +33,7 @@ class Report:
 
     skipped: bool = False  # the gradient was not finite, and nothing was changed
     rejected: bool = False  # the prediction was rolled back
+    shortened: bool = False  # the prediction was shortened, and is to be verified anew
     written: bool = False  # somebody else wrote weights since the prediction was made
     confident: bool = True  # the model's confidence reaches the threshold
     cooldown: int = 0  # gradient steps that must pass before the next prediction
@@ -94,7 +95,7 @@ class PhaseController:
 
     def after_gradient(self, report: Report, ready: bool, refit_steps: int) -> None:
         """Moves on after a Warmup, Full or Correct step."""
-        if report.skipped:
+        if report.skipped or report.shortened:
             return
         full_steps, may_go_on = self._config.full_steps, ready and report.confident
         if self.phase is not Phase.CORRECT:
@@ -114,7 +115,7 @@ class PhaseController:
             self._enter_full(max(report.cooldown, 1))
         elif report.written:
             self._enter_full(full_steps)
-        elif self.predicted >= self._config.max_predict_steps or not ready:
+        elif (refit_steps and self.predicted >= self._config.max_predict_steps) or not ready:
             self._enter_full(refit_steps)
             self.reported = report.confident
         elif may_go_on:
@@ -122,11 +123,11 @@ class PhaseController:
         else:
             self._enter_full(full_steps)
 
-    def after_prediction(self) -> None:
-        """Moves on after a Predict step."""
+    def after_prediction(self, alone: bool = False) -> None:
+        """Moves on after a Predict step; ``alone``: it is verified before there is another."""
         self.predicted += 1
         self.in_row += 1
-        if self.left_in_row <= 0:
+        if alone or self.left_in_row <= 0:
             self.phase = Phase.CORRECT
 
     def _enter_full(self, steps: int) -> None:

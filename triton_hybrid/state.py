@@ -45,6 +45,7 @@ class StepPlan(NamedTuple):
     edge: bool  # does a stretch of predictions end, or may one begin?
     first: bool  # is it the first prediction in a row?
     trajectory: bool  # does the predictor move along the displacements of cycles?
+    pairs: bool  # does it note moves and gradient changes?
 
 
 ZEROS, WEIGHTS = "zeros", "weights"
@@ -107,7 +108,11 @@ MASTER = StateRow("master", fixed(torch.float32), init=WEIGHTS)
 """FP32 weights behind 16-bit parameters (``master_weights="auto"``)."""
 REMAINDER = StateRow("remainder", fixed(torch.int16))
 """What BF16 parameters lack of them (``master_weights="split"``)."""
-SNAPSHOT = StateRow("snapshot", home=Home.HOST, when=lambda plan: plan.edge or not plan.gradient)
+SNAPSHOT = StateRow(
+    "snapshot",
+    home=Home.HOST,
+    when=lambda plan: plan.edge or not plan.gradient or plan.pairs,
+)
 """Weights before the move."""
 PREDICTION = StateRow("prediction", fixed(torch.float32), shape=(PREDICTION_COLUMNS.value,))
 """A tensor's factor on the horizon, slope before the move, step fraction; whether it takes part;

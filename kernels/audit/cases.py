@@ -27,10 +27,13 @@ from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import orthogonalise
 from triton_hybrid.kernels.predict import Displacement, predict
 from triton_hybrid.kernels.scalars import Scalars
+from triton_hybrid.kernels.secant import move, products_size, settle
+from triton_hybrid.kernels.secant import products as pair_products
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.sums import reduce_partials
 from triton_hybrid.kernels.verify import check_move, correct, slopes
 
+from triton_hybrid.config import HybridConfig
 from triton_hybrid.predictors.linear import Linear
 from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules import RULES
@@ -50,6 +53,8 @@ class Case:
     launch: Callable[[Target], Launch]
     reads: tuple[int, ...] = ()  # item sizes of the rows that a block reads
     writes: tuple[int, ...] = ()  # and of those that it writes
+    inner: tuple[int, ...] = ()  # and of those that it reads in a loop of its own
+    times: int = 1  # how often that loop runs
     first_pass: tuple[int, ...] = ()  # and of those that a pass of its own reads before
     floor: int | None = None
     """Bytes that the bare operation has to move; None where elements are not moved."""
@@ -69,7 +74,7 @@ class Case:
     @property
     def bytes_per_element(self) -> int | None:
         """Bytes that the kernel moves for an element; None where it moves none."""
-        return sum(self.reads + self.writes + self.first_pass) or None
+        return sum((*self.reads, *self.writes, *self.first_pass, *self.inner * self.times)) or None
 
 
 def _launch(
@@ -204,6 +209,35 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
     ]
 
 
+def _secant_cases(precision: Precision) -> list[Case]:
+    """The passes of a quasi-Newton move, with as many pairs as there are by default."""
+    wide, narrow = precision.weight.itemsize, precision.param.itemsize
+    weights, history = precision.weights, HybridConfig().history
+
+    def case(
+        name: str,
+        launcher: Callable[..., None],
+        size: int,
+        reads: tuple[int, ...] = (),
+        writes: tuple[int, ...] = (),
+        inner: tuple[int, ...] = (),
+    ) -> Case:
+        def call(problem: Problem) -> None:
+            numbers = torch.zeros(size, dtype=torch.float64)
+            launcher(problem.tensors, problem.scalars, numbers, history)
+
+        launch = _launch(0, call, precision, ADAMW)
+        floor = sum(reads + writes + inner * history) or None
+        name = f"secant {name} {precision.name}"
+        return Case(name, launch, reads, writes, inner, times=history, floor=floor)
+
+    return [
+        case("settle", settle, 4, (*weights, wide, narrow, wide), (*(wide,) * 4, *weights)),
+        case("products", pair_products, products_size(history)),
+        case("move", move, 3 + 2 * history, (*weights, wide, wide), weights, (wide, wide)),
+    ]
+
+
 def _orthogonalise_case(
     words: str, number: int, precision: Precision, products: str, slow: bool = True
 ) -> Case:
@@ -302,6 +336,8 @@ def cases() -> list[Case]:
         found.append(_step_case(ADAMW, precision, clip=True, slow=True))
         found.append(_step_case(ADAMW, precision, "update", clip=True))
         found.extend(_move_cases(precision))
+    for precision in (FP32, *HALVES):
+        found.extend(_secant_cases(precision))
     found.extend(_muon_cases())
     for rule in RULES.values():
         if rule not in (ADAMW, MUON):

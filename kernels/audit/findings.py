@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -82,13 +83,15 @@ def moved_bytes(case: Case, accesses: Sequence[Access], elements: int) -> float:
     loaded = sum(access.bits for access in wide if not access.store) // 8
     stored = sum(access.bits for access in wide if access.store) // 8
     reads, writes = sum(case.reads) * elements, sum(case.writes) * elements
-    first = sum(case.first_pass) * elements
-    for copies in range(1, MOST_UNROLLED + 1):
+    first, inner = sum(case.first_pass) * elements, sum(case.inner) * elements
+    for copies, unrolled in itertools.product(
+        range(1, MOST_UNROLLED + 1), range(1, case.times + 1)
+    ):
         if stored != copies * writes:
             continue
-        passes, left = divmod(loaded - copies * reads, first or 1)
+        passes, left = divmod(loaded - copies * (reads + unrolled * inner), first or 1)
         if left == 0 and (1 <= passes <= MOST_UNROLLED if first else passes == 0):
-            return (first + reads + writes) / elements
+            return (first + reads + case.times * inner + writes) / elements
     raise ValueError(
         "the 128-bit accesses of full chunks do not add up: a thread loads "
         f"{loaded} and stores {stored} bytes by them, its roles are {reads} and {writes} bytes a "

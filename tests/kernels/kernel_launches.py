@@ -26,6 +26,7 @@ from triton_hybrid.kernels.backend import TORCH, TRITON, Backend
 from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet
 from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.kernels.rows import ROW
+from triton_hybrid.kernels.secant import products_size
 
 from triton_hybrid.predictors.linear import Linear
 from triton_hybrid.predictors.slow_ema import SlowEMA
@@ -97,6 +98,26 @@ class Checked:
         self.backend.gram(problem.tensors, problem.products)
         self._check(problem)
         return problem.products
+
+    def products(self, problem: Problem, history: int) -> Tensor:
+        """The inner products of the pairs."""
+        out = problem.arena.put(torch.zeros(products_size(history), dtype=torch.float64))
+        self.backend.products(problem.tensors, problem.scalars, out, history)
+        self._check(problem)
+        return out
+
+    def move(self, problem: Problem, solution: Tensor, history: int) -> None:
+        """A quasi-Newton move."""
+        problem.poison(3)
+        solution = solution.to(problem.ledger.device)
+        self.backend.move(problem.tensors, problem.scalars, solution, history)
+        self._check(problem)
+
+    def settle(self, problem: Problem, orders: Tensor, history: int) -> None:
+        """Notes a pair, places the weights."""
+        orders = orders.to(problem.ledger.device)
+        self.backend.settle(problem.tensors, problem.scalars, orders, history)
+        self._check(problem)
 
     def _check(self, *problems: Problem) -> None:
         assert problems[0].scalars.arrivals.tolist() == [0, 0], "left as it was found"

@@ -66,7 +66,7 @@ class Problem:
         """Makes another problem like this one, but for some options."""
         self.arena = Arena()
         group = {**OPTIONS, "ns_dtype": "float32", "ns_steps": 2, **options}
-        predictors = [make(HybridConfig()) for make in PREDICTORS.values()]
+        predictors = [make(HybridConfig(history=3)) for make in PREDICTORS.values()]
         rows = [*self.rule.rows, *(row for each in predictors for row in each.rows_for(self.rule))]
         self.declared = [row for row in dict.fromkeys(rows) if row.shape is None]
         like = torch.empty(0, dtype=precision.param)

@@ -47,7 +47,7 @@ def test_linear_learns_the_ratio_of_successive_displacements(backend: str) -> No
         place(params, limit + 0.8**k * mode)
         model.end_cycle()
     optimizer._engine.begin_stretch()
-    model.predict(first=True)
+    model.move(first=True)
     expected = limit + 0.8**5 * mode
     assert (flat(params) - expected).norm() < 1e-4 * mode.norm()
     assert optimizer.stats().confidence > 0.99

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.predictors.linear import Linear
@@ -56,9 +56,9 @@ class Auto(Choice):
     def forget(self) -> None:
         self._quiet.forget()
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         return {**self._quiet.state(), "quiet": int(self.active is self._quiet)}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         self._quiet.restore(state)
         self.active = self._quiet if state.get("quiet") else self._noisy

@@ -153,8 +153,8 @@ class Linear(Predictor):
         past.copy_(square)
         return known, square.sum()
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         return {"cycles": self.cycles}
 
-    def restore(self, state: dict[str, int]) -> None:
-        self.cycles = int(state["cycles"])
+    def restore(self, state: dict[str, Any]) -> None:
+        self.cycles = int(state.get("cycles", -1))  # a checkpoint may be another predictor's

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -46,6 +47,9 @@ class Choice(abc.ABC):
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         """The rows that it keeps of parameters of a base rule."""
 
+    def check_rule(self, rule: Rule) -> None:  # noqa: B027 - most follow any rule
+        """Refuses a base rule that it cannot follow with a ValueError."""
+
     @abc.abstractmethod
     def bind(self, engine: Engine) -> None:
         """Takes the engine whose weights it moves."""
@@ -56,11 +60,11 @@ class Choice(abc.ABC):
     def forget(self) -> None:  # noqa: B027 - most follow no trajectory
         """Begins anew: the weights are not where the run had brought them."""
 
-    def state(self) -> dict[str, int]:
-        """Everything that must survive a checkpoint, as integers."""
+    def state(self) -> dict[str, Any]:
+        """Everything that must survive a checkpoint, as numbers."""
         return {}
 
-    def restore(self, state: dict[str, int]) -> None:  # noqa: B027 - most have no state
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
         """The inverse of `state`."""
 
 
@@ -72,8 +76,10 @@ class Predictor(Choice):
         follows_trajectory: Whether it moves along the displacements of cycles.
         displacement: What it moves the weights by.
         share: Part of that which each predicted step makes.
-        refit_steps: Full steps needed after a stretch that held.
+        refit_steps: Full steps needed after a stretch that held; 0: none, and it goes on.
         least_beta1: Tensors of groups with no larger β1 stay where they are.
+        keeps_pairs: Whether it notes moves and gradient changes, in every step after Warmup.
+        slow_beta: Largest decay of the slow EMA; 0 without one.
     """
 
     predicts: bool = True
@@ -81,9 +87,14 @@ class Predictor(Choice):
     displacement: Displacement
     share: float = 1.0
     least_beta1: float = -1.0
+    keeps_pairs: bool = False
 
     def __init__(self, config: HybridConfig) -> None:
         self.config = config
+        self.slow_beta = config.slow_beta if self.predicts else 0.0
+        # Gradient steps after a first rejection; each further one in a row doubles them. A single
+        # rejection is mostly an odd batch, so it costs a quarter of a Full phase.
+        self.cooldown = float(math.ceil(config.full_steps / 4))
         self.active = self
         self.refit_steps = config.full_steps
         self._slopes_known = False
@@ -113,7 +124,38 @@ class Predictor(Choice):
         """Whether it never moves the tensors of a batch."""
         return batch.aliased or (self.displacement.along_rule and batch.tensors.frozen)
 
-    def predict(self, first: bool) -> None:
+    def base_rates(self) -> Tensor | None:
+        """A factor on the learning rates of the base step under way, 0-dim, or None."""
+        return None
+
+    def verify(self, last: bool) -> None:
+        """Decides on the prediction by the gradient at hand, and places the weights.
+
+        ``last``: a prediction may follow this gradient.
+        """
+        engine = self.engine
+        for batch in engine.batches:
+            engine.backend.slopes(batch.tensors, engine.scalars)
+        engine.backend.decide(engine.scalars, self.config.divergence_threshold, self.cooldown)
+        for batch in engine.batches:
+            engine.backend.correct(batch.tensors, engine.scalars, restart=self.follows_trajectory)
+
+    def predict(self, first: bool, in_row: int) -> None:
+        """Moves the weights by one predicted step, or undoes all of a row where that fails."""
+        engine = self.engine
+        self.move(first)
+        limit = self.config.divergence_threshold * (STEP_LIMIT * (in_row + 1))
+        for batch in engine.batches:
+            engine.backend.check_move(
+                batch.tensors,
+                engine.scalars,
+                threshold=self.config.confidence_threshold,
+                limit=limit,
+                cooldown=self.cooldown,
+                last=batch is engine.batches[-1],
+            )
+
+    def move(self, first: bool) -> None:
         """Moves the weights by one predicted step; the first in a row keeps the snapshot."""
         engine, sums = self.engine, self.engine.scalars.sums
         # A trajectory makes the same step again, along the same slopes, bit for bit.

@@ -31,7 +31,7 @@ KINDS: tuple[tuple[str, str, torch.dtype, str], ...] = (
     ("lion", "none", torch.float32, "auto"),
 )
 """Base rule, predictor, dtype of parameters, ``master_weights``."""
-LARGEST = 40  # bytes of a parameter that any of them takes, with gradients
+LARGEST = 104  # bytes of a parameter that any of them takes, with gradients
 
 
 def memory(context: Context) -> None:

@@ -42,7 +42,11 @@ from soak.measure import EXACT, SETTLED, Sample, Watch, allowance, resident_grow
 from soak.plot import write_plot
 from triton_hybrid import offload
 
-PREDICTORS = (*(name for name in choices.PREDICTORS if name not in ("auto", "none")), "auto")
+# `secant` shortens a bad move before it takes it back: its faults cannot be counted as the others'.
+PREDICTORS = (
+    *(name for name in choices.PREDICTORS if name not in ("auto", "none", "secant")),
+    "auto",
+)
 GREW = 1
 SAMPLES_AFTER_SETTLING = 4
 MEBIBYTE = 2**20

@@ -1,0 +1,136 @@
+"""``secant``: a quasi-Newton move in AdamW's metric, from the last moves and gradient changes.
+
+    displacement = -γ D (g - Y α) - S δ,   D = lr / (√v̂ + ε)
+
+S and Y are the last `history` moves and the gradient changes along them; α and δ come from the two
+loops of L-BFGS with γ D as the first inverse Hessian. The pairs are reached by inner products alone
+(Chen, Wang and Zhou, "Large-scale L-BFGS using MapReduce", 2014); as v̂ changes with every
+gradient, so do those in its metric, and all of them are taken anew in one pass.
+
+The gradient that judges a move makes the next one: no step of the base rule lies between them,
+whose moments go on being updated. The phases are those of every predictor:
+
+* Full: base steps, whose moves and gradient changes are the first pairs. The last gradient makes no
+  base step but the move.
+* Predict: the move. Several in a row would be unverified, so `correction_interval` and
+  `max_predict_steps` do not apply.
+* Correct: accepted, the pair is noted, and Predict follows; shortened, Correct follows, and the
+  shorter move is judged; or rolled back bit for bit, and the pairs are dropped: a Full phase of
+  `full_steps`, twice as many with each rollback in a row.
+
+Weight decay is no part of the objective, as in AdamW: accepted moves contain it, once a gradient,
+as far as it leaves them half of their slope. Clipping limits what the moments see; the pairs are
+of the gradients as they came, and the trust radius limits the moves. Where no loss is observed,
+the slopes before and after a move judge it.
+
+Bytes a parameter in FP32, for h pairs: 12 to judge the gradient, 32 to note it, 8 h + 16 for the
+inner products, 8 h + 20 for the move, and a base step whose rate is 0, 32. With h = 10: 272, ten
+times an AdamW step; 12 more where the trust radius shortens the move.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from triton_hybrid.config import HybridConfig
+from triton_hybrid.kernels.secant import LONGEST_HISTORY, products_size
+from triton_hybrid.kernels.trial import TRIAL, judge, limit, new_trial, solve
+from triton_hybrid.predictors.predictor import Predictor
+from triton_hybrid.rules.rule import Rule
+from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow
+
+if TYPE_CHECKING:
+    from triton_hybrid.engine import Engine
+
+
+def _row(name: str) -> StateRow:
+    return StateRow(name, home=Home.HOST, when=lambda plan: plan.pairs)
+
+
+LAST_GRADIENT = _row("last_gradient")
+"""The gradient at the snapshot: where the move on trial began."""
+MOVES = tuple(_row(f"move_{slot}") for slot in range(LONGEST_HISTORY))
+CHANGES = tuple(_row(f"change_{slot}") for slot in range(LONGEST_HISTORY))
+
+
+def has_metric(rule: Rule) -> bool:
+    """Whether a rule keeps a second moment."""
+    return "exp_avg_sq" in rule.kernels.reads_along
+
+
+class Secant(Predictor):
+    """Moves by what the last moves have shown of the curvature."""
+
+    name = "secant"
+    keeps_pairs = True
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.refit_steps, self.slow_beta = 0, 0.0
+
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
+        if not has_metric(rule):
+            return ()
+        history = self.config.history
+        return (SNAPSHOT, PREDICTION, LAST_GRADIENT, *MOVES[:history], *CHANGES[:history])
+
+    def check_rule(self, rule: Rule) -> None:
+        if not has_metric(rule):
+            raise ValueError(
+                f"base={rule.name!r} with predictor='secant': must be 'adamw', whose second moment "
+                "is the metric of the move"
+            )
+
+    def bind(self, engine: Engine) -> None:
+        super().bind(engine)
+        self._trial = new_trial(engine.device)
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": engine.device}
+        self._products = torch.zeros(products_size(self.config.history), **wide)
+
+    @property
+    def ready(self) -> bool:
+        # Overlapping parameters cannot be moved together, nor apart from the others.
+        return not any(map(self.leaves, self.engine.batches))
+
+    def leaves(self, batch: Batch) -> bool:
+        return batch.aliased
+
+    def base_rates(self) -> Tensor:
+        """0 where the coming move contains the base step, else 1; 0-dim."""
+        return 1.0 - self._trial[TRIAL.index("ready")]
+
+    def verify(self, last: bool) -> None:
+        engine, scalars, history = self.engine, self.engine.scalars, self.config.history
+        for batch in engine.batches:
+            engine.backend.slopes(batch.tensors, scalars)
+        orders = judge(
+            scalars.ledger, self._trial, scalars.sums,
+            last=last and self.ready, cooldown=float(self.config.full_steps), history=history,
+        )  # fmt: skip
+        for batch in engine.batches:
+            engine.backend.settle(batch.tensors, scalars, orders, history)
+
+    def predict(self, first: bool, in_row: int) -> None:
+        engine, scalars, history = self.engine, self.engine.scalars, self.config.history
+        self._products.zero_()
+        for batch in engine.batches:
+            engine.backend.products(batch.tensors, scalars, self._products, history)
+        solution = solve(self._products, self._trial, history)
+        for batch in engine.batches:
+            engine.backend.move(batch.tensors, scalars, solution, history)
+        cooldown = float(self.config.full_steps)
+        orders = limit(scalars.ledger, self._trial, scalars.sums, self._products, cooldown)
+        for batch in engine.batches:
+            engine.backend.settle(batch.tensors, scalars, orders, history)
+
+    def forget(self) -> None:
+        self._trial[: TRIAL.index("loss")] = 0.0
+
+    def state(self) -> dict[str, float]:
+        return dict(zip(TRIAL, self._trial.tolist()))
+
+    def restore(self, state: dict[str, float]) -> None:
+        self._trial.copy_(new_trial(self.engine.device, state))
