@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import INTERPRETED
+from triton_hybrid.kernels.launch import INTERPRETED, LAUNCH
 from triton_hybrid.kernels.ledger import LOSS_SCALE, PART_COLUMN, PREDICTION_COLUMNS
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import (
@@ -45,6 +45,8 @@ CHANGES, *_ = (address_row(f"change_{slot}") for slot in range(LONGEST_HISTORY))
 PART = 4096 if INTERPRETED else 32
 """Elements of all pairs that a program holds in registers at a time."""
 _N_ROWS = tl.constexpr(MOST_ROWS)
+WARPS = 4
+"""Twice the usual: the pairs take so many registers that a block is spread over more threads."""
 
 
 def products_size(history: int) -> int:
@@ -275,6 +277,7 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
         scalars.prediction[tensors.place], partials, every=True,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, HISTORY=history,
         ROWS=rows, COLUMNS=columns, PART=min(PART, tensors.tiling.block),
+        options={**LAUNCH, "num_warps": WARPS},
     )  # fmt: skip
     total = partials.sum(0)
     gram = total[: 2 * rows * columns].view(2, rows, columns)[:, :history, : history + 1]
@@ -376,9 +379,12 @@ def move(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: int) -
     rule = tensors.rule
     assert rule is not None
     partials = tensors.room_for(3)
+    # Waves of AMD are twice as wide, and 8 elements of a 16-bit row are one access of a thread.
+    warps = WARPS // 2 if "waves_per_eu" in LAUNCH else WARPS
     tensors.launch(
         _move_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
         scalars.prediction[tensors.place], solution, history, partials, every=True,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, MASTER=tensors.has_master,
+        options={**LAUNCH, "num_warps": warps},
     )  # fmt: skip
     reduce_partials(partials, tensors.chunks(every=True), scalars.sums[tensors.place])
