@@ -214,6 +214,12 @@ class TensorSet:
             self._in_use[every] = self._chunks[key]
         return self._in_use[every]
 
+    def has_gradient(self) -> Tensor:
+        """Which tensors have a gradient, bool ``[tensors]``."""
+        if self.device.type == "cpu":  # whose plain torch needs no table
+            return torch.tensor(self.present, device="cpu")
+        return self.chunks().present != 0
+
     def room_for(self, columns: int) -> Tensor:
         """Scratch for the chunk sums of a kernel: FP32 ``[chunks · columns]``."""
         needed = self.chunks(every=True).count * columns

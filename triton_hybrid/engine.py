@@ -256,7 +256,7 @@ class Engine:
         least, predictor = self.predictor.least_beta1, self.predictor
         rates, betas = HYPER["lr"], HYPER["beta1"]
         moving = [(row[rates] != 0, row[betas] > least) for row in self._hyperparameters]
-        reason = (predictor, moving, [batch.tensors.chunks() for batch in self.batches])
+        reason = (predictor, moving, [batch.tensors.present for batch in self.batches])
         start = self.scalars.prediction[:, PART_COLUMN.value :]
         if self._seen and reason == self._start_of:
             start.copy_(self._start)
@@ -265,7 +265,7 @@ class Engine:
         for batch in self.batches:
             tensors = batch.tensors
             rows = self.scalars.hyperparameters[tensors.group.long()]
-            moves = (rows[:, rates] != 0) & (tensors.chunks().present != 0)
+            moves = (rows[:, rates] != 0) & tensors.has_gradient()
             moves &= rows[:, betas] > least
             part = start[tensors.place, 0]
             part.copy_(torch.zeros_like(moves) if predictor.leaves(batch) else moves)

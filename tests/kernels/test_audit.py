@@ -17,7 +17,7 @@ from triton_hybrid.kernels.audit import assembly
 from triton_hybrid.kernels.audit.__main__ import main
 from triton_hybrid.kernels.audit.assembly import Access
 from triton_hybrid.kernels.audit.cases import Case, cases
-from triton_hybrid.kernels.audit.findings import moved_bytes
+from triton_hybrid.kernels.audit.findings import MOST_PARKED, moved_bytes
 
 from triton_hybrid.rules import RULES
 
@@ -168,7 +168,7 @@ def test_audit_compiles_prints_a_table_and_succeeds(tmp_path: Path) -> None:
     findings = {f["case"]: f for f in json.loads(report.read_text())["findings"]}
     adamw = findings["adamw fp32, one launch, clip, slow EMA"]
     assert adamw["widest_bits"] == 128
-    assert adamw["spills"] == 0
+    assert adamw["spills"] <= MOST_PARKED
     assert adamw["bytes_per_element"] == adamw["known_bytes"] == 40
     assert 0 < adamw["registers"] <= 128
     assert adamw["cooperative"]
