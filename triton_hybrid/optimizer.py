@@ -27,9 +27,10 @@ from triton_hybrid.groups import as_rate, check_group, check_parameter, complete
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.rules import OPTIONS
 from triton_hybrid.stats import HybridStats
+from triton_hybrid.verified import VerifiedWeights
 
 
-class HybridOptimizer(Optimizer):
+class HybridOptimizer(VerifiedWeights, Optimizer):
     """AdamW, Lion or Muon that needs fewer backward passes.
 
     It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the
@@ -128,7 +129,7 @@ class HybridOptimizer(Optimizer):
         Returns:
             The closure's loss when it was called, otherwise None.
         """
-        phase = self.phase
+        phase, self._swaps = self.phase, None
         if phase is Phase.PREDICT:
             self._binding.mention_unread_gradients(self.param_groups)
         loss = self._evaluate(closure) if phase.needs_gradient else None
@@ -322,7 +323,7 @@ class HybridOptimizer(Optimizer):
         return {**super().__getstate__(), "_settings": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        unpickled = "_settings" in state
+        unpickled, self._swaps = "_settings" in state, None
         if unpickled:
             self._binding = Binding(state.pop("_settings"), Ranks())
         rules = [] if unpickled else [group["base"] for group in self.param_groups]

@@ -1,0 +1,93 @@
+"""The last verified weights, while a prediction stands in the parameters.
+
+A predicted move stays in the parameters until a gradient has judged it. Who evaluates or saves in
+between can have the weights as the last gradient left them: the bits that a rollback would restore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_hybrid.binding import Binding
+from triton_hybrid.kernels.fingerprint import INTEGERS
+from triton_hybrid.kernels.ledger import PART_COLUMN
+from triton_hybrid.kernels.multi_tensor import remainder_of
+from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, SNAPSHOT
+
+Swap = tuple[Tensor, Tensor, Tensor]
+"""A tensor, what it held, and what it holds meanwhile."""
+
+
+class VerifiedWeights:
+    """What an optimizer that predicts offers to those who evaluate or save."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    _binding: Binding
+    _swaps: list[Swap] | None = None  # while the verified weights stand in the parameters
+
+    @contextmanager
+    def verified_weights(self) -> Iterator[None]:
+        """Inside, parameters and their masters hold the last verified weights, bit for bit.
+
+        Afterwards the prediction stands again, but for elements that were written to meanwhile. A
+        `step` inside takes its gradient for one at the verified weights: the prediction is dropped,
+        and nothing is blamed for it. Keeps copies of what was moved; waits for the device.
+        """
+        inner = self._swaps is not None
+        self.eval()
+        try:
+            yield
+        finally:
+            if not inner:
+                self.train()
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """`verified_weights` as a switch, until `train`; never required."""
+        if self._swaps is None:
+            self._swaps = _to_verified(self._binding, self.param_groups, self.state)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Ends `eval`: the prediction stands again where nobody has written meanwhile."""
+        swaps, self._swaps = self._swaps or [], None
+        for tensor, held, shown in swaps:
+            tensor.copy_(torch.where(_bits(tensor) == _bits(shown), held, tensor))
+
+
+def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> list[Swap]:
+    """Puts parameters and masters back to where the last gradient left them."""
+    if not binding.progress.controller.stands:
+        return []
+    binding.save(groups)  # host memory up to date, the ledger read
+    if binding.progress.ledger.get("moved", 0.0) <= 0:
+        return []
+    swaps = []
+    for param in (param for group in groups for param in group["params"]):
+        entry = state.get(param, {})
+        if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] <= 0:
+            continue
+        verified = entry[SNAPSHOT.name].to(param.device)
+        swaps.append(_swap(param.detach(), verified))
+        if MASTER.name in entry:
+            swaps.append(_swap(entry[MASTER.name], verified))
+        if REMAINDER.name in entry:
+            swaps.append(_swap(entry[REMAINDER.name], remainder_of(verified, param.detach())))
+    return swaps
+
+
+def _swap(tensor: Tensor, shown: Tensor) -> Swap:
+    held = tensor.clone()
+    tensor.copy_(shown)
+    return tensor, held, tensor.clone()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """What tells a zero from its negative, and NaNs from each other."""
+    return tensor.contiguous().view(INTEGERS[tensor.element_size()][0])
