@@ -140,8 +140,9 @@ class Engine:
     def base_step(self, measured: bool) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
         predictor, self._losses = self.predictor, 0
-        rates, scale = self.scalars.hyperparameters[:, HYPER["lr"]], predictor.base_rates()
+        scale = predictor.base_rates()
         if scale is not None:
+            rates = self.scalars.hyperparameters[:, HYPER["lr"]]
             kept = rates.clone()
             rates.mul_(scale)
         self.backend.step(
