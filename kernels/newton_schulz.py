@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH, on_device
+from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH, on_device, settle
 from triton_hybrid.kernels.matrices import (
     FIRST_TILE,
     TENSOR,
@@ -269,3 +269,5 @@ def orthogonalise(matrices: MatrixSet, scalars: Scalars, max_norm: float | None)
                     LAST=step == len(wave.coefficients), **products,
                 )  # fmt: skip
                 x, y = y, x
+    for kernel in (_gather_kernel, _normalise_kernel, _symmetric_kernel, _polynomial_kernel):
+        settle(kernel)

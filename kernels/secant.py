@@ -33,6 +33,7 @@ from triton_hybrid.kernels.scalars import (
     SIGN,
     WEIGHT_DECAY,
     Scalars,
+    own,
 )
 from triton_hybrid.kernels.sums import reduce_partials
 
@@ -138,7 +139,7 @@ def settle(tensors: TensorSet, scalars: Scalars, orders: Tensor, history: int) -
     """
     tensors.launch(
         _settle_kernel, tensors.group, scalars.hyperparameters, tensors.chunks().present,
-        scalars.prediction[tensors.place], scalars.ledger, orders,
+        own(scalars.prediction, tensors), scalars.ledger, orders,
         every=True, GRAD_TYPE=tensors.dtype_of("grad"), MASTER=tensors.has_master,
     )  # fmt: skip
 
@@ -274,7 +275,7 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
     partials = torch.empty(tensors.tiling.programs, size, dtype=torch.float64, device=out.device)
     tensors.launch(
         _products_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
-        scalars.prediction[tensors.place], partials, every=True,
+        own(scalars.prediction, tensors), partials, every=True,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, HISTORY=history,
         ROWS=rows, COLUMNS=columns, PART=min(PART, tensors.tiling.block),
         options={**LAUNCH, "num_warps": WARPS},
@@ -383,8 +384,8 @@ def move(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: int) -
     warps = WARPS // 2 if "waves_per_eu" in LAUNCH else WARPS
     tensors.launch(
         _move_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
-        scalars.prediction[tensors.place], solution, history, partials, every=True,
+        own(scalars.prediction, tensors), solution, history, partials, every=True,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, MASTER=tensors.has_master,
         options={**LAUNCH, "num_warps": warps},
     )  # fmt: skip
-    reduce_partials(partials, tensors.chunks(every=True), scalars.sums[tensors.place])
+    reduce_partials(partials, tensors.chunks(every=True), own(scalars.sums, tensors))

@@ -158,7 +158,7 @@ class Engine:
 
     def predict(self, in_row: int) -> None:
         """Moves the weights by one more predicted step, or undoes them all where that fails."""
-        self.predictor.predict(in_row == 0, in_row)
+        self.predictor.predict(in_row)
 
     def verify(self, last: bool = True) -> None:
         """Decides on the prediction by the gradient at the predicted point, and places the weights.

@@ -140,10 +140,10 @@ class Predictor(Choice):
         for batch in engine.batches:
             engine.backend.correct(batch.tensors, engine.scalars, restart=self.follows_trajectory)
 
-    def predict(self, first: bool, in_row: int) -> None:
+    def predict(self, in_row: int) -> None:
         """Moves the weights by one predicted step, or undoes all of a row where that fails."""
         engine = self.engine
-        self.move(first)
+        self.move(first=in_row == 0)
         limit = self.config.divergence_threshold * (STEP_LIMIT * (in_row + 1))
         for batch in engine.batches:
             engine.backend.check_move(

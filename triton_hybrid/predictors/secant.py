@@ -113,7 +113,7 @@ class Secant(Predictor):
         for batch in engine.batches:
             engine.backend.settle(batch.tensors, scalars, orders, history)
 
-    def predict(self, first: bool, in_row: int) -> None:
+    def predict(self, in_row: int) -> None:
         engine, scalars, history = self.engine, self.engine.scalars, self.config.history
         self._products.zero_()
         for batch in engine.batches:
