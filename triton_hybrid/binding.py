@@ -45,6 +45,9 @@ class Binding:
         self.settings, self._ranks = settings, ranks
         self.progress = Progress(PhaseController(settings.config))
         self.engine: Engine | None = None  # before the first step and after a change
+        # Beside the wrapper of a trainer, which has attributes of its own, this is one for all.
+        self.swaps: list[Any] | None = None  # while the verified weights stand in the parameters
+        self.pending: list[Any] = []  # predictions of a checkpoint that wait for their weights
         self._pending_losses: list[Tensor | float] = []
         self._watch: Watch | None = None
         self._params: list[Tensor] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from triton_hybrid.binding import Binding, has_gradients
+from triton_hybrid.binding import Binding
 from triton_hybrid.checkpoint import (
     PROGRESS,
     Progress,
@@ -23,14 +23,16 @@ from triton_hybrid.checkpoint import (
 from triton_hybrid.config import HybridConfig, Settings
 from triton_hybrid.distributed import Ranks, check_process_group
 from triton_hybrid.engine import FRESH_RATES, Engine
+from triton_hybrid.grad_scaler import ScaledByOthers
 from triton_hybrid.groups import as_rate, check_group, check_parameter, complete_group, own_options
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
+from triton_hybrid.resume import put_back, take_predictions
 from triton_hybrid.rules import OPTIONS
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.verified import VerifiedWeights
 
 
-class HybridOptimizer(VerifiedWeights, Optimizer):
+class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
     """AdamW, Lion or Muon that needs fewer backward passes.
 
     It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the
@@ -129,12 +131,12 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         Returns:
             The closure's loss when it was called, otherwise None.
         """
-        phase, self._swaps = self.phase, None
+        phase, scaler = self.phase, self._scaler()
+        self._forget_swaps()
         if phase is Phase.PREDICT:
             self._binding.mention_unread_gradients(self.param_groups)
         loss = self._evaluate(closure) if phase.needs_gradient else None
         started = time.perf_counter()
-        scaler = self._scaler()
         engine = self._binding.bind(self.param_groups, self.state)
         if engine is None:
             return loss
@@ -283,7 +285,7 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; phase and ledger lie in the groups."""
         self._binding.save(self.param_groups)
-        return super().state_dict()
+        return self._with_predictions(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer, or one of torch's AdamW or Muon.
@@ -317,15 +319,18 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         load_rows(self.state, self.param_groups, state_dict, self._binding.at_home_on_host)
         self._binding.unbind(save=False)
         self._binding.load(self.param_groups)
+        params = (param for group in self.param_groups for param in group["params"])
+        self._binding.pending = put_back(take_predictions(self.state, params))
 
     def __getstate__(self) -> dict[str, Any]:
         self._binding.save(self.param_groups)
         return {**super().__getstate__(), "_settings": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        unpickled, self._swaps = "_settings" in state, None
+        unpickled = "_settings" in state
         if unpickled:
             self._binding = Binding(state.pop("_settings"), Ranks())
+        self._forget_swaps()
         rules = [] if unpickled else [group["base"] for group in self.param_groups]
         super().__setstate__(state)
         # Torch has a default for an option that is none of ours.
@@ -348,29 +353,6 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
     @property
     def _engine(self) -> Engine | None:
         return self._binding.engine
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves unscaling and skipping to `step`.
-
-        True where it cannot do it itself: it refuses to unscale FP16 gradients. Elsewhere False,
-        because trainers refuse to clip otherwise.
-        """
-        self._settings.refuse_grad_scaler()
-        if not self.needs_backward and not has_gradients(self.param_groups):
-            raise RuntimeError(
-                "a Predict step has no gradients that a GradScaler could look at: call "
-                "optimizer.step() itself where needs_backward is False, without scaler.update()"
-            )
-        return any(p.dtype == torch.float16 for g in self.param_groups for p in g["params"])
-
-    def _scaler(self) -> tuple[Any, Any] | None:
-        """What a GradScaler has set for this step: scale and flag; None without one."""
-        found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found == (None, None):
-            return None
-        self._settings.refuse_grad_scaler()
-        return found
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:

@@ -17,6 +17,7 @@ from triton_hybrid.binding import Binding
 from triton_hybrid.kernels.fingerprint import INTEGERS
 from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import remainder_of
+from triton_hybrid.resume import put_back, with_predictions
 from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, SNAPSHOT
 
 Swap = tuple[Tensor, Tensor, Tensor]
@@ -29,7 +30,6 @@ class VerifiedWeights:
     param_groups: list[dict[str, Any]]
     state: Any
     _binding: Binding
-    _swaps: list[Swap] | None = None  # while the verified weights stand in the parameters
 
     @contextmanager
     def verified_weights(self) -> Iterator[None]:
@@ -39,7 +39,7 @@ class VerifiedWeights:
         `step` inside takes its gradient for one at the verified weights: the prediction is dropped,
         and nothing is blamed for it. Keeps copies of what was moved; waits for the device.
         """
-        inner = self._swaps is not None
+        inner = self._binding.swaps is not None
         self.eval()
         try:
             yield
@@ -50,15 +50,29 @@ class VerifiedWeights:
     @torch.no_grad()
     def eval(self) -> None:
         """`verified_weights` as a switch, until `train`; never required."""
-        if self._swaps is None:
-            self._swaps = _to_verified(self._binding, self.param_groups, self.state)
+        if self._binding.swaps is None:
+            self._binding.swaps = _to_verified(self._binding, self.param_groups, self.state)
 
     @torch.no_grad()
     def train(self) -> None:
         """Ends `eval`: the prediction stands again where nobody has written meanwhile."""
-        swaps, self._swaps = self._swaps or [], None
+        binding = self._binding
+        swaps, binding.swaps = binding.swaps or [], None
         for tensor, held, shown in swaps:
             tensor.copy_(torch.where(_bits(tensor) == _bits(shown), held, tensor))
+        binding.pending = put_back(binding.pending)
+
+    def _forget_swaps(self) -> None:
+        """Goes on from the weights as they are."""
+        self._binding.swaps, self._binding.pending = None, []
+
+    def _with_predictions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict that brings the prediction back which was put aside meanwhile."""
+        if not self._binding.swaps:
+            return state_dict
+        params = (param for group in self.param_groups for param in group["params"])
+        held = {tensor.data_ptr(): value for tensor, value, _ in self._binding.swaps}
+        return with_predictions(state_dict, params, self.state, held)
 
 
 def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> list[Swap]:

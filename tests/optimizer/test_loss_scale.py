@@ -25,6 +25,7 @@ from training import (
     make_batches,
     make_model,
     state_copy,
+    until,
     weights,
 )
 from triton_hybrid.kernels.ledger import INDEX, read_ledger, write_ledger
@@ -288,6 +289,42 @@ def test_grad_scaler_drives_it(dtype: torch.dtype, inline: bool, clip: bool) -> 
         # BF16 and FP16 gradients of a scaled loss may round otherwise below their normal range.
         assert torch.allclose(plain_weight.float(), scaled_weight.float(), rtol=2e-2, atol=2e-2)
     assert all(bool(weight.isfinite().all()) for weight in results[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_scaler_steps_through_predict(dtype: torch.dtype) -> None:
+    """A loop that calls the GradScaler at every step, and skips backward where it may."""
+    runs = []
+    for always in (False, True):
+        model = make_model(dtype)
+        config = fast_config(inline=False)
+        optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config)
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        batches = make_batches()
+        for _ in range(40):
+            if optimizer.needs_backward:
+                x, y = next(batches)
+                loss = nn.functional.cross_entropy(model(x.to(dtype)).float(), y)
+                scaler.scale(loss).backward()
+            if always or optimizer.needs_backward:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.stats().predicted_steps > 5
+        runs.append(weights(optimizer))
+    assert_same_weights(*runs)
+
+
+def test_a_gradient_for_the_grad_scaler_is_taken_back() -> None:
+    model = make_model()
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=fast_config(inline=False))
+    until(optimizer, model, Phase.PREDICT)
+    for _ in range(2):
+        assert optimizer._step_supports_amp_scaling is True
+    optimizer.step()
+    assert all(param.grad is None for param in model.parameters())
 
 
 def test_grad_scaler_protocol_only_where_it_is_needed() -> None:

@@ -147,14 +147,47 @@ def test_what_is_written_inside_stands() -> None:
     assert len(before) == 4
 
 
-def test_a_checkpoint_written_inside_goes_on_from_the_verified_weights() -> None:
-    model, optimizer, before = standing(torch.bfloat16)
+@KIND
+@pytest.mark.parametrize("model_first", [True, False])
+def test_a_checkpoint_written_inside_goes_on_bit_for_bit(
+    dtype: torch.dtype, masters: str, predictor: str, model_first: bool
+) -> None:
+    """The prediction returns with the optimizer, or by `train` where the weights come later."""
+    model, optimizer, before = standing(dtype, masters, predictor)
+    predicted = weights(optimizer)
     with optimizer.verified_weights():
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    other = make_model(torch.bfloat16, seed=5)
-    restored = HybridOptimizer(other.parameters(), lr=1e-2, hybrid=optimizer.hybrid)
-    other.load_state_dict(saved[0])
+    keys = {key for entry in saved[1]["state"].values() for key in entry}
+    other = make_model(dtype, seed=5)
+    restored = HybridOptimizer(
+        other.parameters(), lr=1e-2, master_weights=masters, hybrid=optimizer.hybrid
+    )
+    if model_first:
+        other.load_state_dict(saved[0])
     restored.load_state_dict(saved[1])
+    if not model_first:
+        other.load_state_dict(saved[0])
+        assert_same_weights(weights(restored), before)
+        restored.train()
+    assert_same_weights(weights(restored), predicted)
+    assert "predicted" in keys
+    assert keys - set(restored.state[next(other.parameters())]) <= {
+        "predicted", "predicted_master", "predicted_remainder", "verified_fingerprint"
+    }  # fmt: skip
+    assert train(model, optimizer, 20, repeated()) == train(other, restored, 20, repeated())
+    assert_same_weights(weights(optimizer), weights(restored))
+    assert_same_state(state_copy(optimizer), state_copy(restored))
+
+
+def test_a_checkpoint_written_inside_and_loaded_beside_other_weights_leaves_them() -> None:
+    _, optimizer, _ = standing(torch.bfloat16)
+    with optimizer.verified_weights():
+        saved = copy.deepcopy(optimizer.state_dict())
+    other = make_model(torch.bfloat16, seed=5)
+    before = [param.detach().clone() for param in other.parameters()]
+    restored = HybridOptimizer(other.parameters(), lr=1e-2, hybrid=optimizer.hybrid)
+    restored.load_state_dict(saved)
+    restored.train()
     assert_same_weights(weights(restored), before)
     train(other, restored, 12)
     for param in other.parameters():

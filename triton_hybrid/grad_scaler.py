@@ -1,0 +1,53 @@
+"""What an optimizer and ``torch.amp.GradScaler`` have to say to each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_hybrid.binding import Binding
+
+
+class ScaledByOthers:
+    """An optimizer that a GradScaler may drive, in Predict steps too."""
+
+    param_groups: list[dict[str, Any]]
+    _binding: Binding
+    _placeholder: Tensor | None = None  # a parameter with a gradient of zeros that is ours
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling and skipping to `step`.
+
+        True where it cannot do it itself: it refuses to unscale FP16 gradients. Elsewhere False,
+        because trainers refuse to clip otherwise. In a Predict step without gradients it is True as
+        well, and one small parameter gets a gradient of zeros until `step`: a GradScaler raises
+        where it finds nothing to look at. So it counts that step as one without an overflow.
+        """
+        self._binding.settings.refuse_grad_scaler()
+        self._take_back()
+        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        reads = self._binding.progress.controller.phase.needs_gradient
+        if reads or any(param.grad is not None for param in params):
+            return any(param.dtype == torch.float16 for param in params)
+        if params:
+            self._placeholder = min(params, key=Tensor.numel)
+            self._placeholder.grad = torch.zeros_like(self._placeholder)
+        return True
+
+    def _take_back(self) -> None:
+        """Takes the gradient of zeros away."""
+        if self._placeholder is not None:
+            self._placeholder.grad = None
+        self._placeholder = None
+
+    def _scaler(self) -> tuple[Any, Any] | None:
+        """What a GradScaler has set for this step: scale and flag; None without one."""
+        self._take_back()
+        found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found == (None, None):
+            return None
+        self._binding.settings.refuse_grad_scaler()
+        return found

@@ -1,0 +1,82 @@
+"""Checkpoints written at the verified weights go on from the prediction that was put aside.
+
+Such a checkpoint belongs beside a model with verified weights, and holds what the parameters, and
+state that moved with them, held before `VerifiedWeights.eval`. Whoever loads it gets that back in
+every parameter that has the verified weights; in others it is dropped, as after any write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_hybrid.kernels.fingerprint import fingerprint_of
+from triton_hybrid.kernels.layout import dense_view
+from triton_hybrid.state import MASTER, REMAINDER, State, as_dense
+
+PREDICTED = "predicted"
+"""The parameter's entry; the entries of state are called ``predicted_master`` and so on."""
+VERIFIED = "verified_fingerprint"
+"""Fingerprint of the parameter that it belongs to."""
+MOVED = (MASTER.name, REMAINDER.name)
+
+Pending = tuple[Tensor, dict[str, Any], Tensor, dict[str, Tensor]]
+"""A parameter, its state, the fingerprint it must have, and what returns, by entry."""
+
+
+def with_predictions(
+    state_dict: dict[str, Any], params: Iterable[Tensor], state: State, held: dict[int, Tensor]
+) -> dict[str, Any]:
+    """A state dict with what was put aside.
+
+    Args:
+        state_dict: Of the optimizer, while the verified weights stand. Not changed.
+        params: In the order of the state dict.
+        state: The optimizer's state.
+        held: What tensors held before, by the address of their memory.
+    """
+    entries = dict(state_dict["state"])
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    for number, param in zip(numbers, params):
+        if param.data_ptr() in held and param.numel():
+            found = {PREDICTED: held[param.data_ptr()], VERIFIED: _fingerprint(param)}
+            for name in MOVED:
+                place = state[param][name].data_ptr() if name in state[param] else None
+                if place in held:
+                    found[f"{PREDICTED}_{name}"] = held[place]
+            entries[number] = {**entries[number], **found}
+    return {**state_dict, "state": entries}
+
+
+def take_predictions(state: State, params: Iterable[Tensor]) -> list[Pending]:
+    """Takes out of loaded state what `with_predictions` put into it."""
+    pending = []
+    for param in params:
+        entry = state.get(param, {})
+        if VERIFIED in entry:
+            returns = {name: entry.pop(f"{PREDICTED}_{name}", None) for name in MOVED}
+            known = {name: value for name, value in returns.items() if value is not None}
+            known[PREDICTED] = entry.pop(PREDICTED)
+            pending.append((param, entry, entry.pop(VERIFIED), known))
+    return pending
+
+
+@torch.no_grad()
+def put_back(pending: Sequence[Pending]) -> list[Pending]:
+    """Puts predictions back where the verified weights stand; returns those that have to wait."""
+    waiting = []
+    for item in pending:
+        param, entry, fingerprint, returns = item
+        if not torch.equal(_fingerprint(param), fingerprint.to(param.device)):
+            waiting.append(item)
+            continue
+        for name, value in returns.items():
+            (param if name == PREDICTED else entry[name]).copy_(value)
+    return waiting
+
+
+def _fingerprint(param: Tensor) -> Tensor:
+    return fingerprint_of(dense_view(as_dense(param).detach()))
