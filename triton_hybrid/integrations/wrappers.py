@@ -1,0 +1,93 @@
+"""HybridOptimizer behind the wrappers of accelerate, Fabric, Lightning and others."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from triton_hybrid import HybridOptimizer, HybridStats, Phase, needs_backward
+
+__all__ = [
+    "clip_inside",
+    "find",
+    "needs_backward",
+    "observe_loss",
+    "phase",
+    "stats",
+    "unwrap",
+    "verified_weights",
+]
+
+
+def find(optimizer: Any) -> HybridOptimizer | None:
+    """The HybridOptimizer behind ``.optimizer`` and ``.optim`` of wrappers, or None.
+
+    Looks to the end even where a wrapper calls itself one, as Fabric's and Lightning's do.
+    """
+    found = None
+    for _ in range(10):
+        if isinstance(optimizer, HybridOptimizer):
+            found = optimizer
+        inner = getattr(optimizer, "optimizer", None)
+        optimizer = getattr(optimizer, "optim", None) if inner is None else inner
+        if optimizer is None:
+            break
+    return found
+
+
+def unwrap(optimizer: Any) -> HybridOptimizer:
+    """As `find`, where there must be one.
+
+    Raises:
+        TypeError: There is none.
+    """
+    found = find(optimizer)
+    if found is None:
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__}: must be a HybridOptimizer, or a wrapper with "
+            "one behind .optimizer or .optim"
+        )
+    return found
+
+
+def phase(optimizer: Any) -> Phase:
+    """The phase of the next `step()` behind a wrapper."""
+    return unwrap(optimizer).phase
+
+
+def stats(optimizer: Any) -> HybridStats:
+    """`HybridOptimizer.stats` behind a wrapper. Waits for the device."""
+    return unwrap(optimizer).stats()
+
+
+def observe_loss(optimizer: Any, loss: Tensor | float) -> None:
+    """`HybridOptimizer.observe_loss` behind a wrapper; other optimizers hear nothing of it."""
+    found = find(optimizer)
+    if found is not None:
+        found.observe_loss(loss)
+
+
+def verified_weights(optimizer: Any) -> AbstractContextManager[None]:
+    """`HybridOptimizer.verified_weights` behind a wrapper."""
+    return unwrap(optimizer).verified_weights()
+
+
+def clip_inside(optimizer: Any, max_grad_norm: float | None) -> None:
+    """Lets the step itself clip by the global norm, so that it sees the norm that was clipped.
+
+    A limit that the optimizer was made with stays.
+
+    Args:
+        optimizer: A HybridOptimizer, or a wrapper of one.
+        max_grad_norm: The limit; None or 0 for none.
+
+    Raises:
+        ValueError: A limit that is negative or not finite.
+    """
+    binding = unwrap(optimizer)._binding
+    if max_grad_norm and binding.settings.max_grad_norm is None:
+        binding.unbind()
+        binding.settings = dataclasses.replace(binding.settings, max_grad_norm=max_grad_norm)
