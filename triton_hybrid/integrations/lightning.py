@@ -68,10 +68,10 @@ class HybridLightningMixin:
 
     Put it first: ``class Model(HybridLightningMixin, LightningModule)``. Under automatic
     optimization the mean loss of an accumulation window is observed, and ``gradient_clip_val``
-    clips inside the step. Under manual optimization `hybrid_step` takes a gradient step and the Predict
-    steps that follow it, so that in the stepped drive no batch is thrown away. Validation, and
-    checkpoints, have the verified weights. What overrides `configure_callbacks`, `optimizer_step`,
-    `configure_gradient_clipping` or `on_save_checkpoint` must call ``super()``.
+    clips inside the step. Under manual optimization `hybrid_step` takes a gradient step and the
+    Predict steps that follow it, so that in the stepped drive no batch is thrown away. Validation
+    and checkpoints have the verified weights. What overrides `configure_callbacks`,
+    `optimizer_step`, `configure_gradient_clipping` or `on_save_checkpoint` must call ``super()``.
     """
 
     _window: Tensor | None = None  # loss of the accumulation window so far
