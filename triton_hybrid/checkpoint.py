@@ -6,6 +6,7 @@ lie in the groups. What is bound for launches is made anew from all of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from triton_hybrid.config import HybridConfig
+from triton_hybrid.groups import bare_name
 from triton_hybrid.phases import PHASES, Phase, PhaseController
 from triton_hybrid.rules import RULES
 from triton_hybrid.state import DECLARED, State
 
+VERSION = 2
+"""Of checkpoints; those of release 0.1.0, which name none, are read as well."""
 PROGRESS = "hybrid_progress"
 """Key of every parameter group that carries phase, counters and ledger in checkpoints."""
 
@@ -50,6 +54,7 @@ class Progress:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, for the groups."""
         return {
+            "version": VERSION,
             "controller": self.controller.state(),
             "steps": {phase.value: self.steps[phase] for phase in PHASES},
             "seconds": {phase.value: self.seconds[phase] for phase in PHASES},
@@ -79,22 +84,70 @@ class Progress:
 
 
 def check_checkpoint(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Refuses a checkpoint whose state does not fit, before anything is changed.
+    """Refuses a checkpoint that does not fit, before anything is changed.
 
     Raises:
-        ValueError: The checkpoint is of AMSGrad, or a row has not the shape of its parameter.
+        ValueError: The checkpoint is of AMSGrad, of a later version, or of another model: other
+            groups, names or shapes. The message says what differs.
     """
-    if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+    saved_groups = state_dict["param_groups"]
+    if any(group.get("amsgrad") for group in saved_groups):
         raise ValueError("amsgrad=True in the checkpoint: must be False, it is not built")
-    for index, param in _paired(state_dict, groups):
+    progress = (saved_groups[0].get(PROGRESS) or {}) if saved_groups else {}
+    version = progress.get("version", 1)
+    if version > VERSION:
+        raise ValueError(
+            f"checkpoint version={version}: must be at most {VERSION}; a later release of "
+            "triton_hybrid has written it"
+        )
+    if len(saved_groups) != len(groups):
+        raise ValueError(
+            "the checkpoint has a different number of parameter groups: "
+            f"{len(saved_groups)}, must be {len(groups)}"
+        )
+    for index, (saved, group) in enumerate(zip(saved_groups, groups)):
+        differs = list(_names_that_differ(saved, group))
+        counts = len(saved["params"]), len(group["params"])
+        if differs or counts[0] != counts[1]:
+            raise ValueError(
+                f"the checkpoint is of another model: parameter group {index} has {counts[0]} "
+                f"parameters, must be {counts[1]} with the same names in the same order"
+                + _listed(differs)
+            )
+    differs = list(_shapes_that_differ(state_dict, groups))
+    if differs:
+        raise ValueError("the checkpoint is of another model" + _listed(differs))
+
+
+def _listed(differs: list[str], most: int = 4) -> str:
+    more = f"; and {len(differs) - most} more" if len(differs) > most else ""
+    return f": {'; '.join(differs[:most])}{more}" if differs else ""
+
+
+def _names_that_differ(saved: Mapping[str, Any], group: Mapping[str, Any]) -> Iterator[str]:
+    """Where both know the names of their parameters; those of wrappers do not count."""
+    theirs, ours = (list(map(bare_name, its.get("param_names") or ())) for its in (saved, group))
+    if theirs and ours and theirs != ours:
+        for place, (found, wanted) in enumerate(itertools.zip_longest(theirs, ours)):
+            if found != wanted:
+                yield f"parameter {place} is {found}, must be {wanted}"
+
+
+def _shapes_that_differ(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
+) -> Iterator[str]:
+    names = [name for group in groups for name in group.get("param_names", group["params"])]
+    for place, (index, param) in enumerate(_paired(state_dict, groups)):
         for key, value in state_dict["state"].get(index, {}).items():
             row = DECLARED.get(ROW_NAMES.get(key, key))
             like_param = row is not None and row.shape is None and isinstance(value, Tensor)
             if like_param and not is_lazy(param) and value.shape != param.shape:
-                raise ValueError(
-                    f"state of parameter {index}: {key!r} has shape {tuple(value.shape)}, must be "
+                name = f" ({names[place]})" if isinstance(names[place], str) else ""
+                yield (
+                    f"{key!r} of parameter {index}{name} has shape {tuple(value.shape)}, must be "
                     f"{tuple(param.shape)} as the parameter"
                 )
+                break
 
 
 def _paired(

@@ -65,6 +65,11 @@ ADAPTERS = {"modules_to_save", "lora_A", "lora_B"}
 """Parts of names that wrapped modules have; after the latter comes the name of an adapter."""
 
 
+def bare_name(name: str) -> str:
+    """A parameter's name without the parts that wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def layer_name(name: str) -> str:
     """The last part of a module's name that is its own and not a wrapper's."""
     parts: list[str] = []
