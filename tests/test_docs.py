@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import compatibility
 import pytest
+import snippets
 import torch
 from torch import nn
 
-from triton_hybrid import HybridConfig
+from triton_hybrid import HybridConfig, HybridStats
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.rules import OPTIONS, RULES
 from triton_hybrid.state import MASTER, REMAINDER, StateRow
@@ -83,3 +85,27 @@ def test_code_of_the_readme_runs() -> None:
     for block in blocks:
         scope["loss"] = model(loader[0])
         exec(block, scope)
+
+
+def test_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "quickstart.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 6
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(block, scope)
+    stats = scope["stats"]
+    assert isinstance(stats, HybridStats)
+    assert stats.gradient_evaluations < stats.steps == 200
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_code_on_pages_is_that_of_tests() -> None:
+    for page in PAGES:
+        assert snippets.up_to_date(page) == page.read_text("utf-8"), page
+
+
+def test_compatibility_table_is_up_to_date_and_its_tests_exist() -> None:
+    assert compatibility.wrong() == []
+    assert compatibility.up_to_date() == compatibility.PAGE.read_text("utf-8")

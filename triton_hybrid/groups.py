@@ -27,6 +27,10 @@ REFUSED = ("amsgrad", "differentiable")
 """Options of torch's AdamW that would change the result, and are not built."""
 
 
+FOREIGN = {"ds_id": "DeepSpeed ZeRO-3", "main_grad": "Megatron-LM's gradient buffers"}
+"""Attributes by which other trainers mark parameters whose gradients or shards they keep."""
+
+
 def own_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of an optimizer without those of torch's AdamW that change nothing.
 
@@ -116,6 +120,12 @@ def check_parameter(group: Mapping[str, Any], index: int, param: Any, masters: s
             "FSDP1 shards are not built yet: norms and decisions would be those of a shard; use "
             "DistributedDataParallel"
         )
+    for mark, owner in FOREIGN.items():
+        if hasattr(param, mark):
+            raise NotImplementedError(
+                f"{owner} (a parameter has {mark!r}): not supported, gradients or shards are kept "
+                "elsewhere than in .grad; use the optimizer of that library"
+            )
     if param.layout is not torch.strided:
         raise ValueError(f"params: layout {param.layout}, must be torch.strided")
     if param.dtype not in TRITON_DTYPES:

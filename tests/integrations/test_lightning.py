@@ -49,7 +49,8 @@ class Model(HybridLightningMixin, LightningModule):
         if not self.automatic_optimization:
             self.hybrid_step(loss)  # skips passes where the optimizer predicts
         return loss
-        # docs: end
+
+    # docs: end
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.validated = weights_of(self)

@@ -45,8 +45,13 @@ def test_csv_tensorboard_and_plot(tmp_path: Path) -> None:
     table, picture = tmp_path / "run.csv", tmp_path / "run.png"
     with SummaryWriter(str(tmp_path / "board")) as writer:
         for step in range(0, 30, 3):
-            logging.to_csv(table, optimizer, step, loss=3.0 - step / 30)
+            loss = 3.0 - step / 30
+            # docs: begin logging
+            logging.to_csv(table, optimizer, step, loss=loss)
             logging.to_tensorboard(writer, optimizer, step)
+            numbers = logging.as_dict(optimizer)  # for wandb.log(numbers, step)
+            # docs: end
+            assert numbers["hybrid/steps"] >= step
             train(model, optimizer, 3)
     with table.open() as file:
         rows = list(csv.DictReader(file))
@@ -57,7 +62,9 @@ def test_csv_tensorboard_and_plot(tmp_path: Path) -> None:
     found = EventAccumulator(str(tmp_path / "board")).Reload()
     (last,) = [e.value for e in found.Scalars("hybrid/gradient_evaluations") if e.step == 27]
     assert last == 27
+    # docs: begin plot
     logging.plot_run(table, picture)
+    # docs: end
     assert picture.stat().st_size > 10_000
     logging.plot_run(rows, tmp_path / "run.svg")
     drawn = (tmp_path / "run.svg").read_text()

@@ -266,4 +266,35 @@ def test_the_position_in_the_data_is_part_of_the_checkpoint(tmp_path: Path) -> N
     state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["HybridCallback"]["attributes"]
     assert saved == {"batches": len(seen.batches)}
-    assert HybridConfig().inline
+
+
+def test_the_documented_stepped_trainer(tmp_path: Path) -> None:
+    model, args, rows = make_model(), arguments(tmp_path), ROWS
+    # docs: begin stepped trainer
+    trainer = HybridTrainer(
+        model,
+        args,
+        train_dataset=rows,
+        hybrid=HybridConfig(inline=False, warmup_steps=5),
+    )
+    trainer.train()
+    # docs: end
+    optimizer = find(trainer.optimizer)
+    assert optimizer is not None
+    assert optimizer.stats().predicted_steps > 0
+
+
+def test_the_documented_plain_trainer(tmp_path: Path) -> None:
+    model, args, rows = make_model(), arguments(tmp_path), ROWS
+    # docs: begin plain trainer
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-2)
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=rows,
+        optimizers=(optimizer, None),
+        callbacks=[HybridCallback()],
+    )
+    trainer.train()
+    # docs: end
+    assert optimizer.stats().gradient_evaluations == 30

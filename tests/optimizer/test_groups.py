@@ -118,3 +118,17 @@ def test_groups_train() -> None:
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("mark", "owner"), [("ds_id", "DeepSpeed"), ("main_grad", "Megatron")])
+def test_parameters_that_other_trainers_manage_are_refused(
+    mark: str, owner: str, late: bool
+) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = HybridOptimizer([param]) if late else None
+    setattr(param, mark, 7)
+    param.grad = torch.ones(3)
+    with pytest.raises(NotImplementedError, match=owner):
+        optimizer.step() if optimizer else HybridOptimizer([param])
+    assert torch.equal(param, torch.ones(3))

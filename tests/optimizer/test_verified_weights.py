@@ -105,6 +105,18 @@ def test_inline_and_as_a_switch_every_step_can_be_looked_at(offload: str) -> Non
     assert_same_state(state_copy(ours), state_copy(other))
 
 
+def test_an_average_of_weights_takes_the_verified_ones_if_asked() -> None:
+    model, optimizer, before = standing()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    predicted = weights(optimizer)
+    averaged.update_parameters(model)
+    with optimizer.verified_weights():
+        averaged.update_parameters(model)
+    assert_same_weights(weights(optimizer), predicted)
+    for mean, moved, verified in zip(averaged.module.parameters(), predicted, before, strict=True):
+        assert torch.allclose(mean, (moved + verified) / 2, rtol=1e-6, atol=1e-8)
+
+
 def test_nothing_is_put_back_where_no_prediction_stands() -> None:
     model = make_model()
     optimizer = HybridOptimizer(model.parameters(), hybrid=HybridConfig(predictor="none"))
