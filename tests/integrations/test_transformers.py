@@ -146,12 +146,12 @@ def test_stepped_is_the_loop_of_the_readme(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("inline", [True, False], ids=["inline", "stepped"])
-@pytest.mark.parametrize("stop", [7, 10, 11, 12])
-def test_resumes_bit_for_bit(stop: int, inline: bool, tmp_path: Path) -> None:
-    """Shuffled data, dropout, in the middle of epochs and of predictions."""
+@pytest.mark.parametrize(("stop", "anew"), [(7, False), (10, True), (11, False), (12, True)])
+def test_resumes_bit_for_bit(stop: int, anew: bool, inline: bool, tmp_path: Path) -> None:
+    """Shuffled data, dropout, in the middle of epochs and of predictions; callbacks made anew."""
     options = {
         "save_strategy": "steps", "save_steps": stop, "hybrid": fast_config(inline=inline),
-        "max_steps": 20,
+        "max_steps": 20, "restore_callback_states_from_checkpoint": anew,
     }  # fmt: skip
     whole, seen = stepped(tmp_path / "a", **options)
     whole.train()

@@ -74,7 +74,8 @@ class HybridCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Observes the mean loss of the window."""
         optimizer = find(kwargs.get("optimizer"))
-        if self._losses and optimizer is not None and optimizer.needs_backward:
+        heard = self._losses and self.observes
+        if heard and optimizer is not None and optimizer.needs_backward:
             losses = torch.stack(self._losses)
             optimizer.observe_loss(losses.sum() if self._parts else losses.mean())
         self._losses.clear()
@@ -146,15 +147,20 @@ class HybridTrainerMixin:
                 **(optimizer_options or {}),
             }
             its.optimizer_cls_and_kwargs = (HybridOptimizer, options)
-        found = [c for c in its.callback_handler.callbacks if isinstance(c, HybridCallback)]
-        self._callback = found[0] if found else HybridCallback()
-        self._callback.observes = False
-        if not found:
-            its.add_callback(self._callback)
+        if not any(isinstance(c, HybridCallback) for c in its.callback_handler.callbacks):
+            its.add_callback(HybridCallback())
         self._stream: Iterator[Any] | None = None
         self._window: Tensor | None = None  # loss of the accumulation window so far
         self._taken = [0, 0]  # steps of this call of `train`, and those of them with a gradient
         self._logged = [0, 0]  # the same as of the last log
+
+    @property
+    def _callback(self) -> HybridCallback:
+        """Looked up: a resumed trainer may make its callbacks anew."""
+        known = getattr(self, "callback_handler").callbacks  # noqa: B009
+        found: HybridCallback = next(c for c in known if isinstance(c, HybridCallback))
+        found.observes = False  # the trainer itself knows the loss
+        return found
 
     # Everything below overrides Trainer's methods; their arguments are documented there.
 
