@@ -20,6 +20,7 @@ from triton_hybrid.kernels.fingerprint import fingerprint_of
 from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, INDEX, PART_COLUMN
 from triton_hybrid.phases import Phase, PhaseController
+from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.state import (
     DECLARED,
     PREDICTION,
@@ -92,8 +93,9 @@ class Binding:
                 _leave(param, state[param], standing)
         if standing and old and known != present:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
-        self.engine = Engine(members, state, len(groups), self.settings)
-        self.engine.restore(self.progress.ledger, self.progress.predictor)
+        progress = self.progress
+        self.engine = Engine(members, state, len(groups), self.settings, progress.predictor)
+        self.engine.restore(progress.ledger, progress.predictor)
         for loss in self._pending_losses:
             self.engine.observe_loss(loss)
         self._pending_losses.clear()
@@ -175,11 +177,14 @@ class Binding:
         on_device, on_host = state_bytes(state, hosted)
         if engine is None:
             ledger = {**ledger, **self.settings.scale_entries(ledger)}
-            predictor = self.settings.config.predictor
+            known = self.progress.predictor or {}
+            choice = PREDICTORS[self.settings.config.predictor](self.settings.config)
+            choice.foresee(known)
         else:
-            predictor, ledger = engine.predictor.name, engine.read()
+            choice, known, ledger = engine.choice, engine.choice.state(), engine.read()
             on_device += engine.offload.visiting_bytes()
-        return HybridStats.of(self.progress, ledger, predictor, (on_device, on_host))
+        chosen = choice.active.name, *choice.explain(known)
+        return HybridStats.of(self.progress, ledger, chosen, (on_device, on_host))
 
     def agree(self, engine: Engine) -> None:
         """Lets the ranks of data-parallel training decide by the same numbers."""
@@ -228,6 +233,9 @@ class Binding:
                 assert self._watch is not None
                 self._watch.note(self._state)
                 self._installs = offload.installs
+            if engine.choice.changed:  # the next step binds it anew, with other rows
+                self.unbind()
+                engine.choice.release(self._state)
 
     def plan(self, engine: Engine) -> StepPlan:
         """What the next step does."""
@@ -240,6 +248,7 @@ class Binding:
             first=phase is Phase.PREDICT and controller.in_row == 0,
             trajectory=engine.predictor.follows_trajectory,
             pairs=engine.predictor.keeps_pairs and phase is not Phase.WARMUP,
+            followed=controller.base_step_follows,
         )
 
 
