@@ -21,6 +21,7 @@ from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, INDEX, PART_COLUMN
 from triton_hybrid.phases import Phase, PhaseController
 from triton_hybrid.predictors import PREDICTORS
+from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.state import (
     DECLARED,
     PREDICTION,
@@ -94,7 +95,16 @@ class Binding:
         if standing and old and known != present:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
         progress = self.progress
-        self.engine = Engine(members, state, len(groups), self.settings, progress.predictor)
+        made = members, state, len(groups), self.settings
+        try:
+            self.engine = Engine(*made, progress.predictor)
+        except torch.OutOfMemoryError:
+            choice = self._choice()
+            if not choice.do_without():
+                raise
+            progress.predictor = {**(progress.predictor or {}), **choice.saved()}
+            choice.release(state)
+            self.engine = Engine(*made, progress.predictor)
         self.engine.restore(progress.ledger, progress.predictor)
         for loss in self._pending_losses:
             self.engine.observe_loss(loss)
@@ -177,14 +187,18 @@ class Binding:
         on_device, on_host = state_bytes(state, hosted)
         if engine is None:
             ledger = {**ledger, **self.settings.scale_entries(ledger)}
-            known = self.progress.predictor or {}
-            choice = PREDICTORS[self.settings.config.predictor](self.settings.config)
-            choice.foresee(known)
+            choice, known = self._choice(), self.progress.predictor or {}
         else:
             choice, known, ledger = engine.choice, engine.choice.state(), engine.read()
             on_device += engine.offload.visiting_bytes()
         chosen = choice.active.name, *choice.explain(known)
         return HybridStats.of(self.progress, ledger, chosen, (on_device, on_host))
+
+    def _choice(self) -> Choice:
+        """The predictor of the progress, without an engine."""
+        choice = PREDICTORS[self.settings.config.predictor](self.settings.config)
+        choice.foresee(self.progress.predictor or {})
+        return choice
 
     def agree(self, engine: Engine) -> None:
         """Lets the ranks of data-parallel training decide by the same numbers."""

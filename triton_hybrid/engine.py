@@ -119,11 +119,6 @@ class Engine:
         return batches
 
     @property
-    def rules(self) -> list[Any]:
-        """What the kernels know of each batch's rule."""
-        return [batch.tensors.rule for batch in self.batches]
-
-    @property
     def predictor(self) -> Predictor:
         """The predictor in use."""
         return self.choice.active

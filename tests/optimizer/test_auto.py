@@ -17,6 +17,7 @@ from triton_hybrid.kernels.trapezoid import WATCH
 
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 from triton_hybrid.reference import Reference
+from triton_hybrid.state import Batch, StateRow
 
 SHORT = {"warmup_steps": 10, "full_steps": 3, "history": 4, "confidence_threshold": 0.0}
 
@@ -182,6 +183,30 @@ def test_memory_grows_once() -> None:
     assert set(sizes) == {first, last}
     elements = sum(param.numel() for param in task.model.parameters())
     assert last - first == (2 * 4 + 1) * 4 * elements
+
+
+def test_without_memory_for_the_pairs_it_goes_on_with_slow_ema(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even a small part of them stays."""
+    allocate = Batch._allocate
+
+    def small(self: Batch, row: StateRow, offload: str) -> list[Tensor]:
+        if row.name == "change_1":
+            raise torch.OutOfMemoryError("no room")
+        return allocate(self, row, offload)
+
+    monkeypatch.setattr(Batch, "_allocate", small)
+    task = Task()
+    optimizer = task.optimizer()
+    run(task, optimizer, 60)
+    stats = optimizer.stats()
+    assert (stats.predictor, stats.deterministic) == ("slow_ema", None)
+    assert "no memory" in stats.reason
+    assert stats.predicted_steps > 0
+    assert not any("move_0" in entry for entry in optimizer.state.values())
+    with pytest.raises(torch.OutOfMemoryError):
+        run(task, task.optimizer(predictor="secant"), 1)
 
 
 @pytest.mark.parametrize(

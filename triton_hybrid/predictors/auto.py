@@ -59,9 +59,18 @@ class Auto(Choice):
         self.active: Predictor = self._noisy
         self._returns = 0  # how often noise began after all
         self._pending = False  # whether a base step waits for its second slope
+        self._no_room = False  # whether there was no memory for the pairs
 
     def foresee(self, saved: Mapping[str, Any]) -> None:
         self.active = self._quiet if saved.get("secant") else self._noisy
+        self._no_room = bool(saved.get("no_room"))
+
+    def do_without(self) -> bool:
+        left, self.active, self._no_room = self.active, self._noisy, True
+        return left is self._quiet
+
+    def saved(self) -> dict[str, int]:
+        return {"secant": int(self.active is self._quiet), "no_room": int(self._no_room)}
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         rows = self._noisy.rows_for(rule)
@@ -80,11 +89,13 @@ class Auto(Choice):
     def _obstacle(self) -> str:
         """Why `secant` cannot serve, whatever training is like."""
         engine = self._engine
+        if self._no_room:
+            return "there was no memory for the pairs of secant"
         if engine is None:
             return ""
         if engine.settings.capturable:
             return "capturable=True: nobody reads what is measured"
-        if not all(has_metric(rule) for rule in engine.rules):
+        if not all(has_metric(batch.tensors.rule) for batch in engine.batches):
             return "secant serves base='adamw' alone, and a group has another"
         if any(batch.aliased for batch in engine.batches):
             return "parameters share memory"
@@ -165,7 +176,7 @@ class Auto(Choice):
         return {
             **self._quiet.state(),
             **dict(zip(WATCH, self._watch.tolist())),
-            "secant": int(self.active is self._quiet),
+            **self.saved(),
             "returns": self._returns,
             "pending": int(self._pending),
             "rates": self._rates.flatten().tolist(),

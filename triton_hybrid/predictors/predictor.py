@@ -61,6 +61,14 @@ class Choice(abc.ABC):
     def foresee(self, saved: Mapping[str, Any]) -> None:  # noqa: B027 - most have no choice
         """Chooses as a state of `state` had chosen, before there are rows."""
 
+    def do_without(self) -> bool:
+        """Takes a predictor of fewer rows, for which there is room; False where there is none."""
+        return False
+
+    def saved(self) -> dict[str, int]:
+        """What `foresee` reads of a state."""
+        return {}
+
     def before_step(self, followed: bool) -> None:  # noqa: B027 - most do not measure
         """A base step begins; ``followed``: the next step is one, too, from where it leads."""
 

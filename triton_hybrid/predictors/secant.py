@@ -57,9 +57,9 @@ MOVES = tuple(_row(f"move_{slot}") for slot in range(LONGEST_HISTORY))
 CHANGES = tuple(_row(f"change_{slot}") for slot in range(LONGEST_HISTORY))
 
 
-def has_metric(kernels: UpdateRule) -> bool:
+def has_metric(kernels: UpdateRule | None) -> bool:
     """Whether a rule keeps a second moment."""
-    return "exp_avg_sq" in kernels.reads_along
+    return kernels is not None and "exp_avg_sq" in kernels.reads_along
 
 
 class Secant(Predictor):
