@@ -85,6 +85,7 @@ class Reference:
         if watch.step is not None:
             watch.compare(flat(gradients), loss)
         followed, watch.step = phases.base_step_follows and self.model == "slow_ema", None
+        followed, watch.rest = followed and not watch.rest, max(watch.rest - followed, 0)
         if self.model == "secant":
             return self.secant.step(gradients, norm, loss)
         if correct:
@@ -117,11 +118,11 @@ class Reference:
     def takes_other(self) -> bool:
         """Lets `auto` take the other predictor, if it should; whether it did."""
         ledger, watch, secant = self.ledger, self.watch, self.secant
-        quiet = watch.steps >= 8 << watch.returns and watch.share > 0.5
-        should = secant.trial.noise if self.model == "secant" else quiet and self.base == "adamw"
-        if self.config.predictor != "auto" or not should:
+        if self.config.predictor != "auto" or not self.phases.wants_report or ledger.moved:
             return False
-        if not self.phases.wants_report or ledger.moved:
+        quiet = watch.steps >= 8 << watch.returns and watch.share > 0.5
+        watch.take_a_rest()
+        if not (secant.trial.noise if self.model == "secant" else quiet and self.base == "adamw"):
             return False
         begins = self.model == "secant"
         self.model = "slow_ema" if begins else "secant"

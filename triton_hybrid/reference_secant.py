@@ -22,6 +22,8 @@ class Watch:
 
     def __init__(self, returns: int = 0) -> None:
         self.share, self.steps, self.returns = 0.0, 0, returns
+        # Looked at, with a loss or without; steps to leave out; what was known at the last choice.
+        self.looked_at, self.rest, self.known = 0, 0, (0, 0.0)
         # The last base step, if another follows it; loss and slope at its beginning.
         self.step: Tensor | None = None
         self.loss = self.slope = math.nan
@@ -33,9 +35,16 @@ class Watch:
         trapezoid, bend = 0.5 * (self.slope + after), 0.5 * (after - self.slope)
         error = abs(loss - self.loss - trapezoid)
         allowed = max(0.05 * abs(bend), 0.003 * abs(trapezoid)) + 1e-6 * abs(self.loss)
+        self.looked_at += 1
         if math.isfinite(error):
             self.share += max(1.0 / (self.steps + 1), 0.05) * ((error <= allowed) - self.share)
             self.steps += 1
+
+    def take_a_rest(self) -> None:
+        """Looks at fewer steps where the last ones were noisy."""
+        (before, last), self.known = self.known, (self.looked_at, self.share)
+        enough = self.looked_at >= max(8 << self.returns, before + 1)
+        self.rest = 8 if enough and self.share <= min(last, 0.5) else self.rest
 
 
 class SecantReference:
