@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
 from triton_hybrid.kernels.fingerprint import (
     find_writes,
     find_writes_torch,
@@ -21,6 +22,7 @@ from triton_hybrid.kernels.secant import move, products, settle
 from triton_hybrid.kernels.secant_torch import move_torch, products_torch, settle_torch
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.step_torch import step_torch
+from triton_hybrid.kernels.trapezoid import base_slope, base_slope_torch
 from triton_hybrid.kernels.verify import (
     check_move,
     check_move_torch,
@@ -49,15 +51,16 @@ class Backend:
     products: Callable[..., None]  # of the pairs of a quasi-Newton move
     move: Callable[..., None]  # makes it
     settle: Callable[..., None]  # notes its pair, places the weights
+    base_slope: Callable[..., Tensor]  # of a gradient along the last base step
 
 
 TRITON = Backend(
     "triton", step, predict, check_move, slopes, decide, correct, gram,
-    fingerprint, note_weights, find_writes, products, move, settle,
+    fingerprint, note_weights, find_writes, products, move, settle, base_slope,
 )  # fmt: skip
 TORCH = Backend(
     "torch", step_torch, predict_torch, check_move_torch, slopes_torch, decide_torch,
     correct_torch, gram_torch, fingerprint_torch, note_weights_torch, find_writes_torch,
-    products_torch, move_torch, settle_torch,
+    products_torch, move_torch, settle_torch, base_slope_torch,
 )  # fmt: skip
 BACKENDS = {backend.name: backend for backend in (TRITON, TORCH)}

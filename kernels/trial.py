@@ -15,10 +15,11 @@ from torch import Tensor
 from triton_hybrid.kernels.ledger import BLOCKED_LIMIT, INDEX, LONGEST_COOLDOWN
 from triton_hybrid.kernels.ledger_torch import count, enter
 
-TRIAL = ("slot", "pairs", "based", "loss", "slope", "shortened", "ready")
+TRIAL = ("slot", "pairs", "based", "loss", "slope", "shortened", "ready", "again", "noise")
 """Entries of a trial: which pair is written next, how many there are, whether the snapshot is where
 the last gradient was taken, the loss there, the slope of the move there, how often the move was
-shortened, and whether the next move may be made."""
+shortened, whether the next move may be made, whether the coming loss is one at the weights of the
+last, and whether such a loss was another one."""
 ORDERS = ("pair", "restart", "fraction", "slot")
 """What `judge` and `limit` want done to weights and rows (see `settle`)."""
 
@@ -37,6 +38,8 @@ factors after an accepted and a rejected move; the ledger's horizon is the radiu
 With 10 and 1.5, 7 of 16 runs of two spirals (8 seeds, rates 3e-2 and 3e-3) ended in poor minima;
 with these 3 did, and 6 of a regression of two scales ended at 1.3e-3 instead of 3.2e-3 in the
 geometric mean."""
+SAME = 1e-4
+"""Part of it by which a loss may differ at the same weights where training is deterministic."""
 LARGEST_HORIZON = 1e12
 LEAST_CURVATURE = 1e-8
 """Cosine of move and gradient change up to which a pair is left out."""
@@ -94,6 +97,8 @@ def judge(
     # A pair without curvature along the move would be left out, and would cost another one.
     pair = ~nonfinite & (its["based"] > 0) & ~written & (~standing | (after > slope))
     restart = ~nonfinite & ~failed
+    again = restart & (its["again"] > 0)
+    enter(its, again, noise=(~((loss - base).abs() <= SAME * base.abs())).double())
     orders = torch.stack([pair.double(), restart.double(), fraction, its["slot"]])
 
     written, learnt = written & (accepted | undone), ~written
@@ -102,6 +107,7 @@ def judge(
     enter(its, restart, based=1.0, loss=loss, shortened=0.0)
     enter(its, shortened, slope=fraction * slope, shortened=its["shortened"] + 1.0)
     enter(its, undone | written, pairs=0.0, based=0.0, shortened=0.0)
+    its["again"] = torch.where(restart | written, 0.0, its["again"].clamp(min=undone.double()))
     its["ready"] = (restart & ~written & (entries["cooldown"] <= 1.0)).double() * last
 
     accepted, rejected = accepted & learnt, undone & learnt
@@ -153,7 +159,7 @@ def solve(products: Tensor, trial: Tensor, history: int) -> Tensor:
     """
     gram = products[: 2 * history * (history + 1)].view(2, history, history + 1)
     rest = products[2 * history * (history + 1) :]
-    slot, pairs, *_, ready = trial.unbind()
+    slot, pairs, *_, ready, _, _ = trial.unbind()
     places = torch.arange(history, device=trial.device)
     order = torch.remainder(slot.long() + places, history)
     along, against = gram[:, order].unbind()
@@ -214,7 +220,7 @@ def limit(ledger: Tensor, trial: Tensor, sums: Tensor, products: Tensor, cooldow
     fraction = torch.where(kept, fraction, torch.where(undone, 0.0, 1.0))
 
     enter(its, moving, slope=fraction * slope, ready=0.0)
-    enter(its, undone, pairs=0.0, based=0.0)
+    enter(its, undone, pairs=0.0, based=0.0, again=1.0)
     wait_longer(entries, undone, cooldown)
     count(entries, cause_nonfinite=undone & (bad > 0), cause_jump=undone & (bad == 0))
     enter(entries, kept, moved=1.0, stretch=1.0, jump_square=fraction * fraction * square)

@@ -40,9 +40,9 @@ def training(
 @settings(max_examples=max(20, settings().max_examples))
 @given(
     base=st.sampled_from(("adamw", "lion", "muon")),
-    predictor=st.sampled_from(("slow_ema", "secant", "linear", "none")),
+    predictor=st.sampled_from(("auto", "slow_ema", "secant", "linear", "none")),
     seed=st.integers(0, 99),
-    noise=st.sampled_from((0.02, 0.3)),
+    noise=st.sampled_from((0.0, 0.02, 0.3)),
     decays=st.booleans(),
     observes=st.booleans(),
     max_grad_norm=st.sampled_from((None, 2.0)),
@@ -94,5 +94,6 @@ def test_the_optimizer_is_its_reference(
             torch.testing.assert_close(param.detach(), weight, rtol=tolerance, atol=tolerance)
     ledger, stats = reference.ledger, optimizer.stats()
     assert stats.rollbacks == ledger.rejected
+    assert predictor != "auto" or stats.predictor == reference.model
     if predictor in ("slow_ema", "linear"):
         assert stats.confidence == pytest.approx(ledger.confidence, abs=1e-3)

@@ -20,6 +20,8 @@ from triton_hybrid.kernels.fingerprint import fingerprint_of
 from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, INDEX, PART_COLUMN
 from triton_hybrid.phases import Phase, PhaseController
+from triton_hybrid.predictors import PREDICTORS
+from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.state import (
     DECLARED,
     PREDICTION,
@@ -95,8 +97,18 @@ class Binding:
                 _leave(param, state[param], standing)
         if standing and old and known != present:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
-        self.engine = Engine(members, state, len(groups), self.settings)
-        self.engine.restore(self.progress.ledger, self.progress.predictor)
+        progress = self.progress
+        made = members, state, len(groups), self.settings
+        try:
+            self.engine = Engine(*made, progress.predictor)
+        except torch.OutOfMemoryError:
+            choice = self._choice()
+            if not choice.do_without():
+                raise
+            progress.predictor = {**(progress.predictor or {}), **choice.saved()}
+            choice.release(state)
+            self.engine = Engine(*made, progress.predictor)
+        self.engine.restore(progress.ledger, progress.predictor)
         for loss in self._pending_losses:
             self.engine.observe_loss(loss)
         self._pending_losses.clear()
@@ -178,11 +190,18 @@ class Binding:
         on_device, on_host = state_bytes(state, hosted)
         if engine is None:
             ledger = {**ledger, **self.settings.scale_entries(ledger)}
-            predictor = self.settings.config.predictor
+            choice, known = self._choice(), self.progress.predictor or {}
         else:
-            predictor, ledger = engine.predictor.name, engine.read()
+            choice, known, ledger = engine.choice, engine.choice.state(), engine.read()
             on_device += engine.offload.visiting_bytes()
-        return HybridStats.of(self.progress, ledger, predictor, (on_device, on_host))
+        chosen = choice.active.name, *choice.explain(known)
+        return HybridStats.of(self.progress, ledger, chosen, (on_device, on_host))
+
+    def _choice(self) -> Choice:
+        """The predictor of the progress, without an engine."""
+        choice = PREDICTORS[self.settings.config.predictor](self.settings.config)
+        choice.foresee(self.progress.predictor or {})
+        return choice
 
     def agree(self, engine: Engine) -> None:
         """Lets the ranks of data-parallel training decide by the same numbers."""
@@ -231,6 +250,9 @@ class Binding:
                 assert self._watch is not None
                 self._watch.note(self._state)
                 self._installs = offload.installs
+            if engine.choice.changed:  # the next step binds it anew, with other rows
+                self.unbind()
+                engine.choice.release(self._state)
 
     def plan(self, engine: Engine) -> StepPlan:
         """What the next step does."""
@@ -243,6 +265,7 @@ class Binding:
             first=phase is Phase.PREDICT and controller.in_row == 0,
             trajectory=engine.predictor.follows_trajectory,
             pairs=engine.predictor.keeps_pairs and phase is not Phase.WARMUP,
+            followed=controller.base_step_follows,
         )
 
 

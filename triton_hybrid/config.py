@@ -46,9 +46,9 @@ class HybridConfig:
         confidence_threshold: Least confidence at which the weights are moved, in [0, 1].
         predictor: The dynamics model: ``"slow_ema"``, ``"secant"`` (for training without noise:
             quasi-Newton moves, AdamW groups only), ``"linear"``, ``"none"`` (the base rule alone),
-            or ``"auto"``, which takes ``linear`` where the gradient is mostly signal and
-            ``slow_ema`` where it is mostly noise. With ``auto`` and ``slow_ema`` the slow EMA is a
-            part of Muon's momentum.
+            or ``"auto"``: ``secant`` where training is found deterministic, for which the losses
+            must be known, else ``slow_ema``. With ``auto`` and ``slow_ema`` the slow EMA is a part
+            of Muon's momentum.
         history: Pairs of moves and gradient changes that ``secant`` keeps, each 8 bytes a
             parameter. In [1, 32].
         slow_beta: Largest decay of the slow gradient EMA, in (0, 1). Its window is a quarter of
@@ -100,7 +100,7 @@ class HybridConfig:
         """The configuration of the source's run: 50 steps of 4 x 64 tokens on GPT-2 small.
 
         Its six numbers, with the predictor for noisy gradients: with so few tokens a step
-        ``auto`` would choose nothing else, and keep memory for it.
+        ``auto`` would choose nothing else.
         """
         return cls(
             warmup_steps=5,

@@ -30,7 +30,7 @@ from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.predictors.slow_ema import is_other_run, steps_ahead
 from triton_hybrid.rules import RULES
-from triton_hybrid.state import Batch, Member, State
+from triton_hybrid.state import Batch, Member, State, StepPlan
 
 LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
 """What is remembered of a group's learning rate, in the group, for checkpoints."""
@@ -50,6 +50,7 @@ class Engine:
         state: The optimizer's state; missing entries are created, others are kept.
         groups: How many parameter groups there are.
         settings: What the optimizer was made with.
+        predictor: Its state, which `restore` takes too, as far as rows depend on it.
 
     Raises:
         NotImplementedError: Parameters on several devices.
@@ -57,7 +58,12 @@ class Engine:
     """
 
     def __init__(
-        self, members: Sequence[Member], state: State, groups: int, settings: Settings
+        self,
+        members: Sequence[Member],
+        state: State,
+        groups: int,
+        settings: Settings,
+        predictor: Mapping[str, Any] | None = None,
     ) -> None:
         devices = sorted({str(member.param.device) for member in members})
         if len(devices) > 1:
@@ -69,6 +75,7 @@ class Engine:
         self.settings = settings
         self.config = config = settings.config
         self.choice = PREDICTORS[config.predictor](config)
+        self.choice.foresee(predictor or {})
         self.batches = self._make_batches(members, state)
         self.params = [param for batch in self.batches for param in batch.params]
         self._sets = [batch.tensors for batch in self.batches]
@@ -80,6 +87,7 @@ class Engine:
         self._hyperparameters: list[list[float]] = []  # as they are on the device
         self._losses = 0  # observed since the last gradient
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
+        self.beta1s: set[float] = {member.group["betas"][0] for member in members}
         self._sign = signs.pop() if len(signs) == 1 else None
         for batch in self.batches:
             batch.adopt_tables(self.scalars)
@@ -137,9 +145,10 @@ class Engine:
         for batch in self.batches:
             batch.tensors.release("grad")
 
-    def base_step(self, measured: bool) -> None:
+    def base_step(self, plan: StepPlan) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
         predictor, self._losses = self.predictor, 0
+        self.choice.before_step(plan.followed)
         scale = predictor.base_rates()
         if scale is not None:
             rates = self.scalars.hyperparameters[:, HYPER["lr"]]
@@ -151,10 +160,11 @@ class Engine:
             max_norm=self.settings.max_grad_norm,
             slow_beta=predictor.slow_beta,
             observed=predictor.predicts,
-            measured=measured,
+            measured=plan.measured,
         )
         if scale is not None:
             rates.copy_(kept)
+        self.choice.after_step()
 
     def predict(self, in_row: int) -> None:
         """Moves the weights by one more predicted step, or undoes them all where that fails."""
@@ -178,6 +188,13 @@ class Engine:
     def read(self) -> dict[str, float]:
         """The ledger on the host. Waits for the device."""
         return read_ledger(self.scalars.ledger)
+
+    def look(self) -> dict[str, float]:
+        """The same with the numbers of the choice, in one copy."""
+        if not self.choice.noted:
+            return self.read()
+        numbers = torch.cat([self.scalars.ledger, self.choice.numbers()]).tolist()
+        return dict(zip((*INDEX, *self.choice.noted), numbers))
 
     def restore(self, ledger: Mapping[str, float], predictor: dict[str, Any] | None) -> None:
         """Goes on from ledger and predictor's state as they were read before, if they were."""
@@ -238,7 +255,7 @@ class Engine:
                 largest, last = lr if is_other_run(last, lr) else max(largest, lr), lr
             group[LARGEST_LR], group[LAST_LR] = largest, last
             rows.append(_row(group, lr, largest, self.choice.mixes))
-        self.largest_beta1 = max(group["betas"][0] for group in groups)
+        self.beta1s = {group["betas"][0] for group in groups}
         if rows != self._hyperparameters or on_device:
             self._hyperparameters = rows
             refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))

@@ -151,7 +151,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
                 plan = self._binding.plan(engine)
                 if phase is Phase.CORRECT or plan.pairs:
                     engine.verify(plan.edge)  # accepts the prediction, corrects it or rolls it back
-                engine.base_step(plan.measured)
+                engine.base_step(plan)
                 self._choose_next_phase(engine, scaled=scaler is not None)
                 self._count(phase, started)
                 while self.hybrid.inline and self.phase is Phase.PREDICT:
@@ -180,17 +180,17 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
             engine.forget_writes()
         elif controller.phase is Phase.CORRECT and not report.rejected:
             engine.predictor.move_held()
-        # Asking may have chosen another predictor.
-        predictor = engine.predictor
-        controller.after_gradient(report, predictor.ready, predictor.refit_steps)
+        predictor, changed = engine.predictor, engine.choice.changed  # by asking
+        refit_steps = self.hybrid.full_steps if changed else predictor.refit_steps
+        controller.after_gradient(report, predictor.ready and not changed, refit_steps)
         if self.phase is Phase.PREDICT:
             engine.begin_stretch()
 
     def _ask(self, engine: Engine) -> Report:
         """Reads the ledger. On a GPU the only place where a step waits for the device."""
-        entry, progress = engine.read(), self._progress
-        if self.phase is Phase.FULL:
-            engine.choice.choose(entry["signal"])
+        entry, progress = engine.look(), self._progress
+        if progress.controller.wants_report and not entry["moved"]:
+            engine.choice.choose(entry)
         missed = int(entry["skipped"]) - progress.known_skips - int(entry["nonfinite"] > 0)
         progress.known_skips = int(entry["skipped"])
         return Report(

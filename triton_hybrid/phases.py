@@ -88,6 +88,11 @@ class PhaseController:
         return self.phase is Phase.WARMUP or self.ends_gradients
 
     @property
+    def base_step_follows(self) -> bool:
+        """Whether the step after the one under way is a base step from where that leads."""
+        return self.phase is Phase.WARMUP or (self.phase is Phase.FULL and self.remaining > 1)
+
+    @property
     def left_in_row(self) -> int:
         """Predicted steps that come next, if a prediction does."""
         left = self._config.max_predict_steps - self.predicted

@@ -8,7 +8,7 @@ in the ledger; ``kernels/ledger.py`` says what each of them means.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.phases import Phase, PhaseController, Report
+from triton_hybrid.predictors.auto import AVERAGES
+from triton_hybrid.reference_secant import SecantReference, Watch, flat
 
 Tensors = Sequence[Tensor]
 
@@ -45,7 +47,7 @@ class Reference:
 
     Args:
         weights: One tensor for each parameter, changed in place.
-        config: Of the phases; ``predictor`` is not ``"auto"``.
+        config: Of the phases.
         base: ``"adamw"``, ``"lion"`` or, for wide matrices, ``"muon"``.
         options: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``momentum``, ``max_grad_norm``.
     """
@@ -66,9 +68,8 @@ class Reference:
                             square=0.0, steps=0, factor=1.0, slope=0.0)
             for w in weights
         ]  # fmt: skip
-        # Of `secant`: the pairs; where its last gradient was taken, loss and slope there.
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.trial = SimpleNamespace(based=False, loss=math.nan, slope=0.0, shortened=0)
+        self.model = "slow_ema" if config.predictor == "auto" else config.predictor
+        self.secant, self.watch = SecantReference(self), Watch()
 
     # ------------------------------------------------------------------ one step, all phases
 
@@ -80,12 +81,20 @@ class Reference:
         self.last_lr, norm = o.lr, math.sqrt(sum(dot(g, g) for g in gradients))
         ledger.nonfinite = not all(bool(g.isfinite().all()) for g in gradients)
         correct, decision = phases.phase is Phase.CORRECT, "none"
-        if self.config.predictor == "secant":
-            return self.secant_step(gradients, norm, loss)
+        watch, before = self.watch, flat(p.w for p in self.tensors)
+        if watch.step is not None:
+            watch.compare(flat(gradients), loss)
+        followed, watch.step = phases.base_step_follows and self.model == "slow_ema", None
+        followed, watch.rest = followed and not watch.rest, max(watch.rest - followed, 0)
+        if self.model == "secant":
+            return self.secant.step(gradients, norm, loss)
         if correct:
             decision = self.verify(gradients, norm, loss)
         if not ledger.nonfinite and decision != "rejected":
             self.update(gradients, norm, loss)
+        if followed and not ledger.nonfinite:
+            watch.step, watch.loss = flat(p.w for p in self.tensors) - before, loss
+            watch.slope = float(flat(gradients) @ watch.step)
         ledger.gradients += not (ledger.nonfinite and decision != "rejected")
         if phases.ends_gradients and self.linear:
             self.end_cycle()
@@ -97,12 +106,31 @@ class Reference:
             confident=ledger.confidence >= self.config.confidence_threshold,
             cooldown=int(ledger.cooldown),
         )
-        slow = self.config.predictor == "slow_ema" and self.base != "muon"
+        if self.takes_other():
+            return phases.after_gradient(report, False, self.config.full_steps)
+        slow = self.model == "slow_ema" and self.base != "muon"
         ready, refit = (self.cycles >= 2, self.config.full_steps) if self.linear else (slow, 2)
         phases.after_gradient(report, ready, refit)
         while phases.phase is Phase.PREDICT:
             self.predict(first=phases.in_row == 0)
             phases.after_prediction()
+
+    def takes_other(self) -> bool:
+        """Lets `auto` take the other predictor, if it should; whether it did."""
+        ledger, watch, secant = self.ledger, self.watch, self.secant
+        if self.config.predictor != "auto" or not self.phases.wants_report or ledger.moved:
+            return False
+        quiet = watch.steps >= 8 << watch.returns and watch.share > 0.5
+        watch.take_a_rest()
+        if not (secant.trial.noise if self.model == "secant" else quiet and self.base == "adamw"):
+            return False
+        begins = self.model == "secant"
+        self.model = "slow_ema" if begins else "secant"
+        self.watch, self.secant = Watch(watch.returns + begins), SecantReference(self)
+        ledger.horizon, ledger.rejections, ledger.cooldown = 1.0, 0.0, 0.0
+        for name in AVERAGES if begins else ():
+            setattr(ledger, name, 0.0)
+        return True
 
     # ----------------------------------------------------- Warmup, Full, Correct: base update
 
@@ -153,7 +181,7 @@ class Reference:
     def direction(self, p: SimpleNamespace, g: Tensor) -> Tensor:
         """Updates the moments; the direction of the base rule's step."""
         (beta1, beta2), momentum = self.options.betas, self.options.momentum
-        if self.base == "muon" and self.config.predictor == "slow_ema":
+        if self.base == "muon" and self.model == "slow_ema":
             p.m.lerp_(g, 1.0 - momentum**3)
             return orthogonalised(torch.lerp(g, torch.lerp(p.m, p.slow, 0.6), momentum))
         if self.base == "muon":
@@ -293,108 +321,3 @@ class Reference:
         ledger.cooldown = math.ceil(self.config.full_steps / 4) * 2.0 ** min(ledger.rejections, 10)
         ledger.horizon, ledger.rejections = 0.5 * ledger.horizon, ledger.rejections + 1
         ledger.blocked, ledger.rejected = 0, ledger.rejected + 1
-
-    # -------------------------------------------------------------------- the predictor `secant`
-
-    def secant_step(self, gradients: Tensors, norm: float, loss: float) -> None:
-        """One gradient step: judge the last move and make the next, or a base step."""
-        ledger, phases, decision, moves = self.ledger, self.phases, "none", False
-        if phases.phase is not Phase.WARMUP:
-            decision, moves = self.judge(flat(gradients), loss)
-        if not ledger.nonfinite and decision not in ("shortened", "rejected"):
-            self.update(gradients, norm, loss, still=moves)
-        report = Report(
-            skipped=bool(ledger.nonfinite) and decision != "rejected",
-            rejected=phases.phase is Phase.CORRECT and decision in ("none", "rejected"),
-            shortened=decision == "shortened",
-            cooldown=int(ledger.cooldown),
-        )
-        phases.after_gradient(report, True, 0)
-        if phases.phase is Phase.PREDICT:
-            if moves:
-                self.move()
-            phases.after_prediction(alone=True)
-
-    def judge(self, g: Tensor, loss: float) -> tuple[str, bool]:
-        """Decides on the move on trial by sufficient decrease; whether another may follow."""
-        ledger, trial, phases = self.ledger, self.trial, self.phases
-        ledger.blocked = ledger.blocked + 1 if ledger.nonfinite and ledger.moved else 0
-        if ledger.nonfinite and ledger.blocked < 2:
-            return "none", False
-        w = flat(p.w for p in self.tensors)
-        moved = w - trial.w if trial.based else w
-        after, known = float(g @ moved), not math.isnan(loss) and not math.isnan(trial.loss)
-        trapezoid, enough = 0.5 * (trial.slope + after), 1e-4 * trial.slope
-        change = loss - trial.loss if known else trapezoid
-        rounded = known and abs(change) <= 1e-6 * abs(trial.loss) and trapezoid <= enough
-        fell = not ledger.nonfinite and (change <= enough or rounded)
-        curved = after > trial.slope if ledger.moved else True
-        if trial.based and curved and not ledger.nonfinite:
-            self.pairs = [*self.pairs, (moved, g - trial.g)][-self.config.history :]
-        if ledger.moved and not fell:
-            ledger.horizon *= 0.5
-            if trial.shortened < 3:
-                share = -trial.slope / (2.0 * (change - trial.slope))
-                share = 0.1 if ledger.nonfinite else min(max(share, 0.1), 0.5)
-                trial.slope, trial.shortened = share * trial.slope, trial.shortened + 1
-                self.place(trial.w + share * moved)
-                ledger.blocked = 0
-                return "shortened", False
-            self.place(trial.w)
-            self.give_up()
-            return "rejected", False
-        if ledger.moved:
-            ledger.horizon, ledger.rejections = min(1.2 * ledger.horizon, 1e12), 0
-            ledger.accepted += 1
-        decision = "accepted" if ledger.moved else "none"
-        ledger.moved = 0
-        trial.based, trial.w, trial.g, trial.loss, trial.shortened = True, w, g, loss, 0
-        last = phases.phase is Phase.CORRECT or phases.ends_gradients
-        return decision, last and ledger.cooldown <= 1
-
-    def move(self) -> None:
-        """The two loops of L-BFGS (Nocedal 1980) in AdamW's metric, within a trust radius."""
-        o, trial, g = self.options, self.trial, self.trial.g
-        v = flat(p.v / (1.0 - o.betas[1] ** p.steps) for p in self.tensors)
-        m = flat(p.m / (1.0 - o.betas[0] ** p.steps) for p in self.tensors)
-        metric, gamma, q = o.lr / (v.sqrt() + o.eps), 1.0, g.clone()
-        pairs = [(s, y) for s, y in self.pairs if s @ y > 1e-8 * s.norm() * y.norm()]
-        steps = []
-        for s, y in reversed(pairs):
-            steps.append(float(s @ q / (s @ y)))
-            q = q - steps[-1] * y
-        if pairs:
-            s, y = pairs[-1]
-            gamma = float(s @ y / (y @ (metric * y)))
-        r = gamma * metric * q
-        for (s, y), step in zip(pairs, reversed(steps)):
-            r = r + s * (step - float(y @ r / (s @ y)))
-        decay = o.lr * o.weight_decay * trial.w
-        uphill = -float(g @ decay)
-        kept = min(1.0, 0.5 * float(g @ r) / uphill) if uphill > 0 else 1.0
-        moved = -(r + kept * decay) * (v > 0)
-        length = (moved * moved / metric)[v > 0].sum().sqrt()
-        radius = 3.0 * self.ledger.horizon * (m * m * metric).sum().sqrt()
-        share = min(1.0, float(radius / length.clamp(min=1e-300)))
-        trial.slope = share * float(g @ moved)
-        if not (trial.slope < 0 and bool(moved.isfinite().all())):
-            return self.give_up()
-        self.ledger.moved = 1
-        self.place(trial.w + share * moved)
-
-    def give_up(self) -> None:
-        """Drops the pairs, and waits twice as long with each rollback in a row."""
-        ledger, self.pairs, self.trial.based = self.ledger, [], False
-        self.trial.shortened = ledger.moved = ledger.blocked = 0
-        ledger.cooldown = self.config.full_steps * 2.0 ** min(ledger.rejections, 10)
-        ledger.rejections, ledger.rejected = ledger.rejections + 1, ledger.rejected + 1
-
-    def place(self, w: Tensor) -> None:
-        """Gives the weights the values of one long vector."""
-        for p, values in zip(self.tensors, torch.split(w, [p.w.numel() for p in self.tensors])):
-            p.w.copy_(values.view(p.w.shape))
-
-
-def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All elements in one vector, a copy."""
-    return torch.cat([tensor.flatten() for tensor in tensors])

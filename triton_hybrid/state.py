@@ -46,6 +46,7 @@ class StepPlan(NamedTuple):
     first: bool  # is it the first prediction in a row?
     trajectory: bool  # does the predictor move along the displacements of cycles?
     pairs: bool  # does it note moves and gradient changes?
+    followed: bool  # is it a base step that another follows, with no prediction between?
 
 
 ZEROS, WEIGHTS = "zeros", "weights"

@@ -31,6 +31,9 @@ class HybridStats:
         confidence: Share of the newest motion, in norm, that the model had predicted.
         signal: Share of the squared gradient that is signal; the rest is noise.
         predictor: The model in use, where ``auto`` has chosen.
+        deterministic: Whether ``auto`` found training deterministic; None where nobody looked, or
+            there was too little to see.
+        reason: Why ``auto`` has chosen so; empty for other predictors.
         divergences: Rejections by cause: ``nonfinite``, ``jump``, ``norm``, ``loss``.
         skipped_nonfinite: Gradients skipped because they were not finite.
         loss_scale: Present loss scale; 1 without scaling.
@@ -50,6 +53,8 @@ class HybridStats:
     confidence: float
     signal: float
     predictor: str
+    deterministic: bool | None
+    reason: str
     divergences: dict[str, int]
     skipped_nonfinite: int
     loss_scale: float
@@ -58,7 +63,11 @@ class HybridStats:
 
     @classmethod
     def of(
-        cls, progress: Progress, ledger: Mapping[str, float], predictor: str, size: tuple[int, int]
+        cls,
+        progress: Progress,
+        ledger: Mapping[str, float],
+        chosen: tuple[str, bool | None, str],
+        size: tuple[int, int],
     ) -> HybridStats:
         """Those of a run; its ledger is empty before the first step."""
         entry = {**dict.fromkeys(INDEX, 0.0), **START, **ledger}
@@ -81,7 +90,9 @@ class HybridStats:
             confidence=entry["confidence"],
             signal=entry["signal"],
             loss_scale=entry["loss_scale"],
-            predictor=predictor,
+            predictor=chosen[0],
+            deterministic=chosen[1],
+            reason=chosen[2],
             state_bytes_device=size[0],
             state_bytes_host=size[1],
         )
@@ -100,7 +111,8 @@ class HybridStats:
             f"{self.steps} steps: {self.gradient_evaluations} gradient evaluations, "
             f"{self.predicted_steps} predicted ({100 * self.predicted_fraction:.1f}% of steps)\n"
             f"phases: {phases}\n"
-            f"predictor {self.predictor}, confidence {self.confidence:.2f}, "
+            f"predictor {self.predictor}{f' ({self.reason})' if self.reason else ''}\n"
+            f"confidence {self.confidence:.2f}, "
             f"signal {self.signal:.3f}, horizon {self.horizon:g}\n"
             f"accepted {100 * self.acceptance_rate:.0f}%, {self.rollbacks} rollbacks"
             f"{f' ({causes})' if causes else ''}, "

@@ -1,10 +1,11 @@
-"""Training without noise: `predictor="secant"` beside tuned AdamW and torch's L-BFGS.
+"""Training without noise: the defaults (`predictor="auto"`) beside tuned AdamW and torch's L-BFGS.
 
     python examples/benchmarks/quiet.py --output quiet.json
+    python examples/benchmarks/quiet.py --predictor secant --output quiet_secant.json
 
 Four tasks in full batch, so many gradient evaluations for everybody, those of rejected moves and of
 L-BFGS's line search counted. AdamW is tuned for each task over four rates, each decayed linearly to
-0; `secant` has AdamW's best rate and a tenth of it, held constant, and otherwise its defaults.
+0; ours has AdamW's best rate and a tenth of it, held constant, and otherwise its defaults.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ def lbfgs(problem: Problem, evaluations: int) -> list[float]:
     return losses[:evaluations]
 
 
-def run_task(name: str, seeds: Sequence[int], evaluations: int) -> dict[str, Any]:
+def run_task(
+    name: str, seeds: Sequence[int], evaluations: int, predictor: str = "auto"
+) -> dict[str, Any]:
     """All optimizers on one task: lowest losses, and evaluations to AdamW's."""
     make = TASKS[name]
 
@@ -139,9 +142,9 @@ def run_task(name: str, seeds: Sequence[int], evaluations: int) -> dict[str, Any
 
         return descend(make(seed), made, evaluations, decay=True)
 
-    def secant(seed: int, rate: float) -> list[float]:
+    def ours(seed: int, rate: float) -> list[float]:
         def made(params: Any) -> HybridOptimizer:
-            return HybridOptimizer(params, lr=rate, hybrid=HybridConfig(predictor="secant"))
+            return HybridOptimizer(params, lr=rate, hybrid=HybridConfig(predictor=predictor))
 
         return descend(make(seed), made, evaluations, decay=False)
 
@@ -154,8 +157,8 @@ def run_task(name: str, seeds: Sequence[int], evaluations: int) -> dict[str, Any
     runs = {
         "AdamW": tried[best],
         "L-BFGS": [lbfgs(make(seed), evaluations) for seed in seeds],
-        "secant": [secant(seed, best) for seed in seeds],
-        "secant, rate / 10": [secant(seed, best / 10) for seed in seeds],
+        predictor: [ours(seed, best) for seed in seeds],
+        f"{predictor}, rate / 10": [ours(seed, best / 10) for seed in seeds],
     }
     goals = [min(losses) for losses in runs["AdamW"]]
     return {
@@ -196,6 +199,8 @@ class Options:
     """Gradients of every run."""
     tasks: Annotated[tuple[str, ...], choice(tuple(TASKS), many=True)] = tuple(TASKS)
     """Which tasks."""
+    predictor: Annotated[str, choice(("auto", "secant"))] = "auto"
+    """Ours."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,12 +211,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, tasks = Console(), {}
     table = Table("task", "optimizer", "lowest loss by seed", "evaluations to AdamW's lowest")
     for name in options.tasks:
-        tasks[name] = result = run_task(name, options.seeds, options.evaluations)
+        tasks[name] = result = run_task(name, options.seeds, options.evaluations, options.predictor)
         for who, losses in result["lowest_loss"].items():
             counts = map(str, result["evaluations_to_adamw"][who])
             table.add_row(name, who, ", ".join(f"{x:.1e}" for x in losses), ", ".join(counts))
     console.print(table)
-    names = ("L-BFGS", "secant", "secant, rate / 10")
+    names = ("L-BFGS", options.predictor, f"{options.predictor}, rate / 10")
     gains = {who: speed_ups(tasks, who, options.evaluations) for who in names}
     for who, its in gains.items():
         console.print(who, ", ".join(f"{name} {gain:.1f}x" for name, gain in its.items()))
@@ -220,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "environment": environment(torch.device("cpu"), ("scikit-learn",)),
             "configuration": {
                 "seeds": options.seeds, "evaluations": options.evaluations, "adamw_rates": RATES,
-                "secant": HybridConfig(predictor="secant").to_dict(), "weight_decay": 1e-2,
+                "ours": HybridConfig(predictor=options.predictor).to_dict(), "weight_decay": 1e-2,
             },
             "tasks": tasks,
             "speed_up_over_adamw": gains,

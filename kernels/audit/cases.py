@@ -31,6 +31,7 @@ from triton_hybrid.kernels.secant import move, products_size, settle
 from triton_hybrid.kernels.secant import products as pair_products
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.sums import reduce_partials
+from triton_hybrid.kernels.trapezoid import base_slope
 from triton_hybrid.kernels.verify import check_move, correct, slopes
 
 from triton_hybrid.config import HybridConfig
@@ -192,6 +193,9 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
     def gram_of(tensors: TensorSet, scalars: Scalars) -> None:
         gram(tensors, scalars.sums[:, :2])
 
+    def slope_of(tensors: TensorSet, scalars: Scalars) -> None:
+        base_slope(tensors, scalars, scalars.hyperparameters)
+
     def fingerprint_of(tensors: TensorSet, scalars: Scalars) -> None:
         fingerprint(tensors, scalars.prediction[:, 4:])
 
@@ -203,6 +207,7 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
         _predict_case(ADAMW, precision, last, f"{linear} again", again=True, shapes=shapes),
         one_pass(f"check {name} (when it rolls back)", check_move, (wide,), weights, **limits),
         one_pass(f"slopes {name}", slopes, (narrow, *weights, wide)),
+        one_pass(f"base slope {name}", slope_of, (*weights, narrow, wide, wide)),
         one_pass(f"fingerprint {name}", fingerprint_of, (narrow,)),
         one_pass(f"gram {name}", gram_of, (*weights, wide, wide), (wide, wide)),
         one_pass(f"correct {name}, restart", correct, (*weights, wide), restarted, restart=True),

@@ -20,6 +20,7 @@ from triton_hybrid.kernels import (
     predict,
     step,
     sums,
+    trapezoid,
     verify,
 )
 from triton_hybrid.kernels.backend import TORCH, TRITON, Backend
@@ -106,6 +107,15 @@ class Checked:
         self._check(problem)
         return out
 
+    def base_slope(self, problem: Problem) -> Tensor:
+        """The slope along the last base step."""
+        problem.poison(1)
+        before, scalars = problem.snapshot(), problem.scalars
+        found: Tensor = self.backend.base_slope(problem.tensors, scalars, scalars.hyperparameters)
+        self._check(problem)
+        problem.assert_unchanged(before)
+        return found
+
     def move(self, problem: Problem, solution: Tensor, history: int) -> None:
         """A quasi-Newton move."""
         problem.poison(3)
@@ -168,7 +178,8 @@ def counted_launches() -> Iterator[list[str]]:
             return self.kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (fingerprint, gram, ledger, newton_schulz, predict, step, sums, verify):
+        modules = (fingerprint, gram, ledger, newton_schulz, predict, step, sums, trapezoid, verify)
+        for module in modules:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Counted(getattr(module, name)))
         yield log

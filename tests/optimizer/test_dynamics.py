@@ -110,21 +110,6 @@ def test_noisy_run_is_adamw_plus_the_predicted_steps(backend: str) -> None:
     assert (param - twin).norm() < 1e-4 * twin.norm()
 
 
-@pytest.mark.parametrize(("noise", "predictor"), [(0.0, "linear"), (30.0, "slow_ema")])
-def test_auto_chooses_by_gradient_noise(noise: float, predictor: str) -> None:
-    torch.manual_seed(0)
-    param = nn.Parameter(torch.randn(500))
-    target = torch.zeros(500)
-    config = fast_config(predictor="auto", warmup_steps=10)
-    optimizer = HybridOptimizer([param], lr=1e-4, hybrid=config)
-    for _ in range(40):
-        param.grad = param.detach() - target + noise * torch.randn(500)
-        optimizer.step()
-    stats = optimizer.stats()
-    assert stats.predictor == predictor
-    assert (stats.signal > 0.5) is (noise == 0.0)
-
-
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.8])
 def test_the_signal_share_is_measured_without_bias(share: float) -> None:
     """A constant mean gradient plus noise of known size."""

@@ -187,7 +187,7 @@ def test_only_what_a_step_touches_is_fetched() -> None:
         for _ in range(30):
             phase = optimizer.phase
             train(model, optimizer, 1, batches)
-    # auto follows the slow EMA here: the trajectory never travels.
+    # auto follows the slow EMA here, and nothing else is there.
     assert seen[Phase.WARMUP] == {"slow_ema"}
     assert seen[Phase.PREDICT] == {"slow_ema", "snapshot"}
     assert seen[Phase.CORRECT] == {"slow_ema", "snapshot"}

@@ -12,15 +12,15 @@ from torch import Tensor
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow
+from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, State, StateRow
 
 if TYPE_CHECKING:
     from triton_hybrid.engine import Engine
 
 Rows = Mapping[str, Tensor]
 
-SLOW_EMA = StateRow("slow_ema", home=Home.HOST)
-"""Slow EMA of the gradient. Every predictor keeps it: confidence and noise are measured by it."""
+SLOW_EMA = StateRow("slow_ema", home=Home.HOST, when=lambda plan: not plan.pairs)
+"""Slow EMA of the gradient: confidence and noise are measured by it. Only `secant` has none."""
 STEP_LIMIT = 10.0
 """A displacement this many times the usual base update, for each predicted step in a row, is out of
 proportion."""
@@ -36,12 +36,16 @@ class Choice(abc.ABC):
         lends_moments: Whether the later predictions in a row do not read the moments.
         mixes: Whether Muon's momentum takes in the slow EMA.
         active: The predictor in use.
+        noted: Names of its `numbers`.
+        changed: Whether another predictor was chosen, whose rows are not there yet.
     """
 
     name: ClassVar[str]
     lends_moments: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    noted: ClassVar[tuple[str, ...]] = ()
     active: Predictor
+    changed: bool = False
 
     @abc.abstractmethod
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
@@ -54,8 +58,36 @@ class Choice(abc.ABC):
     def bind(self, engine: Engine) -> None:
         """Takes the engine whose weights it moves."""
 
-    def choose(self, signal: float) -> None:  # noqa: B027 - most have no choice
-        """Takes note of the signal share of the squared gradient."""
+    def foresee(self, saved: Mapping[str, Any]) -> None:  # noqa: B027 - most have no choice
+        """Chooses as a state of `state` had chosen, before there are rows."""
+
+    def do_without(self) -> bool:
+        """Takes a predictor of fewer rows, for which there is room; False where there is none."""
+        return False
+
+    def saved(self) -> dict[str, int]:
+        """What `foresee` reads of a state."""
+        return {}
+
+    def before_step(self, followed: bool) -> None:  # noqa: B027 - most do not measure
+        """A base step begins; ``followed``: the next step is one, too, from where it leads."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """It was made, and its gradient is still there."""
+
+    def numbers(self) -> Tensor:
+        """What `choose` wants to know beside the ledger: FP64, one for each name in `noted`."""
+        raise NotImplementedError
+
+    def choose(self, entries: Mapping[str, float]) -> None:  # noqa: B027 - most have no choice
+        """Takes another predictor, if ledger and `numbers` say so."""
+
+    def release(self, state: State) -> None:  # noqa: B027
+        """Lets go of the rows that nobody needs after a change."""
+
+    def explain(self, state: Mapping[str, float]) -> tuple[bool | None, str]:
+        """Whether a state of `state` says that training is deterministic, and why it chose so."""
+        return None, ""
 
     def forget(self) -> None:  # noqa: B027 - most follow no trajectory
         """Begins anew: the weights are not where the run had brought them."""

@@ -38,6 +38,7 @@ from torch import Tensor
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.kernels.secant import LONGEST_HISTORY, products_size
 from triton_hybrid.kernels.trial import TRIAL, judge, limit, new_trial, solve
+from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow
@@ -56,9 +57,9 @@ MOVES = tuple(_row(f"move_{slot}") for slot in range(LONGEST_HISTORY))
 CHANGES = tuple(_row(f"change_{slot}") for slot in range(LONGEST_HISTORY))
 
 
-def has_metric(rule: Rule) -> bool:
+def has_metric(kernels: UpdateRule | None) -> bool:
     """Whether a rule keeps a second moment."""
-    return "exp_avg_sq" in rule.kernels.reads_along
+    return kernels is not None and "exp_avg_sq" in kernels.reads_along
 
 
 class Secant(Predictor):
@@ -72,13 +73,13 @@ class Secant(Predictor):
         self.refit_steps, self.slow_beta = 0, 0.0
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
-        if not has_metric(rule):
+        if not has_metric(rule.kernels):
             return ()
         history = self.config.history
         return (SNAPSHOT, PREDICTION, LAST_GRADIENT, *MOVES[:history], *CHANGES[:history])
 
     def check_rule(self, rule: Rule) -> None:
-        if not has_metric(rule):
+        if not has_metric(rule.kernels):
             raise ValueError(
                 f"base={rule.name!r} with predictor='secant': must be 'adamw', whose second moment "
                 "is the metric of the move"
@@ -94,6 +95,11 @@ class Secant(Predictor):
     def ready(self) -> bool:
         # Overlapping parameters cannot be moved together, nor apart from the others.
         return not any(map(self.leaves, self.engine.batches))
+
+    @property
+    def noise(self) -> Tensor:
+        """1 where a loss was another one when it was told a second time at the same weights."""
+        return self._trial[TRIAL.index("noise") :]
 
     def leaves(self, batch: Batch) -> bool:
         return batch.aliased
@@ -127,7 +133,7 @@ class Secant(Predictor):
             engine.backend.settle(batch.tensors, scalars, orders, history)
 
     def forget(self) -> None:
-        self._trial[: TRIAL.index("loss")] = 0.0
+        self._trial[: TRIAL.index("loss")] = self._trial[TRIAL.index("again")] = 0.0
 
     def state(self) -> dict[str, float]:
         return dict(zip(TRIAL, self._trial.tolist()))

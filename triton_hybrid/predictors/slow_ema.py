@@ -101,4 +101,4 @@ class SlowEMA(Predictor):
     @property
     def ready(self) -> bool:
         moving = not all(self.leaves(batch) for batch in self.engine.batches)
-        return moving and self.engine.largest_beta1 > self.least_beta1
+        return moving and max(self.engine.beta1s) > self.least_beta1
