@@ -20,6 +20,7 @@ from triton_hybrid.kernels.ledger_torch import decide_torch
 from triton_hybrid.kernels.predict import predict, predict_torch
 from triton_hybrid.kernels.secant import move, products, settle
 from triton_hybrid.kernels.secant_torch import move_torch, products_torch, settle_torch
+from triton_hybrid.kernels.slopes import slopes, slopes_torch
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.step_torch import step_torch
 from triton_hybrid.kernels.trapezoid import base_slope, base_slope_torch
@@ -28,8 +29,6 @@ from triton_hybrid.kernels.verify import (
     check_move_torch,
     correct,
     correct_torch,
-    slopes,
-    slopes_torch,
 )
 
 

@@ -125,7 +125,7 @@ def _settle_kernel(
                 (known_high != 0) & (known_high != high)
             )
             zero = tl.zeros([TENSORS], tl.float32)
-            tl.store(part, zero, mask=written)
+            tl.store(part, -tl.load(part, mask=here, other=0.0), mask=written)
             tl.store(noted, zero, mask=written)
             tl.store(noted + 1, zero, mask=written)
             writes = tl.maximum(writes, written.to(tl.int32))
@@ -180,7 +180,8 @@ def find_writes_torch(sets: Sequence[TensorSet], scalars: Scalars) -> None:
     """`find_writes` in plain torch."""
     noted = scalars.prediction[:, FINGERPRINT_COLUMN.value :]
     written = ((noted != 0) & (noted != _found_torch(sets, scalars))).any(1)
-    scalars.prediction[:, PART_COLUMN.value].masked_fill_(written, 0.0)
+    part = scalars.prediction[:, PART_COLUMN.value]
+    part.copy_(torch.where(written, -part, part))
     noted.masked_fill_(written.unsqueeze(1), 0.0)
     scalars.ledger[INDEX["written"]] += written.any()
 

@@ -96,8 +96,9 @@ def write_ledger(values: Mapping[str, float], device: torch.device) -> Tensor:
 FACTOR_COLUMN, SLOPE_COLUMN, FRACTION_COLUMN, PART_COLUMN = map(tl.constexpr, range(4))
 FINGERPRINT_COLUMN, PREDICTION_COLUMNS = map(tl.constexpr, (4, 6))
 """Columns of the table of predictions: a tensor's own factor on the horizon, the slope before the
-move, where verification placed the weights along it, whether the tensor takes part (1 or 0), and
-two for the fingerprint of the parameter as a step left it (0 where that is not known)."""
+move, where verification placed the weights along it, whether the tensor takes part (1 or 0; -1
+where somebody else has written it since the prediction began), and two for the fingerprint of the
+parameter as a step left it (0 where that is not known)."""
 
 
 @triton.jit

@@ -117,6 +117,8 @@ class TensorSet:
         self.rate_factors: Tensor | None = None
         """FP64, what the group's learning rate is multiplied with for each tensor; None for 1.
         (Reading a table of ones spilled registers on gfx942.)"""
+        self.factors_of: Tensor | None = None  # the table of moves, and two columns of it
+        self.factor_views: tuple[Tensor, ...] = ()
         self.short: tuple[Any, ...] | None = None  # tables of `fingerprint_torch`
         self.together: dict[Any, Any] = {}  # those of `together_torch`
         self._addresses = AddressTable(self.lengths, device)
@@ -331,7 +333,7 @@ def _fitting(name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtype 
             f"shape {tuple(tensor.shape)} on {tensor.device}, "
             f"must be {tuple(like.shape)} on {like.device}"
         )
-    known = dtype in TRITON_DTYPES or (name == "remainder" and dtype == torch.int16)
+    known = dtype in TRITON_DTYPES or (name in OWN_DTYPE and dtype in (torch.int8, torch.int16))
     if tensor.dtype != dtype or not known:
         raise ValueError(
             f"dtype {tensor.dtype}, must be {dtype} as the first of the row and one of "

@@ -1,7 +1,7 @@
 """The predicted move: combine the basis, move the weights, measure the move.
 
-Which vectors make up the displacement is the predictor's (`Displacement`); saving the weights,
-masters, rounding and what is measured is written here once. What the move amounts to is looked at
+Which vectors make up the displacement is the predictor's (`Displacement`); how weights are kept,
+rounding and what is measured is written here once. What the move amounts to is looked at
 afterwards (``verify.py``). Neither reads a gradient, and the ledger, not the host, decides
 whether anything moves at all.
 """
@@ -9,13 +9,13 @@ whether anything moves at all.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.ledger import (
     FACTOR_COLUMN,
     HORIZON,
@@ -26,78 +26,35 @@ from triton_hybrid.kernels.ledger import (
 )
 from triton_hybrid.kernels.ledger_torch import gate_torch
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.residue import (
+    add_move,
+    add_move_torch,
+    add_to_move,
+    add_to_move_torch,
+)
 from triton_hybrid.kernels.rows import (
     EXP_AVG,
-    SNAPSHOT,
     TAIL_SHARE,
     load_row,
     load_weight,
     narrow,
-    store_row,
     store_weight,
 )
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars, own
 from triton_hybrid.kernels.sums import fold, no_sums, reduce_partials
-from triton_hybrid.kernels.together_torch import Together, dots, together
+from triton_hybrid.kernels.together_torch import Part, Together, dots, together
 
-MOVE_COLUMNS = 3
+MOVE_SUMS = 3
 """Sums of a move: slope, squared displacement, non-finite results."""
-
-
-class TorchDisplacement(Protocol):
-    """A displacement in plain torch."""
-
-    def factors(
-        self,
-        tensors: TensorSet,
-        scalars: Scalars,
-        factor: Tensor,
-        coefficients: Tensor | None,
-    ) -> list[Tensor]:
-        """FP64 columns ``[tensors]``: what `block` needs of each tensor.
-
-        ``factor`` is the share of the whole displacement to make, FP64 ``[tensors]``.
-        """
-
-    def block(
-        self,
-        tensors: TensorSet,
-        rows: Mapping[str, Tensor],
-        factors: Sequence[Any],
-        out: Tensor,
-    ) -> Tensor:
-        """The displacement of a block in the first row of ``out``.
-
-        Its second row is scratch. ``factors`` of a tensor are floats on the CPU, else 0-dim.
-        """
-
-
-@dataclass(frozen=True)
-class Displacement:
-    """A predicted displacement as the kernels see it.
-
-    The two ``@triton.jit`` functions are handed to the kernel as compile-time constants.
-    """
-
-    factors: Any
-    """``(row, factor)``: the number that `block` needs, computed once a chunk."""
-    block: Any
-    """``(addresses, tensor, begin, length, that number, four of the rule, coefficients, ...)``:
-    the displacement of a block."""
-    torch: TorchDisplacement
-    reads: tuple[str, ...]
-    """Rows that `block` reads, beside the weight and the rule's ``reads_along``."""
-    along_rule: bool
-    """Whether the rule says where a gradient would lead (``rule.along``)."""
 
 
 @triton.jit
 def _move_chunk(
-    addresses, tensor, start, length, row, step, factor, coefficients,
+    addresses, tensor, start, length, row, step, factor, coefficients, moves,
     DISPLACEMENT: tl.constexpr, CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr,
     ALONG: tl.constexpr, PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
-    MASTER: tl.constexpr, KEPT: tl.constexpr,
-    SAVE: tl.constexpr, SLOPES: tl.constexpr,
+    MASTER: tl.constexpr, KEPT: tl.constexpr, AGAIN: tl.constexpr,
+    FIRST: tl.constexpr, SLOPES: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Moves a chunk; returns slope, squared displacement, and 1 where it is not finite."""
@@ -105,23 +62,32 @@ def _move_chunk(
     square = no_sums(BLOCK, FULL)
     bad = no_sums(BLOCK, FULL)
     inverse_correction1 = (1.0 / (1.0 - tl.exp(step * tl.load(row + LOG_EXP_AVG)))).to(STATE)
-    # The step size is not used, whatever the rate.
-    _, a, b, c, d = CONSTANTS(row, step, step, STATE)
+    if AGAIN:
+        standing, together, a, b, c, d = add_to_move(
+            moves, tensor, row, step, factor, CONSTANTS, FIRST, STATE
+        )
+    else:
+        # The step size is not used, whatever the rate.
+        _, a, b, c, d = CONSTANTS(row, step, step, STATE)
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
-        w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         displacement = DISPLACEMENT(
-            addresses, tensor, begin, length, factor, a, b, c, d, coefficients,
+            addresses, tensor, begin, length, 1.0 if AGAIN else factor, a, b, c, d, coefficients,
             DENOMINATOR, ALONG, STATE, BLOCK, FULL,
         )  # fmt: skip
         if SLOPES:
             m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-        if SAVE:
-            store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
-        w = w + displacement
-        store_weight(
-            addresses, tensor, begin, length, w, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL
-        )
+        if AGAIN:
+            displacement, w = add_move(
+                addresses, tensor, begin, length, displacement, standing, factor, together,
+                PARAM_TYPE, STATE, MASTER, KEPT, FIRST, BLOCK, FULL,
+            )  # fmt: skip
+        else:
+            w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
+            w = w + displacement
+            store_weight(
+                addresses, tensor, begin, length, w, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL
+            )
         if SLOPES:
             slope += fold(inverse_correction1 * m * displacement, BLOCK, FULL)
         square += fold(displacement * displacement, BLOCK, FULL)
@@ -134,12 +100,13 @@ def _move_chunk(
 @triton.jit
 def _predict_kernel(
     addresses, extents, places, n_chunks,
-    group, hyperparameters, steps, coefficients, prediction, ledger, partials,
+    group, hyperparameters, steps, coefficients, prediction, moves, ledger, partials,
     threshold, share,
     FACTORS: tl.constexpr, DISPLACEMENT: tl.constexpr, CONSTANTS: tl.constexpr,
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
-    SAVE: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    AGAIN: tl.constexpr, FIRST: tl.constexpr, SLOPES: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     moving = gate(ledger, threshold)
     horizon = tl.load(ledger + HORIZON) * share
@@ -157,9 +124,9 @@ def _predict_kernel(
                 if takes_part & (full == FULL):
                     slope, square, bad = _move_chunk(
                         addresses, tensor, start, length, row, step,
-                        factor.to(STATE), coefficients,
+                        factor.to(STATE), coefficients, moves,
                         DISPLACEMENT, CONSTANTS, DENOMINATOR, ALONG, PARAM_TYPE, STATE,
-                        MASTER, KEPT, SAVE, SLOPES,
+                        MASTER, KEPT, AGAIN, FIRST, SLOPES,
                         BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 3
@@ -176,38 +143,42 @@ def predict(
     *,
     threshold: float,
     share: float,
-    save: bool,
+    first: bool,
     with_slopes: bool = True,
 ) -> None:
-    """Moves the weights of one tensor set by one predicted step. Two launches.
+    """Moves the weights of one tensor set by one predicted step. Two or three launches.
 
     Sums, in ``scalars.sums``: inner product of the bias-corrected exp_avg with the displacement,
     squared displacement, chunks with a non-finite result.
 
     Args:
-        tensors: With rows ``param``, ``weight``, ``exp_avg``, ``snapshot`` and those of the
-            displacement.
-        scalars: Of these tensors. The table of predictions scales each tensor; the ledger decides
-            whether anything moves, and is not changed.
+        tensors: With rows ``param``, ``weight``, ``exp_avg`` and those of the displacement; where
+            it is computed again and weights are moved in place, ``residue``.
+        scalars: Of these tensors. The table of predictions scales each tensor; the table of moves
+            takes the displacement in; the ledger decides whether anything moves, unchanged.
         displacement: What the weights are moved by.
         coefficients: FP32 ``[tensors]``, if the displacement takes a number of each tensor.
         threshold: Confidence below which nothing moves.
         share: Part of the whole displacement that this step makes.
-        save: Whether to keep the weights in ``snapshot`` first.
+        first: Whether no displacement stands in the weights yet.
         with_slopes: False: exp_avg is not read, and the first sum is left as it is.
     """
     rule = tensors.rule
     assert rule is not None
-    partials = tensors.room_for(MOVE_COLUMNS)
-    prediction = own(scalars.prediction, tensors)
+    partials = tensors.room_for(MOVE_SUMS)
+    prediction, moves = own(scalars.prediction, tensors), own(scalars.moves, tensors)
     tensors.launch(
         _predict_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
-        prediction if coefficients is None else coefficients, prediction,
+        prediction if coefficients is None else coefficients, prediction, moves,
         scalars.ledger, partials, float(threshold), float(share), every=True,
         FACTORS=displacement.factors, DISPLACEMENT=displacement.block,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
-        MASTER=tensors.has_master, SAVE=save, SLOPES=with_slopes,
+        MASTER=tensors.has_master, AGAIN=displacement.along_rule, FIRST=first, SLOPES=with_slopes,
     )  # fmt: skip
+    if displacement.along_rule:
+        if tensors.factors_of is not scalars.moves:
+            tensors.factors_of, tensors.factor_views = scalars.moves, moves[:, :2].unbind(1)
+        tensors.factor_views[0].copy_(tensors.factor_views[1])
     sums = own(scalars.sums, tensors)
     reduce_partials(partials, tensors.chunks(every=True), sums, begin=0 if with_slopes else 1)
 
@@ -220,12 +191,11 @@ def predict_torch(
     *,
     threshold: float,
     share: float,
-    save: bool,
+    first: bool,
     with_slopes: bool = True,
 ) -> None:
     """`predict` in plain torch."""
-    rule, ledger = tensors.rule, scalars.ledger
-    assert rule is not None
+    ledger = scalars.ledger
     moving = gate_torch(ledger, threshold)
     takes_part = scalars.prediction[tensors.place, PART_COLUMN.value] > 0
     on_cpu = ledger.device.type == "cpu"
@@ -241,16 +211,19 @@ def predict_torch(
     prediction = scalars.prediction[tensors.place]
     factor = prediction[:, FACTOR_COLUMN.value].double() * ledger[INDEX["horizon"]] * share
     columns = displacement.torch.factors(tensors, scalars, factor, coefficients)
+    if displacement.along_rule:
+        moved_now = takes_part & moving
+        columns = add_to_move_torch(tensors, scalars, columns[0], moved_now, first)
     table = torch.stack([inverse_correction1, *columns], dim=1).to(compute)
     numbers = table.tolist() if on_cpu else [row.unbind() for row in table.unbind()]
 
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
     taking: Any = takes_part.tolist() if on_cpu else takes_part
     parties = together(tensors, [(on_cpu and here) or None for here in taking])
-    totals = sums.new_zeros(len(tensors), MOVE_COLUMNS)
+    totals = sums.new_zeros(len(tensors), MOVE_SUMS)
     done: set[int] = set()
     for party in parties.values():
-        found = _predict_together(party, displacement, table, scratch, save, with_slopes)
+        found = _predict_together(party, displacement, table, scratch, first, with_slopes)
         totals[party.indices] = found
         done.update(party.indices)
     for index, here in enumerate(taking):
@@ -258,22 +231,11 @@ def predict_torch(
             continue
         inverse1, *factors = numbers[index]
         total = totals[index]
-        moves = None if on_cpu else moving & here
+        moves = True if on_cpu else moving & here
         for part in tensors.torch_blocks(index) if not on_cpu or here else ():
-            w = tensors.weight(index, part)
-            rows = tensors.block_rows(index, part)
-            moved = displacement.torch.block(tensors, rows, factors, scratch[:, : w.numel()])
-            if moves is None:
-                if save:
-                    rows["snapshot"].copy_(w)
-                w.add_(moved)
-            else:
-                if save:
-                    rows["snapshot"].copy_(torch.where(moves, w, rows["snapshot"]))
-                moved.copy_(torch.where(moves, moved, torch.zeros_like(moved)))
-                w.copy_(torch.where(moves, w + moved, w))
-            tensors.put_weight(index, part, w)
-            seen = tensors.flat["param"][index][part] if tensors.has_master else w
+            cells, rows = Part(tensors, index, part), tensors.block_rows(index, part)
+            out = scratch[:, : part.stop - part.start]
+            moved, seen = _move(cells, displacement, rows, factors, out, first, moves)
             if with_slopes:
                 total[0] += rows["exp_avg"].dot(moved) * inverse1
             total[1] += moved.dot(moved)
@@ -283,25 +245,44 @@ def predict_torch(
     written.copy_(totals[:, -written.shape[1] :])
 
 
+def _move(
+    cells: Part | Together,
+    displacement: Displacement,
+    rows: Mapping[str, Tensor],
+    factors: Sequence[Any],
+    out: Tensor,
+    first: bool,
+    moves: Any,
+) -> tuple[Tensor, Tensor]:
+    """Moves a block, unless ``moves`` is False; returns the displacement and what is seen of it."""
+    if displacement.along_rule:
+        *parts, a, b, c, d = factors
+        basis = displacement.torch.block(cells.tensors, rows, (1.0, a, b, c, d), out)
+        return add_move_torch(cells, basis, (parts[0], parts[1], parts[2]), first, moves)
+    moved = displacement.torch.block(cells.tensors, rows, factors, out)
+    weight = cells.weight()
+    if moves is not True:
+        moved.copy_(torch.where(moves, moved, torch.zeros_like(moved)))
+        return moved, cells.put_weight(torch.where(moves, weight + moved, weight))
+    return moved, cells.put_weight(weight.add_(moved))
+
+
 def _predict_together(
     party: Together,
     displacement: Displacement,
     table: Tensor,
     scratch: Tensor,
-    save: bool,
+    first: bool,
     with_slopes: bool,
 ) -> Tensor:
-    """`predict_torch` of short tensors that all move; FP64 ``[tensors, MOVE_COLUMNS]``."""
+    """`predict_torch` of short tensors that all move; FP64 ``[tensors, MOVE_SUMS]``."""
     inverse1, *columns = table.unbind(dim=1)
-    weight, rows = party.weight(), {name: party.joined(name) for name in party.names}
+    rows = {name: party.joined(name) for name in party.names}
     factors = [party.spread(column) for column in columns]
     out = scratch[:, : party.total]
-    moved = displacement.torch.block(party.tensors, rows, factors, out)
-    if save:
-        party.put("snapshot", weight)
-    seen = party.put_weight(weight.add_(moved))
+    moved, seen = _move(party, displacement, rows, factors, out, first, True)
     moves = party.parts(moved)
-    total = moved.new_zeros(len(moves), MOVE_COLUMNS, dtype=torch.float64)
+    total = moved.new_zeros(len(moves), MOVE_SUMS, dtype=torch.float64)
     if with_slopes:
         total[:, 0] = dots(party.rows("exp_avg"), moves) * inverse1[party.indices]
     total[:, 1] = dots(moves, moves)

@@ -64,7 +64,7 @@ TRITON_DTYPES = {
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _N_ROWS = tl.constexpr(MOST_ROWS)
-_OWN = tl.constexpr(OWN)
+OWN_WEIGHTS, WEIGHTS_ALONE = tl.constexpr(OWN), tl.constexpr(NONE)
 _SPLIT = tl.constexpr(SPLIT)
 
 
@@ -90,9 +90,9 @@ def narrow(values, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _eights(BLOCK: tl.constexpr):
-    """Offsets of a block in rows of 8: what a thread moves of a 16-bit role at a time."""
-    return tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+def _offsets(BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets of a block in rows of what a thread moves of a narrow role at a time."""
+    return tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
@@ -105,9 +105,10 @@ def load_row(
 
     A full chunk takes the branch without a mask: with one, ptxas emits 32-bit loads. There a
     16-bit row is read as a matrix, which Triton gives a layout of its own: 8 elements a
-    thread are one 128-bit access, where an FP32 row takes 4. In one layout for both, every
-    FP32 row would go through shared memory on its way back.
+    thread are one 128-bit access (16 of a row of bytes), where an FP32 row takes 4. In one layout
+    for both, every FP32 row would go through shared memory on its way back.
     """
+    WIDTH: tl.constexpr = 16 if tl.int8 == DTYPE else 8
     pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
     offsets = begin + tl.arange(0, BLOCK)
     if not FULL:
@@ -115,7 +116,7 @@ def load_row(
     elif DTYPE == COMPUTE:
         values = tl.load(pointer + offsets)
     else:
-        values = tl.reshape(tl.load(pointer + (begin + _eights(BLOCK))), (BLOCK,))
+        values = tl.reshape(tl.load(pointer + (begin + _offsets(BLOCK, WIDTH))), (BLOCK,))
     return values.to(COMPUTE)
 
 
@@ -125,6 +126,7 @@ def store_row(
     DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Writes a block of one row, rounded once to the row's dtype."""
+    WIDTH: tl.constexpr = 16 if tl.int8 == DTYPE else 8
     pointer = row_pointer(addresses, row, tensor, DTYPE, FULL)
     offsets = begin + tl.arange(0, BLOCK)
     values = narrow(values, DTYPE)
@@ -133,7 +135,8 @@ def store_row(
     elif DTYPE == COMPUTE:
         tl.store(pointer + offsets, values)
     else:
-        tl.store(pointer + (begin + _eights(BLOCK)), tl.reshape(values, (BLOCK // 8, 8)))
+        values = tl.reshape(values, (BLOCK // WIDTH, WIDTH))
+        tl.store(pointer + (begin + _offsets(BLOCK, WIDTH)), values)
 
 
 @triton.jit
@@ -146,7 +149,7 @@ def load_weight(
 
     A parameter that is not its master, rounded, was written by somebody else, and its value counts.
     """
-    if KEPT == _OWN:
+    if KEPT == OWN_WEIGHTS:
         weight = load_row(addresses, WEIGHT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         if PARAM_TYPE != STATE:
             seen = load_row(addresses, PARAM, tensor, begin, length, PARAM_TYPE, STATE, BLOCK, FULL)
@@ -176,7 +179,7 @@ def store_weight(
     The remainder is the distance of the bits of weight and parameter, -2^15 to 2^15. That one
     value too many, a tie rounded down, becomes 2^15 - 1: such a weight is one bit smaller.
     """
-    if KEPT == _OWN:
+    if KEPT == OWN_WEIGHTS:
         store_row(addresses, WEIGHT, tensor, begin, length, weight, STATE, STATE, BLOCK, FULL)
     if MASTER:
         store_row(addresses, PARAM, tensor, begin, length, weight, PARAM_TYPE, STATE, BLOCK, FULL)

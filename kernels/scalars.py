@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.launch import INTERPRETED
 from triton_hybrid.kernels.ledger import FOUND_INF, HOLD, LOSS_SCALE, new_ledger
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.rows import number
@@ -33,6 +34,10 @@ HYPER_COLUMNS = tl.constexpr(len(HYPER))
 UPDATE_SUMS = 4
 """Sums of an update: its square, its product with the slow direction, the squared slow direction,
 the squared slow EMA."""
+
+MOVE_COLUMNS = 6
+"""Columns of the table of moves: the factor of the displacement that stands; the same while a
+prediction is being added to it; the four numbers of the rule's denominator."""
 
 
 class Scalars:
@@ -59,6 +64,8 @@ class Scalars:
         # FP32: factor, slope, fraction, part and fingerprint of each tensor.
         start = [[1.0, 0.0, 1.0, 0.0, 0.0, 0.0]] * count
         self.prediction = torch.tensor(start, dtype=torch.float32, device=device)
+        self.moves = torch.zeros(count, MOVE_COLUMNS, dtype=torch.float64, device=device)
+        """What the displacement that stands is made of, where it is computed again (`residue`)."""
         self.sums = torch.zeros(count, 3, dtype=torch.float64, device=device)
         """What a kernel measured of each tensor."""
         columns = triton.next_power_of_2(programs)
@@ -80,6 +87,20 @@ def own(table: Tensor, tensors: TensorSet) -> Tensor:
 def precise_sqrt(x):
     """Square root, correctly rounded."""
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+def precise_sqrt_torch(x: Tensor, out: Tensor) -> Tensor:
+    """`precise_sqrt` in plain torch, to the bit.
+
+    Torch's own on the CPU is not: one bit off for one number in five (2.13). Where no kernel runs
+    beside it that changes nothing; where one is interpreted, numpy's is taken, as there.
+    """
+    if INTERPRETED and x.device.type == "cpu":
+        import numpy
+
+        numpy.sqrt(x.numpy(), out=out.numpy())
+        return out
+    return torch.sqrt(x, out=out)
 
 
 @triton.jit

@@ -59,16 +59,15 @@ def settle_torch(tensors: TensorSet, scalars: Scalars, orders: Tensor, history: 
 
 
 def _metric(tensors: TensorSet, scalars: Scalars) -> tuple[Tensor, ...]:
-    """FP64 columns ``[tensors]``: ε and rate as `along` takes them; decay; bias correction."""
+    """FP64 columns ``[tensors]``: the rule's numbers; rate; decay; bias correction."""
     rule = tensors.rule
     assert rule is not None
     row = scalars.hyperparameters[tensors.group.long()]
     step = tensors.steps.double().clamp(min=1.0)
-    unit = rule.torch_along.unit((1.0 - (step * row[:, HYPER["log_beta2"]]).exp()).sqrt())
     lr = row[:, HYPER["lr"]]
     correction1 = 1.0 - (step * row[:, HYPER["log_exp_avg"]]).exp()
     decay = lr * row[:, HYPER["weight_decay"]]
-    return unit * row[:, HYPER["eps"]], lr * unit, decay, correction1
+    return *rule.torch_along.numbers(row, step), lr, decay, correction1
 
 
 def _blocks(
@@ -84,13 +83,14 @@ def _blocks(
     names = [[f"{kind}_{slot}" for slot in range(history)] for kind in ("move", "change")]
     scratch = torch.empty(2, PART, dtype=tensors.compute_dtype, device=tensors.device)
     for index, here in enumerate(takes_part):
-        eps, lr, *others = numbers[index]
+        a, b, c, d, lr, *others = numbers[index]
         for begin in range(0, tensors.lengths[index], PART) if not on_cpu or here else ():
             part = slice(begin, min(begin + PART, tensors.lengths[index]))
             w = tensors.weight(index, part)
             rows = tensors.block_rows(index, part, ("last_gradient", "exp_avg", "exp_avg_sq"))
             ones = torch.ones_like(w)
-            metric = rule.torch_along.along(rows, ones, eps, scratch[:, : w.numel()]).mul_(lr)
+            out = scratch[:, : w.numel()]
+            metric = rule.torch_along.along(rows, ones, (a, b, c, d), out).mul_(lr)
             if not on_cpu:
                 metric = metric * here
             moves, changes = (

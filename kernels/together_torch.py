@@ -108,6 +108,34 @@ class Together:
         return param
 
 
+class Part:
+    """A block of one tensor of a set, as `Together` has several."""
+
+    def __init__(self, tensors: TensorSet, index: int, part: slice) -> None:
+        self.tensors, self._place = tensors, (index, part)
+
+    def joined(self, name: str) -> Tensor:
+        """The block of a row, in place."""
+        index, part = self._place
+        return self.tensors.flat[name][index][part]
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Copies the block of a row back."""
+        self.joined(name).copy_(values)
+
+    def weight(self) -> Tensor:
+        """As `TensorSet.weight`, but a copy in each case."""
+        weight = self.tensors.weight(*self._place)
+        return weight.clone() if self.tensors.kept == OWN else weight
+
+    def put_weight(self, weight: Tensor) -> Tensor:
+        """Keeps the weights, and rounds the parameters; returns them."""
+        if self.tensors.kept == OWN:
+            self.put("weight", weight)
+        self.tensors.put_weight(*self._place, weight)
+        return self.joined("param") if self.tensors.has_master else weight
+
+
 def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """The inner product of each pair."""
     return torch.stack([*map(torch.dot, left, right)])

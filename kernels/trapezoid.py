@@ -154,13 +154,13 @@ def base_slope_torch(tensors: TensorSet, scalars: Scalars, rates: Tensor) -> Ten
     """`base_slope` in plain torch."""
     rule, compute = tensors.rule, tensors.compute_dtype
     assert rule is not None
-    its = dict(zip(HYPER, rates[tensors.group.long()].unbind(1)))
+    hyper = rates[tensors.group.long()]
+    its = dict(zip(HYPER, hyper.unbind(1)))
     step = tensors.steps.double().clamp(min=1.0)
-    unit = rule.torch_along.unit((1.0 - (step * its["log_beta2"]).exp()).sqrt())
     decay = its["lr"] * its["weight_decay"]
-    size = its["lr"] * unit / (1.0 - (step * its["log_exp_avg"]).exp())
+    size = its["lr"] / (1.0 - (step * its["log_exp_avg"]).exp())
     factor = -its["sign"] / scalars.ledger[INDEX["loss_scale"]] / (1.0 - decay)
-    table = torch.stack([size, unit * its["eps"], decay, factor], 1)
+    table = torch.stack([*rule.torch_along.numbers(hyper, step), size, decay, factor], 1)
     on_host = tensors.device.type == "cpu"
     numbers = table.tolist() if on_host else [row.unbind() for row in table.to(compute).unbind()]
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
@@ -168,9 +168,9 @@ def base_slope_torch(tensors: TensorSet, scalars: Scalars, rates: Tensor) -> Ten
     total = torch.zeros((), dtype=torch.float64, device=tensors.device)
 
     def add(index: int, w: Tensor, g: Tensor, rows: Mapping[str, Tensor]) -> None:
-        size, eps, decay, factor = numbers[index]
+        *its, size, decay, factor = numbers[index]
         out = scratch[:, : w.numel()]
-        moved = rule.torch_along.along(rows, rows["exp_avg"], eps, out).mul_(size)
+        moved = rule.torch_along.along(rows, rows["exp_avg"], its, out).mul_(size)
         total.add_(g.to(compute).dot(moved.add_(decay * w)).double() * factor)
 
     keys = [tuple(row) if on_host and here else None for here, row in zip(tensors.present, numbers)]

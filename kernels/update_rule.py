@@ -54,14 +54,14 @@ class TorchAlong(TorchUpdate, Protocol):
     def compare(self, block: Block) -> tuple[Tensor, Tensor, Any]:
         """The update just made, that for the slow EMA, and the square of their common unit."""
 
-    def along(self, rows: Mapping[str, Tensor], x: Tensor, eps: Any, out: Tensor) -> Tensor:
-        """The direction for a gradient ``x``, times `unit`, in the first row of ``out``.
+    def numbers(self, rows: Tensor, step: Tensor) -> list[Tensor]:
+        """The four numbers of `constants` in FP64; ``rows`` of hyperparameters, ``[tensors]``."""
 
-        The second row of ``out`` is scratch; ``eps`` is the group's, over `unit`.
+    def along(self, rows: Mapping[str, Tensor], x: Tensor, numbers: Any, out: Tensor) -> Tensor:
+        """The direction for a gradient ``x``, the kernel's very bits, in the first row of ``out``.
+
+        The second row of ``out`` is scratch; ``numbers`` are a tensor's.
         """
-
-    def unit(self, root_correction2: Tensor) -> Tensor:
-        """What `along` is multiplied with to be a direction; FP64 ``[tensors]``."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,26 @@
 """Verification: what happens to a predicted move before and after the next gradient.
 
-`check_move` looks at a move before any gradient does: a stretch of moves goes back to its snapshot
+`check_move` looks at a move before any gradient does: a stretch of moves is rolled back
 where the result is not finite, leads further than the usual update allows, or leads uphill.
-`slopes` measures the gradient at the predicted point along the displacement, `decide`
-(``ledger.py``) decides by it, and `correct` places the weights where the decision says.
+`slopes` measures the gradient at the predicted point along the displacement, `decide` (`ledger`)
+decides by it, and `correct` places the weights where the decision says.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.displacement import (
+    Displacement,
+    again_torch,
+    computed_again,
+    numbers_torch,
+)
 from triton_hybrid.kernels.ledger import (
     CAUSE_JUMP,
     CAUSE_NONFINITE,
@@ -19,7 +28,6 @@ from triton_hybrid.kernels.ledger import (
     FRACTION_COLUMN,
     INDEX,
     JUMP_SQUARE,
-    LOSS_SCALE,
     MOVED,
     PART_COLUMN,
     PREDICTION_COLUMNS,
@@ -31,9 +39,15 @@ from triton_hybrid.kernels.ledger import (
     reject,
 )
 from triton_hybrid.kernels.ledger_torch import gate_torch, reject_torch
-from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.residue import (
+    load_moved,
+    load_moved_torch,
+    move_numbers,
+    stands_in_parameter,
+)
 from triton_hybrid.kernels.rows import (
-    GRAD,
+    OWN_WEIGHTS,
     SNAPSHOT,
     TAIL_SHARE,
     load_row,
@@ -41,139 +55,45 @@ from triton_hybrid.kernels.rows import (
     store_row,
     store_weight,
 )
-from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars, own
-from triton_hybrid.kernels.sums import reduce_partials, totals
-from triton_hybrid.kernels.together_torch import Together, dots, together
-
-SLOPE_SUMS = 3
-"""Sums of a verifying gradient: slope, squared gradient, non-finite gradients."""
-
-
-@triton.jit
-def _slopes_chunk(
-    addresses, tensor, start, length,
-    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
-    KEPT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    slope = tl.zeros([BLOCK], tl.float32)
-    square = tl.zeros([BLOCK], tl.float32)
-    bad = tl.zeros([BLOCK], tl.float32)
-    for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
-        begin = start + inner
-        g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL)
-        w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
-        origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-        slope += (g * (w - origin)).to(tl.float32)
-        square += (g * g).to(tl.float32)
-        bad = tl.maximum(bad, tl.where(tl.abs(g) < float("inf"), 0.0, 1.0))
-    return tl.sum(slope, axis=0), tl.sum(square, axis=0), tl.max(bad, axis=0)
-
-
-@triton.jit
-def _slopes_kernel(
-    addresses, extents, places, n_chunks, group, hyperparameters, ledger, partials,
-    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
-    KEPT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    unscale = (1.0 / tl.load(ledger + LOSS_SCALE)).to(tl.float32)
-    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
-        row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
-        sign = tl.load(row + SIGN).to(tl.float32)
-        cell = partials + tl.cast(chunk, tl.int64) * 3
-        zero = tl.full((), 0.0, tl.float32)
-        slope, square, bad = zero, zero, zero
-        for FULL in tl.static_range(2):
-            if full == FULL:
-                slope, square, bad = _slopes_chunk(
-                    addresses, tensor, start, length,
-                    PARAM_TYPE, GRAD_TYPE, STATE, KEPT,
-                    BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
-                )  # fmt: skip
-        tl.store(cell, sign * unscale * slope)
-        tl.store(cell + 1, unscale * unscale * square)
-        tl.store(cell + 2, bad)
-
-
-def slopes(tensors: TensorSet, scalars: Scalars) -> None:
-    """Measures a gradient along the displacement ``weight - snapshot``. Two launches.
-
-    Sums, in ``scalars.sums``: slope (descent is negative, also when maximising), squared gradient,
-    chunks with a non-finite gradient, without the loss scale; zero for a tensor without a gradient.
-
-    Args:
-        tensors: With rows ``grad``, ``weight`` and ``snapshot``.
-        scalars: Of these tensors.
-    """
-    partials = tensors.room_for(SLOPE_SUMS)
-    tensors.launch(
-        _slopes_kernel, tensors.group, scalars.hyperparameters, scalars.ledger, partials,
-        GRAD_TYPE=tensors.dtype_of("grad"),
-    )  # fmt: skip
-    reduce_partials(partials, tensors.chunks(), own(scalars.sums, tensors))
-
-
-def slopes_torch(tensors: TensorSet, scalars: Scalars) -> None:
-    """`slopes` in plain torch."""
-    flat, ledger = tensors.flat, scalars.ledger
-    compute = tensors.compute_dtype
-    sums = scalars.sums[tensors.place].zero_()
-    done: set[int] = set()
-    for party in together(tensors, [here or None for here in tensors.present]).values():
-        sums[party.indices] = _slopes_together(party)
-        done.update(party.indices)
-    for index, here in enumerate(tensors.present):
-        if index in done:
-            continue
-        total = sums[index]
-        for part in tensors.torch_blocks(index) if here else ():
-            g = flat["grad"][index][part].to(compute)
-            square = g.dot(g)
-            total[0] += g.dot(tensors.weight(index, part) - flat["snapshot"][index][part])
-            total[1] += square
-            # A finite sum of squares has finite terms; the second look costs only when not.
-            if square.device.type != "cpu" or not bool(square.isfinite()):
-                total[2] += ~g.isfinite().all()
-    unscale = ledger[INDEX["loss_scale"]].reciprocal()
-    sums[:, 0] *= scalars.hyperparameters[tensors.group.long(), HYPER["sign"]] * unscale
-    sums[:, 1] *= unscale * unscale
-
-
-def _slopes_together(party: Together) -> Tensor:
-    """The sums of short tensors; FP64 ``[tensors, SLOPE_SUMS]``."""
-    tensors = party.tensors
-    joined, grads = party.joined("grad"), party.rows("grad")
-    if joined.dtype != tensors.compute_dtype:
-        joined = joined.to(tensors.compute_dtype)
-        grads = party.parts(joined)
-    squares = dots(grads, grads)
-    displaced = party.parts(party.weight().sub_(party.joined("snapshot")))
-    total = joined.new_zeros(len(grads), SLOPE_SUMS, dtype=torch.float64)
-    total[:, 0] = dots(grads, displaced)
-    total[:, 1] = squares
-    if not bool(squares.isfinite().all()):
-        total[:, 2] = torch.stack([~grad.isfinite().all() for grad in grads])
-    return total
+from triton_hybrid.kernels.scalars import Scalars, own
+from triton_hybrid.kernels.sums import totals
+from triton_hybrid.kernels.together_torch import Part, Together, together
 
 
 @triton.jit
 def _place_chunk(
-    addresses, tensor, start, length, fraction,
+    addresses, tensor, start, length, fraction, moves, written,
+    DISPLACEMENT: tl.constexpr, DENOMINATOR: tl.constexpr, ALONG: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
-    WHOLE: tl.constexpr, RESTART: tl.constexpr,
+    AGAIN: tl.constexpr, WHOLE: tl.constexpr, RESTART: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Places the weights of a chunk at snapshot + fraction · (weight - snapshot).
+    """Places the weights of a chunk at a fraction of the displacement that stands.
 
-    ``WHOLE``: the fraction is 0, and the weights are not read.
+    ``WHOLE``: the fraction is 0. ``written``: somebody else has written the tensor since.
     """
+    if AGAIN:
+        factor, a, b, c, d = move_numbers(moves, tensor, STATE)
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
-        placed = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        if AGAIN:
+            moved = DISPLACEMENT(
+                addresses, tensor, begin, length, factor, a, b, c, d, moves,
+                DENOMINATOR, ALONG, STATE, BLOCK, FULL,
+            )  # fmt: skip
+            placed, w = load_moved(
+                addresses, tensor, begin, length, moved, written,
+                PARAM_TYPE, STATE, KEPT, BLOCK, FULL,
+            )  # fmt: skip
+        else:
+            placed = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+            if not WHOLE:
+                w = load_weight(
+                    addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL
+                )
         if not WHOLE:
-            w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
             between = placed + fraction * (w - placed)
-            # Exactly 0 and 1 must keep the bits, also where w - snapshot is not finite.
+            # Exactly 0 and 1 must keep the bits, also where the displacement is not finite.
             placed = tl.where(fraction == 0.0, placed, tl.where(fraction == 1.0, w, between))
         store_weight(
             addresses, tensor, begin, length, placed, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL
@@ -185,9 +105,10 @@ def _place_chunk(
 @triton.jit
 def _check_move_kernel(
     addresses, extents, places, n_chunks,
-    own, sums, prediction, n_tensors, ledger, arrivals, threshold, limit, cooldown,
+    own, moves, sums, prediction, n_tensors, ledger, arrivals, threshold, limit, cooldown,
+    DISPLACEMENT: tl.constexpr, DENOMINATOR: tl.constexpr, ALONG: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr,
-    MASTER: tl.constexpr, KEPT: tl.constexpr, LAST: tl.constexpr,
+    MASTER: tl.constexpr, KEPT: tl.constexpr, AGAIN: tl.constexpr, LAST: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TENSORS: tl.constexpr,
 ):  # fmt: skip
     if gate(ledger, threshold):
@@ -204,8 +125,9 @@ def _check_move_kernel(
                 for FULL in tl.static_range(2):
                     if takes_part & (full == FULL):
                         _place_chunk(
-                            addresses, tensor, start, length, 0.0,
-                            PARAM_TYPE, STATE, MASTER, KEPT, True, False,
+                            addresses, tensor, start, length, 0.0, moves, 0,
+                            DISPLACEMENT, DENOMINATOR, ALONG,
+                            PARAM_TYPE, STATE, MASTER, KEPT, AGAIN, True, False,
                             BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                         )  # fmt: skip
         if LAST:
@@ -239,6 +161,7 @@ def check_move(
     limit: float,
     cooldown: float,
     last: bool,
+    again: Displacement | None = None,
 ) -> None:
     """Keeps a predicted step, or rolls the stretch back bit for bit. One launch.
 
@@ -247,18 +170,20 @@ def check_move(
     the launch of the last set.
 
     Args:
-        tensors: With rows ``param``, ``weight`` and ``snapshot``.
+        tensors: With rows ``param``, ``weight`` and ``snapshot``, or those of the displacement.
         scalars: Of all tensors of the device.
         threshold: As given to `predict`.
-        limit: Largest distance from the snapshot, in usual base updates.
+        limit: Largest distance from where the stretch began, in usual base updates.
         cooldown: Real steps that a first rejection forces before the next prediction.
         last: Whether this is the last set of the device.
+        again: The displacement, to be computed again; None: there is a snapshot.
     """
     tensors.launch(
-        _check_move_kernel, own(scalars.prediction, tensors), scalars.sums, scalars.prediction,
-        scalars.sums.shape[0],
+        _check_move_kernel, own(scalars.prediction, tensors), own(scalars.moves, tensors),
+        scalars.sums, scalars.prediction, scalars.sums.shape[0],
         scalars.ledger, scalars.arrivals, float(threshold), float(limit), float(cooldown),
         every=True, MASTER=tensors.has_master, LAST=last, TENSORS=128,
+        **computed_again(tensors, again),
     )  # fmt: skip
 
 
@@ -270,6 +195,7 @@ def check_move_torch(
     limit: float,
     cooldown: float,
     last: bool,
+    again: Displacement | None = None,
 ) -> None:
     """`check_move` in plain torch."""
     ledger, sums, prediction = scalars.ledger, scalars.sums, scalars.prediction
@@ -281,11 +207,12 @@ def check_move_torch(
     rejected = moving & (nonfinite | too_far)
     undone = rejected | (moving & (sums[:, 0].sum() > 0))
     if ledger.device.type != "cpu" or bool(undone):
+        places = _Places(tensors, scalars, again)
         for index, part in enumerate(prediction[tensors.place, PART_COLUMN.value] > 0):
-            whole = slice(0, tensors.lengths[index])
-            w, snapshot = tensors.weight(index, whole), tensors.flat["snapshot"][index]
-            w.copy_(torch.where(undone & part, snapshot, w))
-            tensors.put_weight(index, whole, w)
+            if ledger.device.type == "cpu" and not bool(part):
+                continue
+            for block in tensors.torch_blocks(index):
+                places.place(Part(tensors, index, block), index, 0.0, undone & part)
     if not last:
         return
     slope = prediction[:, SLOPE_COLUMN.value]
@@ -304,73 +231,129 @@ def check_move_torch(
     ledger.copy_(torch.stack(list(entries.values())))
 
 
+class _Places:
+    """Puts weights of a set at a fraction of the displacement that stands, in plain torch."""
+
+    def __init__(self, tensors: TensorSet, scalars: Scalars, again: Displacement | None) -> None:
+        self._again, (self.table, self._numbers) = again, numbers_torch(tensors, scalars)
+        compute = tensors.compute_dtype
+        self._out = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
+
+    def ends(
+        self, cells: Part | Together, its: Sequence[Any], length: int, written: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The weights before and after the displacement."""
+        if self._again is None:
+            return cells.joined("snapshot"), cells.weight()
+        moved = again_torch(cells, self._again, its, self._out[:, :length])
+        return load_moved_torch(cells, moved, written)
+
+    def place(
+        self, cells: Part, index: int, fraction: Any, where: Any, written: Any = False
+    ) -> Tensor:
+        """Places a block of a tensor; returns the weights. ``where``: 0-dim bool, or True."""
+        length = len(cells.joined("param"))
+        start, w = self.ends(cells, self._numbers[index], length, written)
+        placed = between(start, w, fraction)
+        if where is True:
+            cells.put_weight(placed)
+            return placed
+        tensors = cells.tensors
+        # What stands there, which is not `w` where a prediction stands in the parameter alone.
+        names = [n for n in ("weight", "param", "remainder") if n in tensors.flat]
+        kept = {name: cells.joined(name).clone() for name in names}
+        cells.put_weight(placed)
+        for name, old in kept.items():
+            cells.put(name, torch.where(where, cells.joined(name), old))
+        return torch.where(where, placed, w)
+
+
+def between(start: Tensor, end: Tensor, fraction: Any) -> Tensor:
+    """A point on the way; the bits of its ends at exactly 0 and 1."""
+    share = torch.as_tensor(fraction, dtype=start.dtype, device=start.device)
+    placed = torch.where(share == 1.0, end, start + share * (end - start))
+    return torch.where(share == 0.0, start, placed)
+
+
 @triton.jit
 def _correct_kernel(
-    addresses, extents, places, n_chunks, prediction, ledger,
+    addresses, extents, places, n_chunks, prediction, moves, ledger,
+    DISPLACEMENT: tl.constexpr, DENOMINATOR: tl.constexpr, ALONG: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
-    RESTART: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    AGAIN: tl.constexpr, RESTART: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     decided = tl.load(ledger + DECISION) > 0
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
-        fraction = tl.load(prediction + PREDICTION_COLUMNS * tensor + FRACTION_COLUMN).to(STATE)
-        if decided & (RESTART | (fraction != 1.0)):
+        own = prediction + PREDICTION_COLUMNS * tensor
+        fraction = tl.load(own + FRACTION_COLUMN).to(STATE)
+        part = tl.load(own + PART_COLUMN)
+        if AGAIN and KEPT == OWN_WEIGHTS and PARAM_TYPE != STATE:
+            # The masters behind have not moved yet.
+            here = decided & (part != 0)
+        else:
+            here = decided & (RESTART | (fraction != 1.0))
+        if here:
             for FULL in tl.static_range(2):
                 if full == FULL:
                     _place_chunk(
-                        addresses, tensor, start, length, fraction,
-                        PARAM_TYPE, STATE, MASTER, KEPT, False, RESTART,
+                        addresses, tensor, start, length, fraction, moves, part < 0.0,
+                        DISPLACEMENT, DENOMINATOR, ALONG,
+                        PARAM_TYPE, STATE, MASTER, KEPT, AGAIN, False, RESTART,
                         BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
 
 
-def correct(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> None:
-    """Places the weights at ``snapshot + fraction · (weight - snapshot)``. One launch.
+def correct(
+    tensors: TensorSet, scalars: Scalars, *, restart: bool, again: Displacement | None = None
+) -> None:
+    """Places the weights at a fraction of the displacement that stands. One launch.
 
     Args:
-        tensors: With rows ``param``, ``weight`` and ``snapshot``.
-        scalars: Of these tensors. The step fraction is 0 to roll the move back bit for bit, 1 to
-            leave it; nothing happens without a decision in the ledger.
-        restart: Whether ``snapshot`` becomes the placed weights, the start of a new cycle.
+        tensors: With rows ``param``, ``weight`` and ``snapshot``, or those of the displacement.
+        scalars: Of these tensors. The table of predictions has the fractions; one of exactly 0 or 1
+            keeps every bit. Without a decision in the ledger nothing happens.
+        restart: Whether the weights become the new snapshot.
+        again: The displacement, to be computed again; None: there is a snapshot.
     """
     tensors.launch(
-        _correct_kernel, own(scalars.prediction, tensors), scalars.ledger,
-        every=True, MASTER=tensors.has_master, RESTART=restart,
+        _correct_kernel, own(scalars.prediction, tensors), own(scalars.moves, tensors),
+        scalars.ledger, every=True, MASTER=tensors.has_master, RESTART=restart,
+        **computed_again(tensors, again),
     )  # fmt: skip
 
 
-def correct_torch(tensors: TensorSet, scalars: Scalars, *, restart: bool) -> None:
+def correct_torch(
+    tensors: TensorSet, scalars: Scalars, *, restart: bool, again: Displacement | None = None
+) -> None:
     """`correct` in plain torch."""
     ledger = scalars.ledger
     decided = ledger[INDEX["decision"]] > 0
     on_cpu = ledger.device.type == "cpu"
     if on_cpu and not bool(decided):
         return
-    column = scalars.prediction[tensors.place, FRACTION_COLUMN.value]
-    fractions = column.to(tensors.compute_dtype)
-    known = fractions.tolist() if on_cpu else [None] * len(tensors)
-    moving = [None if not on_cpu or (x == 1.0 and not restart) else True for x in known]
+    prediction = scalars.prediction[tensors.place]
+    fractions = prediction[:, FRACTION_COLUMN.value].to(tensors.compute_dtype)
+    parts = prediction[:, PART_COLUMN.value]
+    places = _Places(tensors, scalars, again)
+    # The masters behind have not moved yet, whatever the fraction.
+    still = parts == 0 if again and stands_in_parameter(tensors) else fractions == 1.0
+    stays = (still & (not restart)).tolist() if on_cpu else [False] * len(tensors)
     done: set[int] = set()
-    for party in together(tensors, moving).values():
-        start, w = party.joined("snapshot"), party.weight()
-        fraction = party.spread(fractions)
-        placed = start + fraction * (w - start)
-        placed = torch.where(fraction == 1.0, w, placed)
-        placed = torch.where(fraction == 0.0, start, placed)
+    for party in together(tensors, [None if here else True for here in stays]).values():
+        its = [party.spread(column) for column in places.table.unbind(1)] if again else []
+        start, w = places.ends(party, its, party.total, party.spread(parts) < 0)
+        placed = between(start, w, party.spread(fractions))
         party.put_weight(placed)
         if restart:
             party.put("snapshot", placed)
         done.update(party.indices)
     for index, fraction in enumerate(fractions.unbind()):
-        if index in done or (known[index] == 1.0 and not restart):
+        if index in done or stays[index]:
             continue
+        where = True if on_cpu else decided & ~still[index]
         for part in tensors.torch_blocks(index):
-            w = tensors.weight(index, part)
-            start = tensors.flat["snapshot"][index][part]
-            placed = start + fraction * (w - start)
-            placed = torch.where(fraction == 1.0, w, placed)
-            placed = torch.where(fraction == 0.0, start, placed)
-            w.copy_(torch.where(decided, placed, w))
-            tensors.put_weight(index, part, w)
+            cells = Part(tensors, index, part)
+            placed = places.place(cells, index, fraction, where, parts[index] < 0)
             if restart:
-                start.copy_(torch.where(decided, w, start))
+                cells.put("snapshot", torch.where(decided, placed, cells.joined("snapshot")))

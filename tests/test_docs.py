@@ -26,7 +26,10 @@ def item_bytes(base: str, predictor: str, *masters: StateRow) -> int:
     """Bytes a parameter of all declared rows; state is FP32 whatever the parameter."""
     rule = RULES[base]
     rows = (*rule.rows, *PREDICTORS[predictor](HybridConfig()).rows_for(rule), *masters)
-    return sum(row.itemsize(BF16, OPTIONS) for row in dict.fromkeys(rows) if row.saved)
+    kept = [row for row in dict.fromkeys(rows) if row.saved]
+    # What predictions lose of a weight that is moved in place; masters are not.
+    kept = [row for row in kept if not (row.in_place and MASTER in masters)]
+    return sum(row.itemsize(BF16, OPTIONS) for row in kept)
 
 
 def table() -> Iterator[str]:

@@ -16,21 +16,25 @@ from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks
 from triton_hybrid.engine import Engine
 from triton_hybrid.groups import check_parameter
-from triton_hybrid.kernels.fingerprint import fingerprint_of
-from triton_hybrid.kernels.layout import dense_view
-from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, INDEX, PART_COLUMN
+from triton_hybrid.kernels.ledger import INDEX, PART_COLUMN
+from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.phases import Phase, PhaseController
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Choice
+from triton_hybrid.rules import RULES
+from triton_hybrid.standing import moved_again, restore_weight
 from triton_hybrid.state import (
     DECLARED,
+    MASTER,
+    MOVE,
     PREDICTION,
+    RESIDUE,
+    SNAPSHOT,
     Home,
     Member,
     State,
     StepPlan,
-    as_dense,
-    restore_snapshot,
+    as_predicted,
     state_bytes,
 )
 from triton_hybrid.stats import HybridStats
@@ -52,7 +56,7 @@ class Binding:
         self.pending: list[Any] = []  # predictions of a checkpoint that wait for their weights
         self._pending_losses: list[Tensor | float] = []
         self._watch: Watch | None = None
-        self._params: list[Tensor] = []
+        self._params: list[tuple[Tensor, UpdateRule]] = []
         self._state: State = {}
         self._installs = 0
         self._mentioned = False
@@ -89,12 +93,18 @@ class Binding:
     def _rebind(self, members: Sequence[Member], state: State, groups: Groups) -> None:
         self.unbind()
         ledger, old = self.progress.ledger, self._params
-        self._params = [member.param for member in members]
+        self._params = [(m.param, RULES[m.group["base"]].kernels) for m in members]
         standing = ledger.get("moved", 0.0) > 0
-        known, present = set(map(id, old)), set(map(id, self._params))
-        for param in old:
+        known, present = ({id(param) for param, _ in pairs} for pairs in (old, self._params))
+        for param, rule in old:
             if id(param) not in present and param in state:
-                _leave(param, state[param], standing)
+                _leave(param, state[param], rule, standing)
+        for member in members if standing else ():
+            if not _continues(member, state.get(member.param, {}), self.settings):
+                # A checkpoint of another predictor, or with masters kept otherwise.
+                rule = RULES[member.group["base"]].kernels
+                _leave(member.param, state[member.param], rule, standing)
+                ledger["written"] = 1.0
         if standing and old and known != present:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
         progress = self.progress
@@ -279,15 +289,25 @@ def all_zero(params: Iterable[Tensor]) -> bool:
     return not any(bool(param.grad.any()) for param in params if param.grad is not None)
 
 
-def _leave(param: Tensor, entry: dict[str, Any], standing: bool) -> None:
+def _continues(member: Member, entry: dict[str, Any], settings: Settings) -> bool:
+    """Whether what is needed to judge the prediction in a parameter is there."""
+    if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] == 0:
+        return True
+    again = moved_again(entry)
+    follows = settings.config.predictor in ("linear", "secant") or (MOVE.name in entry)
+    if not again:
+        return follows and SNAPSHOT.name in entry
+    sixteen_bit = member.param.dtype in (torch.float16, torch.bfloat16)
+    own = sixteen_bit and settings.master_weights == "auto"
+    return (MASTER.name if own else RESIDUE.name) in entry
+
+
+def _leave(param: Tensor, entry: dict[str, Any], rule: UpdateRule, standing: bool) -> None:
     """Ends what predictions have to do with a parameter that is frozen, or no longer ours."""
     if PREDICTION.name not in entry:
         return
-    noted = entry[PREDICTION.name][FINGERPRINT_COLUMN.value :]
-    if standing and bool(noted.any()):
-        found = fingerprint_of(dense_view(as_dense(param).detach()))
-        if torch.equal(noted, found.to(noted.device)):
-            restore_snapshot(param.detach(), entry)
+    if standing and as_predicted(param, entry):
+        restore_weight(param.detach(), entry, rule)
     entry[PREDICTION.name] = entry[PREDICTION.name].clone()
     entry[PREDICTION.name][PART_COLUMN.value :] = 0.0
 

@@ -280,6 +280,8 @@ class Engine:
             start.copy_(self._start)
             return
         start.zero_()
+        if predictor.again is None:
+            self.scalars.moves[:, 0].fill_(math.nan)  # a snapshot is kept instead
         for batch in self.batches:
             tensors = batch.tensors
             rows = self.scalars.hyperparameters[tensors.group.long()]

@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triton_hybrid.kernels.fingerprint import fingerprint_of
 from triton_hybrid.kernels.layout import dense_view
-from triton_hybrid.kernels.ledger import PREDICTION_COLUMNS
+from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, PART_COLUMN, PREDICTION_COLUMNS
 from triton_hybrid.kernels.multi_tensor import TensorSet, assembled, remainder_of
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT, address_row
-from triton_hybrid.kernels.scalars import Scalars
+from triton_hybrid.kernels.scalars import MOVE_COLUMNS, Scalars
 
 if TYPE_CHECKING:
     from triton_hybrid.rules.rule import Rule
 
 State = dict[Tensor, dict[str, Any]]
 Group = Mapping[str, Any]
+PART, FINGERPRINT = PART_COLUMN.value, FINGERPRINT_COLUMN.value
 
 
 class Home(enum.Enum):
@@ -77,6 +79,8 @@ class StateRow:
         shape: Of one tensor's entry, for rows that are small; None for a row like the parameter.
             The small ones of a batch are views into one tensor, so that one launch reaches them.
         saved: Whether it lies in the optimizer's state; what a step works out anew does not.
+        in_place: Whether it is kept only of weights that predictions move in place: not where an
+            FP32 master stands behind a 16-bit parameter.
     """
 
     name: str
@@ -86,6 +90,7 @@ class StateRow:
     when: Callable[[StepPlan], bool] = lambda plan: True
     shape: tuple[int, ...] | None = None
     saved: bool = True
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         DECLARED[self.name] = self
@@ -114,7 +119,17 @@ SNAPSHOT = StateRow(
     home=Home.HOST,
     when=lambda plan: plan.edge or not plan.gradient or plan.pairs,
 )
-"""Weights before the move."""
+"""Weights before the move, of a predictor whose move cannot be computed again."""
+RESIDUE = StateRow(
+    "residue",
+    fixed(torch.int8),
+    home=Home.HOST,
+    when=lambda plan: plan.edge or not plan.gradient,
+    in_place=True,
+)
+"""What is lost of them, where it can (`kernels.residue`)."""
+MOVE = StateRow("move", fixed(torch.float64), shape=(MOVE_COLUMNS,))
+"""What the displacement that stands is made of."""
 PREDICTION = StateRow("prediction", fixed(torch.float32), shape=(PREDICTION_COLUMNS.value,))
 """A tensor's factor on the horizon, slope before the move, step fraction; whether it takes part;
 the fingerprint of the parameter."""
@@ -129,14 +144,14 @@ def as_dense(param: Tensor) -> Tensor:
     return param
 
 
-def restore_snapshot(param: Tensor, entry: dict[str, Any]) -> None:
-    """Puts a parameter, and what is kept of its weight, back to before the prediction."""
-    snapshot = entry[SNAPSHOT.name].to(param.device)
-    param.copy_(snapshot)
-    if MASTER.name in entry:
-        entry[MASTER.name].copy_(snapshot)
-    if REMAINDER.name in entry:
-        entry[REMAINDER.name].copy_(remainder_of(snapshot, param.detach()))
+def as_predicted(param: Tensor, entry: Group) -> bool:
+    """Whether a parameter is as a prediction left it."""
+    if PREDICTION.name not in entry or entry[PREDICTION.name].shape != PREDICTION.shape:
+        return False
+    part, noted = entry[PREDICTION.name][PART], entry[PREDICTION.name][FINGERPRINT:]
+    if not (part > 0 and bool(noted.any())):
+        return False
+    return torch.equal(noted, fingerprint_of(dense_view(as_dense(param).detach())).to(noted.device))
 
 
 class Member(NamedTuple):
@@ -153,7 +168,8 @@ class Batch:
 
     Args:
         members: Parameters of one dtype on one device.
-        rows: What they keep, but for masters.
+        rows: What they keep, but for masters. Of those that only weights moved in place need, none
+            where there are.
         rule: Their base rule.
         state: The optimizer's state; missing entries are created, others are kept.
         offload: Where rows at home in host memory live, as in HybridConfig.
@@ -182,9 +198,10 @@ class Batch:
         self.params = [member.param for member in members]
         self.travelling: list[tuple[StateRow, list[Tensor]]] = []
         self.tables: dict[str, Tensor] = {}
-        self._state, self._group, self._rows = state, members[0].group, rows
         sixteen_bit = self.params[0].dtype in (torch.float16, torch.bfloat16)
         kept = {"split": SPLIT, "none": NONE}.get(masters, OWN) if sixteen_bit else OWN
+        rows = [row for row in rows if not (row.in_place and sixteen_bit and kept == OWN)]
+        self._state, self._group, self._rows = state, members[0].group, rows
         groups = [member.group_index for member in members]
         dense = list(map(as_dense, self.params))
         self.copies = [(p, copy) for p, copy in zip(self.params, dense) if copy is not p]
@@ -208,6 +225,7 @@ class Batch:
         made = {
             STEP.name: self.tensors.steps,
             PREDICTION.name: scalars.prediction[self.tensors.place],
+            MOVE.name: scalars.moves[self.tensors.place],
         }
         for row in (STEP, *self._rows):
             if row.shape is None:
@@ -284,7 +302,8 @@ def buffer_like(
     not initialised; ``pinned`` makes host memory page-locked, where there is a GPU.
     """
     # 16-byte vectors, whatever the dtype.
-    sizes = [-(-param.numel() // 8) * 8 for param in params]
+    unit = max(16 // dtype.itemsize, 8)
+    sizes = [-(-param.numel() // unit) * unit for param in params]
     lock = pinned and device.type == "cpu" and torch.cuda.is_available()
     buffer = torch.empty(sum(sizes), dtype=dtype, device=device, pin_memory=lock)
     views, begin = [], 0
@@ -329,7 +348,8 @@ def load_master(param: Tensor, entry: Group) -> Tensor:
         fresh.copy_(assembled(param.detach(), placed))
     else:
         return fresh
-    adopt_parameter(param, fresh)
+    if not as_predicted(param, entry):
+        adopt_parameter(param, fresh)
     return fresh
 
 

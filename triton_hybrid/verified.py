@@ -18,7 +18,9 @@ from triton_hybrid.kernels.fingerprint import INTEGERS
 from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import remainder_of
 from triton_hybrid.resume import put_back, with_predictions
-from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, SNAPSHOT
+from triton_hybrid.rules import RULES
+from triton_hybrid.standing import moved_again, weight_before
+from triton_hybrid.state import MASTER, PREDICTION, REMAINDER
 
 Swap = tuple[Tensor, Tensor, Tensor]
 """A tensor, what it held, and what it holds meanwhile."""
@@ -83,13 +85,13 @@ def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> 
     if binding.progress.ledger.get("moved", 0.0) <= 0:
         return []
     swaps = []
-    for param in (param for group in groups for param in group["params"]):
+    for param, base in ((param, group["base"]) for group in groups for param in group["params"]):
         entry = state.get(param, {})
         if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] <= 0:
             continue
-        verified = entry[SNAPSHOT.name].to(param.device)
+        verified = weight_before(param, entry, RULES[base].kernels)
         swaps.append(_swap(param.detach(), verified))
-        if MASTER.name in entry:
+        if MASTER.name in entry and not moved_again(entry):
             swaps.append(_swap(entry[MASTER.name], verified))
         if REMAINDER.name in entry:
             swaps.append(_swap(entry[REMAINDER.name], remainder_of(verified, param.detach())))

@@ -20,19 +20,22 @@ from triton_hybrid.kernels.audit.problems import (
     itemsize,
 )
 from triton_hybrid.kernels.audit.targets import TYPE_NAMES, Launch, Target, launches
+from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.fingerprint import find_writes, fingerprint, note_weights
 from triton_hybrid.kernels.gram import gram
 from triton_hybrid.kernels.ledger import decide
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import orthogonalise
-from triton_hybrid.kernels.predict import Displacement, predict
+from triton_hybrid.kernels.predict import predict
+from triton_hybrid.kernels.rows import NONE, OWN
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.secant import move, products_size, settle
 from triton_hybrid.kernels.secant import products as pair_products
+from triton_hybrid.kernels.slopes import slopes
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.sums import reduce_partials
 from triton_hybrid.kernels.trapezoid import base_slope
-from triton_hybrid.kernels.verify import check_move, correct, slopes
+from triton_hybrid.kernels.verify import check_move, correct
 
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.predictors.linear import Linear
@@ -143,14 +146,15 @@ def _predict_case(
     again: bool = False,
     shapes: Shapes | None = None,
 ) -> Case:
-    """The pass of `predict` over all elements; ``again``: without slopes and snapshot."""
-    wide = precision.weight.itemsize
+    """The pass of `predict` over all elements; ``again``: of a further step in a row."""
+    wide, slow = precision.weight.itemsize, displacement.along_rule
+    slopes_known = again and not slow
 
     def call(problem: Problem) -> None:
         alone = None if displacement.along_rule else torch.zeros(len(problem.tensors))
-        first: dict[str, Any] = {"save": not again, "with_slopes": not again}
+        options: dict[str, Any] = {"first": not again, "with_slopes": not slopes_known}
         sets = (problem.tensors, problem.scalars)
-        predict(*sets, displacement, alone, threshold=0.5, share=0.5, **first)
+        predict(*sets, displacement, alone, threshold=0.5, share=0.5, **options)
 
     # Each reads the slow EMA; that of a trajectory knows from it what never had a gradient.
     vectors: tuple[int, ...] = (wide,)
@@ -158,15 +162,25 @@ def _predict_case(
         vectors += (wide,)
     else:
         vectors += tuple(itemsize(rule, row, precision) for row in rule.kernels.reads_along)
-    saved = (wide,) * (not again)
-    # The bare move needs no exp_avg and keeps no snapshot.
+    first_moment = (wide,) * (not slopes_known)
+    lost = _residue(precision) if slow else ()
+    # What stands in the parameter alone is not written to the master behind.
+    written = (precision.param.itemsize,) if slow and not lost else precision.weights
+    # The bare move needs no exp_avg, and keeps nothing of what was there before.
     return Case(
         name,
         _launch(-2, call, precision, rule, shapes),
-        precision.weights + vectors + saved,
-        saved + precision.weights,
-        floor=sum(precision.weights + vectors + precision.weights),
+        precision.weights + vectors + first_moment + lost * again,
+        written + lost,
+        floor=sum(precision.weights + vectors + written),
+        may_park=slow,
     )
+
+
+def _residue(precision: Precision) -> tuple[int, ...]:
+    """The byte of a weight that is moved in place."""
+    in_place = precision.kept != OWN or precision.param == precision.weight
+    return (torch.int8.itemsize,) * in_place
 
 
 def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
@@ -201,8 +215,26 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
 
     limits = {"threshold": 0.5, "limit": 10.0, "cooldown": 5.0, "last": True}
     restarted = (wide, *weights)
+    lost = _residue(precision)
+    along = (wide, wide, *lost)  # slow EMA and second moment
+    placed: dict[str, Any] = {"again": slow}
+    slopes_of = along if precision.kept != NONE else (*along, *weights)
+    moved = f"predict {name}, slow EMA"
     return [
-        _predict_case(ADAMW, precision, slow, f"predict {name}, slow EMA", shapes=shapes),
+        _predict_case(ADAMW, precision, slow, moved, shapes=shapes),
+        _predict_case(ADAMW, precision, slow, f"{moved} again", again=True, shapes=shapes),
+        one_pass(
+            f"check {name}, slow EMA", check_move, (*weights, *along), weights, **limits, **placed
+        ),
+        one_pass(f"slopes {name}, slow EMA", slopes, (narrow, *slopes_of), **placed),
+        one_pass(
+            f"correct {name}, slow EMA",
+            correct,
+            (*weights, *along),
+            weights,
+            restart=False,
+            **placed,
+        ),
         _predict_case(ADAMW, precision, last, linear, shapes=shapes),
         _predict_case(ADAMW, precision, last, f"{linear} again", again=True, shapes=shapes),
         one_pass(f"check {name} (when it rolls back)", check_move, (wide,), weights, **limits),

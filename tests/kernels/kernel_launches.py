@@ -18,14 +18,15 @@ from triton_hybrid.kernels import (
     ledger,
     newton_schulz,
     predict,
+    slopes,
     step,
     sums,
     trapezoid,
     verify,
 )
 from triton_hybrid.kernels.backend import TORCH, TRITON, Backend
+from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet
-from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.kernels.rows import ROW
 from triton_hybrid.kernels.secant import products_size
 
@@ -33,6 +34,8 @@ from triton_hybrid.predictors.linear import Linear
 from triton_hybrid.predictors.slow_ema import SlowEMA
 
 SLOW_EMA, LINEAR = SlowEMA.displacement, Linear.displacement
+LEFT = ("residue", "moves")
+"""What a prediction along the slow EMA leaves behind when it is undone."""
 
 
 class Checked:
@@ -61,10 +64,11 @@ class Checked:
         """One predicted step."""
         if along is LINEAR and coefficients is None:
             coefficients = problem.ratios()
-        options = {"threshold": 0.5, "share": 1.0, "save": True, **options}
+        options = {"threshold": 0.5, "share": 1.0, "first": True, **options}
         problem.poison(3)
         before = problem.ledger.clone()
         sets = problem.tensors, problem.scalars
+        problem.again = along if along.along_rule else None
         self.backend.predict(*sets, along, coefficients, **options)
         assert_same_bits(problem.ledger, before, "the ledger of a move")
         self._check(problem)
@@ -72,14 +76,15 @@ class Checked:
     def check_move(self, problem: Problem, **options: Any) -> None:
         """What follows a predicted step."""
         options = {"threshold": 0.5, "limit": 1e9, "cooldown": 10.0, "last": True, **options}
-        self.backend.check_move(problem.tensors, problem.scalars, **options)
+        again = problem.again
+        self.backend.check_move(problem.tensors, problem.scalars, again=again, **options)
         self._check(problem)
 
     def slopes(self, problem: Problem) -> Tensor:
         """Measures the gradient along the displacement; returns the sums."""
         problem.poison(3)
         before = problem.snapshot()
-        self.backend.slopes(problem.tensors, problem.scalars)
+        self.backend.slopes(problem.tensors, problem.scalars, problem.again)
         self._check(problem)
         problem.assert_unchanged(before)
         return problem.sums
@@ -87,7 +92,8 @@ class Checked:
     def correct(self, problem: Problem, *, restart: bool = False) -> None:
         """Places the weights."""
         prediction, ledger = problem.prediction.clone(), problem.ledger.clone()
-        self.backend.correct(problem.tensors, problem.scalars, restart=restart)
+        again = problem.again
+        self.backend.correct(problem.tensors, problem.scalars, restart=restart, again=again)
         self._check(problem)
         assert_same_bits(problem.prediction, prediction, "step fractions of a correction")
         assert_same_bits(problem.ledger, ledger, "the ledger of a correction")
@@ -178,8 +184,18 @@ def counted_launches() -> Iterator[list[str]]:
             return self.kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        modules = (fingerprint, gram, ledger, newton_schulz, predict, step, sums, trapezoid, verify)
-        for module in modules:
+        for module in (
+            fingerprint,
+            gram,
+            ledger,
+            newton_schulz,
+            predict,
+            slopes,
+            step,
+            sums,
+            trapezoid,
+            verify,
+        ):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Counted(getattr(module, name)))
         yield log

@@ -11,15 +11,24 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from kernel_launches import ALONG, BACKENDS, KERNELS, LINEAR, PLAIN, Checked
+from kernel_launches import ALONG, BACKENDS, KERNELS, LEFT, LINEAR, PLAIN, Checked
 from kernel_memory import DEVICE, assert_near, assert_same_bits
 from kernel_problems import Make, Problem, assert_ledgers_near, problems
-from kernel_specs import BF16, FP16, PRECISIONS, THREE, Precision, fewer, more, plain
-from triton_hybrid.kernels.ledger import FRACTION_COLUMN, SLOPE_COLUMN, read_ledger, write_ledger
-from triton_hybrid.kernels.predict import Displacement
-from triton_hybrid.kernels.rows import OWN
+from kernel_specs import BF16, FP16, FP64, PRECISIONS, THREE, Precision, fewer, more, plain
+from triton_hybrid.kernels.displacement import Displacement
+from triton_hybrid.kernels.ledger import (
+    FACTOR_COLUMN,
+    FRACTION_COLUMN,
+    PART_COLUMN,
+    SLOPE_COLUMN,
+    read_ledger,
+    write_ledger,
+)
+from triton_hybrid.kernels.rows import NONE, OWN
 
-SLOPE, FRACTION = int(SLOPE_COLUMN.value), int(FRACTION_COLUMN.value)
+FACTOR, SLOPE, FRACTION, PART = (
+    column.value for column in (FACTOR_COLUMN, SLOPE_COLUMN, FRACTION_COLUMN, PART_COLUMN)
+)
 
 
 @BACKENDS
@@ -30,26 +39,25 @@ def test_what_is_too_far_is_rolled_back_bit_for_bit(
     backend: Checked, along: Displacement, make: Make, stretch: int
 ) -> None:
     problem = make().confident()
+    problem.keep_snapshot()
     problem.prediction[:, FRACTION] = 0.5
     before = problem.snapshot()
     for number in range(stretch):
-        backend.predict(problem, along, save=number == 0)
+        backend.predict(problem, along, first=number == 0)
         assume(float(problem.sums[:, 1].sum()) > 0)
         assert read_ledger(problem.ledger)["stretch"] == number
         last = number == stretch - 1
         backend.check_move(problem, limit=0.0 if last else 1e9, cooldown=7.0)
-    problem.assert_unchanged(before, but=("snapshot",))
-    for index, weight in enumerate(before["weight"]):
-        assert_same_bits(problem.rows["snapshot"][index], weight, f"snapshot[{index}]")
+    problem.assert_unchanged(before, but=LEFT)
     entries = read_ledger(problem.ledger)
     assert entries["cause_jump"] == entries["rejected"] == entries["rejections"] == 1
     assert (entries["cause_nonfinite"], entries["cooldown"], entries["horizon"]) == (0, 7, 0.75 / 2)
     assert (entries["moved"], entries["stretch"], entries["jump_square"]) == (0, 0, 0)
 
     # The gate stays closed through the cooldown, and so within the same stretch.
-    backend.predict(problem, along, save=False)
+    backend.predict(problem, along, first=False)
     backend.check_move(problem)
-    problem.assert_unchanged(before, but=("snapshot",))
+    problem.assert_unchanged(before, but=LEFT)
 
 
 @BACKENDS
@@ -64,9 +72,9 @@ def test_what_is_not_finite_is_rolled_back_bit_for_bit(
     before = problem.snapshot()
     backend.predict(problem)
     assert (problem.sums[:, 2] > 0).tolist() == [i == index for i in range(3)]
-    assert torch.isnan(problem.rows["weight"][index][element]) == math.isnan(value)
+    assert torch.isnan(problem.values("point")[index][element]) == math.isnan(value)
     backend.check_move(problem)
-    problem.assert_unchanged(before, but=("snapshot",))
+    problem.assert_unchanged(before, but=LEFT)
     entries = read_ledger(problem.ledger)
     assert (entries["cause_nonfinite"], entries["cause_jump"], entries["moved"]) == (1, 0, 0)
 
@@ -82,12 +90,13 @@ def test_an_overflow_of_the_16_bit_weight_alone_is_not_finite(
     problem.rows["param"][0].fill_(largest)
     assert problem.rows["param"][0].isfinite().all()
     problem.rows["displacement"][0].zero_()[77] = largest * 0.003
+    problem.keep_snapshot()
     before = problem.snapshot()
     backend.predict(problem, LINEAR, torch.ones(1, device=DEVICE))
     assert problem.rows["weight"][0].isfinite().all()
     assert problem.rows["param"][0].isinf().nonzero().tolist() == [[77]]
     backend.check_move(problem, limit=math.inf)
-    problem.assert_unchanged(before, but=("snapshot",))
+    problem.assert_unchanged(before, but=LEFT)
     assert read_ledger(problem.ledger)["cause_nonfinite"] == 1
 
 
@@ -157,7 +166,7 @@ def test_two_sets_are_checked_together(backend: Checked, limit: float) -> None:
         backend.check_move(problem, limit=limit, last=last)
         assert (read_ledger(half.ledger)["rejected"] == 1) == (last and limit == 0.0)
     for problem, then in zip(problems, moved if limit else before):
-        problem.assert_unchanged(then, but=("snapshot", "prediction"))
+        problem.assert_unchanged(then, but=(*LEFT, "prediction"))
     expected = half.scalars.sums[:, 0] if limit else torch.zeros(3, device=DEVICE)
     assert_near(half.scalars.prediction[:, SLOPE], expected, "slopes")
 
@@ -204,6 +213,30 @@ def test_nonfinite_gradients_are_counted_where_they_are(
     problem.set_gradients()
     counted = backend.slopes(problem)[:, 2] > 0
     assert counted.tolist() == [i == index for i in range(len(problem.specs))]
+
+
+@fewer(10)
+@given(make=problems(groups=3, absent=True), scale=st.sampled_from((1.0, 8.0)))
+def test_slopes_along_a_displacement_computed_again(make: Make, scale: float) -> None:
+    """The gradient times what the prediction changed; 0 for tensors that take no part."""
+    for backend in (PLAIN, KERNELS):
+        problem = make().confident(loss_scale=scale)
+        problem.prediction[::2, PART] = 0.0
+        before = [weight.clone() for weight in problem.values("weight")]
+        backend.predict(problem)
+        gone = [b.double() - a.double() for a, b in zip(before, problem.values("point"))]
+        floor = 0.0 if problem.precision.kept == NONE else 1e-7
+        problem.prediction[1::4, PART] = -1.0
+        sums = backend.slopes(problem)
+        for index, spec in enumerate(problem.specs):
+            slope, size = 0.0, 0.0
+            if spec.present and index % 4 == 3:
+                products = problem.rows["grad"][index].double() * gone[index]
+                rounded = (problem.rows["grad"][index].double() * before[index]).abs().sum()
+                slope, size = float(products.sum()), float(products.abs().sum())
+                size += 1e5 * floor * float(rounded)
+            sign = -1.0 if spec.group == 1 else 1.0
+            assert float(sums[index, 0]) == pytest.approx(sign * slope / scale, abs=1e-5 * size)
 
 
 @BACKENDS
@@ -268,6 +301,76 @@ def test_a_rollback_restores_every_bit_whatever_the_move_did(
         problem.tensors.put_weight(index, slice(None), weight)
     backend.correct(problem, restart=restart)
     problem.assert_unchanged(before)
+
+
+@fewer(15)
+@given(
+    make=problems(groups=3, filled=True),
+    fractions=st.permutations((0.0, 1.0, 0.625, 1.9)),
+    stretch=st.integers(1, 3),
+    data=st.data(),
+)
+def test_placing_along_a_displacement_computed_again(
+    make: Make, fractions: list[float], stretch: int, data: st.DataObject
+) -> None:
+    """What nobody copied comes back bit for bit, and both backends agree on every bit.
+
+    A tensor that somebody else has written meanwhile has what they wrote.
+    """
+    written = data.draw(st.sampled_from((None, *range(len(make().specs)))), label="written")
+    both = make(), make()
+    for problem, backend in zip(both, (KERNELS, PLAIN)):
+        problem.confident()
+        before = problem.snapshot()["weight"]
+        for number in range(stretch):
+            problem.prediction[:, FACTOR] = 0.5 + number
+            backend.predict(problem, first=number == 0, share=0.4)
+            backend.check_move(problem)
+        point = [weight.clone() for weight in problem.values("point")]
+        problem.decided(*fractions)
+        if written is not None:
+            problem.prediction[written, PART], problem.prediction[written, FRACTION] = -1.0, 1.0
+            param = problem.rows["param"][written]
+            param[(0,) * param.ndim] = 7.0
+        backend.correct(problem)
+        problem.again = None
+        problem.check()
+        for index, weight in enumerate(problem.values("weight")):
+            fraction = fractions[index % len(fractions)]
+            if index == written:
+                continue
+            if fraction in (0.0, 1.0):
+                exact = (point if fraction else before)[index]
+                assert_same_bits(weight, exact, f"weight[{index}] at fraction {fraction}")
+            elif problem.precision.kept != NONE:
+                start, end = before[index].double(), point[index].double()
+                expected = start + fraction * (end - start)
+                assert_near(weight, expected, f"weight[{index}]", 3e-6, 1e-6)
+        if written is not None:
+            assert float(problem.rows["param"][written].flatten()[0]) == 7.0
+    if make().precision != FP64:  # whose bias corrections differ in the last bit
+        both[0].assert_same(both[1], rows=["weight", "param"])
+
+
+@BACKENDS
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_what_cannot_be_found_again_does_not_move(backend: Checked, precision: Precision) -> None:
+    """Weights far smaller than their displacement, zeros, denormals, infinities."""
+    values = [0.0, -0.0, 1e-42, -1e-30, 1e-6, 1e-3, 2.0, math.inf, -3e38, 5e-5, -1e-4]
+    problem = Problem(plain((len(values),), (40,)), precision=precision).confident()
+    weight = torch.tensor(values)
+    for name in ("weight", "param") if precision.kept == OWN else ("param",):
+        problem.rows[name][0].copy_(weight)
+    if "remainder" in problem.rows:
+        problem.rows["remainder"][0].zero_()
+    before = problem.snapshot()
+    backend.predict(problem)
+    moved = problem.rows["param"][0].clone()
+    if precision.kept != NONE:
+        assert not torch.equal(moved[:1], before["param"][0][:1]), "a weight of zero moves"
+    problem.decided(0.0, decision=2.0)
+    backend.correct(problem)
+    problem.assert_unchanged(before, but=(*LEFT, "prediction"))
 
 
 @BACKENDS

@@ -55,7 +55,7 @@ def test_fp16_overflow_of_the_predicted_weight(backend: str) -> None:
     model, optimizer = at_predict(backend, torch.float16)
     param = next(model.parameters())
     with torch.no_grad():
-        param[0, 0] = 65504.0
+        param[0, 0] = optimizer.state[param]["master"][0, 0] = 65504.0
     optimizer.state[param]["slow_ema"][0, 0] = (
         -3e6 * optimizer.state[param]["exp_avg_sq"][0, 0].sqrt()
     )

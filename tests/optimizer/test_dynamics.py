@@ -107,7 +107,8 @@ def test_noisy_run_is_adamw_plus_the_predicted_steps(backend: str) -> None:
                 twin -= 0.25e-2 * slow / (square.sqrt() + 1e-8)
     assert optimizer.stats().predicted_steps > 40
     assert optimizer.stats().rollbacks == 0
-    assert (param - twin).norm() < 1e-4 * twin.norm()
+    # The few weights that are too small beside their displacement stay where they are.
+    assert (param - twin).norm() < 1e-3 * twin.norm()
 
 
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.8])

@@ -44,7 +44,7 @@ def _copies_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def leave_nothing(self: Offload, row: MovingRow) -> None:
         for tensor in row.here or ():
-            tensor.fill_(float("nan"))
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
         leave(self, row)
 
     def bring_all(self: Offload, plan: StepPlan) -> None:
@@ -52,7 +52,7 @@ def _copies_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         bring(self, plan)
         for row in coming:
             for tensor in row.host or ():
-                tensor.fill_(float("nan"))
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
     monkeypatch.setattr(Offload, "_leave", leave_nothing)
     monkeypatch.setattr(Offload, "_bring", bring_all)
@@ -154,7 +154,7 @@ def test_beyond_adamw_nothing_lies_on_the_device_between_steps(predictor: str) -
             assert not visiting(optimizer)
             stats = optimizer.stats()
             assert stats.state_bytes_device - 8 * numbers < 0.1 * numbers
-            assert stats.state_bytes_host >= 8 * numbers * (predictor != "none")
+            assert stats.state_bytes_host >= 5 * numbers * (predictor != "none")
     assert (Phase.CORRECT in phases) == (predictor != "none")
 
 
@@ -189,8 +189,8 @@ def test_only_what_a_step_touches_is_fetched() -> None:
             train(model, optimizer, 1, batches)
     # auto follows the slow EMA here, and nothing else is there.
     assert seen[Phase.WARMUP] == {"slow_ema"}
-    assert seen[Phase.PREDICT] == {"slow_ema", "snapshot"}
-    assert seen[Phase.CORRECT] == {"slow_ema", "snapshot"}
+    assert seen[Phase.PREDICT] == {"slow_ema", "residue"}
+    assert seen[Phase.CORRECT] == {"slow_ema", "residue"}
 
 
 @pytest.mark.parametrize("passes", [1, 3])

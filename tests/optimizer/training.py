@@ -90,7 +90,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Bitwise equality, NaN included."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    as_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    as_int = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
     return torch.equal(left.contiguous().view(as_int), right.contiguous().view(as_int))
 
 

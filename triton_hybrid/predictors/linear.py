@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
+from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.gram import DISPLACEMENT
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.multi_tensor import TensorSet
-from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, Scalars
 from triton_hybrid.predictors.predictor import Predictor, Rows

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.predict import Displacement
+from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, State, StateRow
 
@@ -109,6 +109,8 @@ class Predictor(Choice):
         displacement: What it moves the weights by.
         share: Part of that which each predicted step makes.
         refit_steps: Full steps needed after a stretch that held; 0: none, and it goes on.
+        again: The displacement, where it can be computed again until the next base step; None where
+            a snapshot of the weights is kept.
         least_beta1: Tensors of groups with no larger β1 stay where they are.
         keeps_pairs: Whether it notes moves and gradient changes, in every step after Warmup.
         slow_beta: Largest decay of the slow EMA; 0 without one.
@@ -117,6 +119,7 @@ class Predictor(Choice):
     predicts: bool = True
     follows_trajectory: bool = False
     displacement: Displacement
+    again: Displacement | None = None
     share: float = 1.0
     least_beta1: float = -1.0
     keeps_pairs: bool = False
@@ -167,10 +170,17 @@ class Predictor(Choice):
         """
         engine = self.engine
         for batch in engine.batches:
-            engine.backend.slopes(batch.tensors, engine.scalars)
+            moved = self.again is None or not self.leaves(batch)
+            engine.backend.slopes(batch.tensors, engine.scalars, self.again, moved)
         engine.backend.decide(engine.scalars, self.config.divergence_threshold, self.cooldown)
         for batch in engine.batches:
-            engine.backend.correct(batch.tensors, engine.scalars, restart=self.follows_trajectory)
+            if self.again is None or not self.leaves(batch):
+                engine.backend.correct(
+                    batch.tensors,
+                    engine.scalars,
+                    restart=self.follows_trajectory,
+                    again=self.again,
+                )
 
     def predict(self, in_row: int) -> None:
         """Moves the weights by one predicted step, or undoes all of a row where that fails."""
@@ -185,10 +195,11 @@ class Predictor(Choice):
                 limit=limit,
                 cooldown=self.cooldown,
                 last=batch is engine.batches[-1],
+                again=None if self.leaves(batch) else self.again,
             )
 
     def move(self, first: bool) -> None:
-        """Moves the weights by one predicted step; the first in a row keeps the snapshot."""
+        """Moves the weights by one predicted step."""
         engine, sums = self.engine, self.engine.scalars.sums
         # A trajectory makes the same step again, along the same slopes, bit for bit.
         known = self.follows_trajectory and not first and self._slopes_known
@@ -204,6 +215,6 @@ class Predictor(Choice):
                 self.coefficients(batch),
                 threshold=self.config.confidence_threshold,
                 share=self.share,
-                save=first and not self.follows_trajectory,
+                first=first,
                 with_slopes=not known,
             )

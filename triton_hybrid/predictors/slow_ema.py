@@ -17,11 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
+from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.multi_tensor import TensorSet
-from triton_hybrid.kernels.predict import Displacement
 from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, STEPS_AHEAD, Scalars
+from triton_hybrid.predictors.predictor import SLOW_EMA as SLOW_EMA_ROW
 from triton_hybrid.predictors.predictor import Predictor, Rows
+from triton_hybrid.rules.rule import Rule
+from triton_hybrid.state import MOVE, PREDICTION, RESIDUE, StateRow
 
 FIRST_HORIZON = 0.25
 HORIZON_GAIN = 3.0
@@ -73,18 +76,14 @@ class _Torch:
     def factors(
         self, tensors: TensorSet, scalars: Scalars, factor: Tensor, ratio: Tensor | None
     ) -> list[Tensor]:
-        rule = tensors.rule
-        assert rule is not None
         rows = scalars.hyperparameters[tensors.group.long()]
-        step = tensors.steps.double().clamp(min=1.0)
-        unit = rule.torch_along.unit((1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt())
-        moved = -factor * (rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]])
-        return [moved * unit, unit * rows[:, HYPER["eps"]]]
+        return [-factor * (rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]])]
 
     def block(self, tensors: TensorSet, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
-        factor, eps = factors
+        factor, *numbers = factors
         assert tensors.rule is not None
-        return tensors.rule.torch_along.along(rows, rows["slow_ema"], eps, out).mul_(factor)
+        moved = tensors.rule.torch_along.along(rows, rows["slow_ema"], numbers, out)
+        return moved if factor == 1.0 else moved.mul_(factor)
 
 
 class SlowEMA(Predictor):
@@ -94,9 +93,15 @@ class SlowEMA(Predictor):
     mixes = True
     displacement = Displacement(_factors, _block, _Torch(), ("slow_ema",), along_rule=True)
 
+    again = displacement
+
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         self.refit_steps = REFIT_STEPS
+
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
+        moving = (RESIDUE, MOVE) if rule.kernels.along is not None else ()
+        return (SLOW_EMA_ROW, *moving, PREDICTION)
 
     @property
     def ready(self) -> bool:

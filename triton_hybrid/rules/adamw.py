@@ -22,10 +22,12 @@ from triton_hybrid.kernels.scalars import (
     BETA1,
     BETA2,
     EPS,
+    HYPER,
     LOG_BETA2,
     LOG_EXP_AVG,
     precise_div,
     precise_sqrt,
+    precise_sqrt_torch,
 )
 from triton_hybrid.kernels.update_rule import Block, UpdateRule
 from triton_hybrid.rules.rule import Rule
@@ -126,13 +128,15 @@ class _Torch:
         update = torch.div(rows["exp_avg"], denominator, out=denominator)
         return update, ahead, (numbers.size * numbers.root_correction2) ** 2
 
-    def along(self, rows: Mapping[str, Tensor], x: Tensor, eps: Any, out: Tensor) -> Tensor:
-        denominator = torch.sqrt(rows["exp_avg_sq"], out=out[1]).add_(eps)
-        return torch.div(x, denominator, out=out[0])
+    def numbers(self, rows: Tensor, step: Tensor) -> list[Tensor]:
+        rates = [1.0 - rows[:, HYPER[name]] for name in ("beta1", "beta2")]
+        root = (1.0 - (step * rows[:, HYPER["log_beta2"]]).exp()).sqrt()
+        return [*rates, root, rows[:, HYPER["eps"]]]
 
-    def unit(self, root_correction2: Tensor) -> Tensor:
-        # s / (√v / root + ε) is root · s / (√v + root · ε): one operation less a block.
-        return root_correction2
+    def along(self, rows: Mapping[str, Tensor], x: Tensor, numbers: Any, out: Tensor) -> Tensor:
+        _, _, root, eps = numbers
+        denominator = precise_sqrt_torch(rows["exp_avg_sq"], out[1]).div_(root).add_(eps)
+        return torch.div(x, denominator, out=out[0])
 
 
 ADAMW = Rule(

@@ -72,11 +72,11 @@ class _Torch:
         ahead = torch.sign(block.rows["slow_ema"], out=block.scratch[1])
         return block.scratch[0], ahead, block.numbers.lr**2
 
-    def along(self, rows: Mapping[str, Tensor], x: Tensor, eps: Any, out: Tensor) -> Tensor:
-        return torch.sign(x, out=out[0])
+    def numbers(self, rows: Tensor, step: Tensor) -> list[Tensor]:
+        return [torch.zeros_like(step)] * 4
 
-    def unit(self, root_correction2: Tensor) -> Tensor:
-        return torch.ones_like(root_correction2)
+    def along(self, rows: Mapping[str, Tensor], x: Tensor, numbers: Any, out: Tensor) -> Tensor:
+        return torch.sign(x, out=out[0])
 
 
 LION = Rule(

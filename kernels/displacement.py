@@ -1,0 +1,90 @@
+"""A predicted displacement: what weights are moved by, made of rows of state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+from triton_hybrid.kernels.multi_tensor import TensorSet
+from triton_hybrid.kernels.scalars import Scalars
+from triton_hybrid.kernels.together_torch import Part, Together
+
+
+class TorchDisplacement(Protocol):
+    """A displacement in plain torch."""
+
+    def factors(
+        self,
+        tensors: TensorSet,
+        scalars: Scalars,
+        factor: Tensor,
+        coefficients: Tensor | None,
+    ) -> list[Tensor]:
+        """FP64 columns ``[tensors]``: what `block` needs of each tensor.
+
+        ``factor`` is the share of the whole displacement to make, FP64 ``[tensors]``.
+        """
+
+    def block(
+        self,
+        tensors: TensorSet,
+        rows: Mapping[str, Tensor],
+        factors: Sequence[Any],
+        out: Tensor,
+    ) -> Tensor:
+        """The displacement of a block in the first row of ``out``.
+
+        Its second row is scratch. ``factors`` of a tensor are floats on the CPU, else 0-dim.
+        """
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """A predicted displacement as the kernels see it.
+
+    The two ``@triton.jit`` functions are handed to the kernel as compile-time constants.
+    """
+
+    factors: Any
+    """``(row, factor)``: the number that `block` needs, computed once a chunk."""
+    block: Any
+    """``(addresses, tensor, begin, length, that number, four of the rule, coefficients, ...)``:
+    the displacement of a block."""
+    torch: TorchDisplacement
+    reads: tuple[str, ...]
+    """Rows that `block` reads, beside the weight and the rule's ``reads_along``."""
+    along_rule: bool
+    """Whether the rule says where a gradient would lead (``rule.along``). Nothing that it is made
+    of changes until the next base step, so it is computed again where the weights before the move
+    are needed (``residue.py``); of any other a snapshot is kept."""
+
+
+def computed_again(
+    tensors: TensorSet, again: Displacement | None, moved: bool = True
+) -> dict[str, Any]:
+    """What tells a kernel how to compute a displacement again."""
+    if again is None or not moved:
+        return {"DISPLACEMENT": None, "DENOMINATOR": None, "ALONG": None, "AGAIN": False}
+    rule = tensors.rule
+    assert rule is not None
+    functions = {"DENOMINATOR": rule.denominator, "ALONG": rule.along}
+    return {"DISPLACEMENT": again.block, "AGAIN": True, **functions}
+
+
+def again_torch(
+    cells: Part | Together, again: Displacement, numbers: Sequence[Any], out: Tensor
+) -> Tensor:
+    """The displacement that stands in some elements; ``numbers`` as in the table of moves."""
+    factor, _, *others = numbers
+    tensors, names = cells.tensors, (*again.reads, *cells.tensors.rule.reads_along)  # type: ignore[union-attr]
+    rows = {name: cells.joined(name) for name in names}
+    return again.torch.block(tensors, rows, (1.0, *others), out).mul_(factor)
+
+
+def numbers_torch(tensors: TensorSet, scalars: Scalars) -> tuple[Tensor, list[Any]]:
+    """A set's table of moves in its dtype; the same, as plain torch takes it tensor by tensor."""
+    table = scalars.moves[tensors.place].to(tensors.compute_dtype)
+    on_cpu = table.device.type == "cpu"
+    return table, table.tolist() if on_cpu else [row.unbind() for row in table.unbind()]

@@ -1,0 +1,205 @@
+"""The slope of a gradient along the displacement that stands in the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton_hybrid.kernels.displacement import (
+    Displacement,
+    again_torch,
+    computed_again,
+    numbers_torch,
+)
+from triton_hybrid.kernels.ledger import INDEX, LOSS_SCALE, PART_COLUMN, PREDICTION_COLUMNS
+from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.residue import (
+    NOT_MOVED,
+    UNMOVED,
+    load_moved,
+    load_moved_torch,
+    load_residue,
+    move_numbers,
+    stands_in_parameter,
+)
+from triton_hybrid.kernels.rows import (
+    GRAD,
+    NONE,
+    OWN_WEIGHTS,
+    SNAPSHOT,
+    TAIL_SHARE,
+    WEIGHTS_ALONE,
+    load_row,
+    load_weight,
+)
+from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars, own
+from triton_hybrid.kernels.sums import fold, no_sums, reduce_partials
+from triton_hybrid.kernels.together_torch import Part, Together, dots, together
+
+SLOPE_SUMS = 3
+"""Sums of a verifying gradient: slope, squared gradient, non-finite gradients."""
+
+
+@triton.jit
+def _slopes_chunk(
+    addresses, tensor, start, length, moves,
+    DISPLACEMENT: tl.constexpr, DENOMINATOR: tl.constexpr, ALONG: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
+    KEPT: tl.constexpr, AGAIN: tl.constexpr, SLOPES: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    slope = no_sums(BLOCK, FULL) if AGAIN else tl.zeros([BLOCK], tl.float32)
+    square = tl.zeros([BLOCK], tl.float32)
+    bad = tl.zeros([BLOCK], tl.float32)
+    if AGAIN:
+        factor, a, b, c, d = move_numbers(moves, tensor, STATE)
+    for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
+        begin = start + inner
+        g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL)
+        if AGAIN:
+            gone = DISPLACEMENT(
+                addresses, tensor, begin, length, factor, a, b, c, d, moves,
+                DENOMINATOR, ALONG, STATE, BLOCK, FULL,
+            )  # fmt: skip
+            if KEPT == WEIGHTS_ALONE:
+                # Rounded to 16 bits, the move is another.
+                origin, w = load_moved(
+                    addresses, tensor, begin, length, gone, 0, PARAM_TYPE, STATE, KEPT, BLOCK, FULL
+                )
+                gone = w - origin
+            elif KEPT != OWN_WEIGHTS or PARAM_TYPE == STATE:
+                lost = load_residue(addresses, tensor, begin, length, BLOCK, FULL)
+                gone = tl.where(lost == NOT_MOVED, 0.0, gone)
+            slope += fold(g * gone, BLOCK, FULL)
+        elif SLOPES:
+            w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
+            origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+            slope += (g * (w - origin)).to(tl.float32)
+        square += (g * g).to(tl.float32)
+        bad = tl.maximum(bad, tl.where(tl.abs(g) < float("inf"), 0.0, 1.0))
+    return tl.sum(slope, axis=0), tl.sum(square, axis=0), tl.max(bad, axis=0)
+
+
+@triton.jit
+def _slopes_kernel(
+    addresses, extents, places, n_chunks,
+    group, hyperparameters, prediction, moves, ledger, partials,
+    DISPLACEMENT: tl.constexpr, DENOMINATOR: tl.constexpr, ALONG: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
+    KEPT: tl.constexpr, AGAIN: tl.constexpr, SLOPES: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    unscale = (1.0 / tl.load(ledger + LOSS_SCALE)).to(tl.float32)
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
+        row = hyperparameters + tl.load(group + tensor) * HYPER_COLUMNS
+        sign = tl.load(row + SIGN).to(tl.float32)
+        cell = partials + tl.cast(chunk, tl.int64) * 3
+        zero = tl.full((), 0.0, tl.float32)
+        slope, square, bad = zero, zero, zero
+        for FULL in tl.static_range(2):
+            if full == FULL:
+                slope, square, bad = _slopes_chunk(
+                    addresses, tensor, start, length, moves, DISPLACEMENT, DENOMINATOR, ALONG,
+                    PARAM_TYPE, GRAD_TYPE, STATE, KEPT, AGAIN, SLOPES,
+                    BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                )  # fmt: skip
+        if AGAIN:
+            takes_part = tl.load(prediction + PREDICTION_COLUMNS * tensor + PART_COLUMN) > 0
+            slope = tl.where(takes_part, slope, 0.0)
+        tl.store(cell, sign * unscale * slope)
+        tl.store(cell + 1, unscale * unscale * square)
+        tl.store(cell + 2, bad)
+
+
+def slopes(
+    tensors: TensorSet, scalars: Scalars, again: Displacement | None = None, moved: bool = True
+) -> None:
+    """Measures a gradient along the displacement that stands. Two launches.
+
+    Sums, in ``scalars.sums``: slope (descent is negative, also when maximising), squared gradient,
+    chunks with a non-finite gradient, without the loss scale; zero for a tensor without a gradient.
+
+    Args:
+        tensors: With rows ``grad``, ``weight`` and ``snapshot``, or those of the displacement.
+        scalars: Of these tensors.
+        again: The displacement, to be computed again; None: ``weight - snapshot``.
+        moved: Whether one may stand in these tensors.
+    """
+    partials = tensors.room_for(SLOPE_SUMS)
+    tensors.launch(
+        _slopes_kernel, tensors.group, scalars.hyperparameters,
+        own(scalars.prediction, tensors), own(scalars.moves, tensors), scalars.ledger, partials,
+        GRAD_TYPE=tensors.dtype_of("grad"), SLOPES=moved, **computed_again(tensors, again, moved),
+    )  # fmt: skip
+    reduce_partials(partials, tensors.chunks(), own(scalars.sums, tensors))
+
+
+def slopes_torch(
+    tensors: TensorSet, scalars: Scalars, again: Displacement | None = None, moved: bool = True
+) -> None:
+    """`slopes` in plain torch."""
+    flat, ledger = tensors.flat, scalars.ledger
+    compute = tensors.compute_dtype
+    sums = scalars.sums[tensors.place].zero_()
+    table, numbers = numbers_torch(tensors, scalars)
+    out = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
+
+    def gone(cells: Part | Together, its: Sequence[Any], length: int) -> Tensor:
+        if again is None:
+            return cells.weight().sub_(cells.joined("snapshot"))
+        found = again_torch(cells, again, its, out[:, :length])
+        if tensors.kept == NONE:  # rounded to 16 bits, the move is another
+            before, weight = load_moved_torch(cells, found, False)
+            return weight - before
+        if not stands_in_parameter(tensors):
+            found.masked_fill_(cells.joined("residue") == UNMOVED, 0.0)
+        return found
+
+    done: set[int] = set()
+    for party in together(tensors, [here or None for here in tensors.present]).values():
+        its = [party.spread(column) for column in table.unbind(1)] if again else []
+        along = gone(party, its, party.total) if moved else None
+        sums[party.indices] = _slopes_together(party, along)
+        done.update(party.indices)
+    for index, here in enumerate(tensors.present):
+        if index in done:
+            continue
+        total = sums[index]
+        for part in tensors.torch_blocks(index) if here else ():
+            g = flat["grad"][index][part].to(compute)
+            square = g.dot(g)
+            if moved:
+                along = gone(Part(tensors, index, part), numbers[index], part.stop - part.start)
+                total[0] += g.dot(along)
+            total[1] += square
+            # A finite sum of squares has finite terms; the second look costs only when not.
+            if square.device.type != "cpu" or not bool(square.isfinite()):
+                total[2] += ~g.isfinite().all()
+    if again is not None:
+        takes_part = scalars.prediction[tensors.place, PART_COLUMN.value] > 0
+        sums[:, 0] = torch.where(takes_part, sums[:, 0], 0.0)
+    unscale = ledger[INDEX["loss_scale"]].reciprocal()
+    sums[:, 0] *= scalars.hyperparameters[tensors.group.long(), HYPER["sign"]] * unscale
+    sums[:, 1] *= unscale * unscale
+
+
+def _slopes_together(party: Together, along: Tensor | None) -> Tensor:
+    """The sums of short tensors; FP64 ``[tensors, SLOPE_SUMS]``."""
+    tensors = party.tensors
+    joined, grads = party.joined("grad"), party.rows("grad")
+    if joined.dtype != tensors.compute_dtype:
+        joined = joined.to(tensors.compute_dtype)
+        grads = party.parts(joined)
+    squares = dots(grads, grads)
+    total = joined.new_zeros(len(grads), SLOPE_SUMS, dtype=torch.float64)
+    if along is not None:
+        total[:, 0] = dots(grads, party.parts(along))
+    total[:, 1] = squares
+    if not bool(squares.isfinite().all()):
+        total[:, 2] = torch.stack([~grad.isfinite().all() for grad in grads])
+    return total

@@ -1,0 +1,52 @@
+"""What stood in the weights before the prediction that stands there now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_hybrid.kernels.layout import dense_view
+from triton_hybrid.kernels.multi_tensor import assembled, remainder_of
+from triton_hybrid.kernels.residue import moved_torch, recovered_torch
+from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
+from triton_hybrid.kernels.update_rule import UpdateRule
+from triton_hybrid.state import MASTER, MOVE, REMAINDER, RESIDUE, SNAPSHOT, Group, as_dense
+
+
+def moved_again(entry: Group) -> bool:
+    """Whether the displacement that stands in a parameter can be computed again."""
+    move = entry.get(MOVE.name)
+    return move is not None and move.shape == MOVE.shape and not bool(move[0].isnan())
+
+
+def weight_before(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
+    """A parameter's weight before the prediction that stands, in the dtype of the mathematics."""
+    if not moved_again(entry):
+        snapshot: Tensor = entry[SNAPSHOT.name].to(param.device)
+        return snapshot
+    if MASTER.name in entry:
+        master: Tensor = entry[MASTER.name]
+        return master
+    found = torch.empty_like(param, dtype=entry[rule.writes[0]].dtype)
+    dense = dense_view(as_dense(param).detach())
+    kept, weight = NONE if dense.dtype != found.dtype else OWN, dense.to(found.dtype)
+    if REMAINDER.name in entry:
+        kept, weight = SPLIT, assembled(dense, dense_view(entry[REMAINDER.name]))
+    names = ("slow_ema", *rule.reads_along, RESIDUE.name)
+    rows = {name: dense_view(entry[name]).to(param.device) for name in names}
+    moved = moved_torch(rule, rows, entry[MOVE.name])
+    before = recovered_torch(weight, moved, rows[RESIDUE.name], kept, param.dtype)
+    dense_view(found).copy_(before)
+    return found
+
+
+def restore_weight(param: Tensor, entry: dict[str, Any], rule: UpdateRule) -> None:
+    """Puts a parameter, and what is kept of its weight, back to before the prediction."""
+    before = weight_before(param, entry, rule)
+    param.copy_(before)
+    if MASTER.name in entry:
+        entry[MASTER.name].copy_(before)
+    if REMAINDER.name in entry:
+        entry[REMAINDER.name].copy_(remainder_of(before, param.detach()))
