@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from triton_hybrid.accumulation import Windows
 from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks
@@ -44,6 +46,8 @@ class Binding:
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
         self.settings, self._ranks = settings, ranks
         self.progress = Progress(PhaseController(settings.config))
+        windows = settings.accumulation
+        self.windows = None if windows is None else Windows(windows, ranks)
         self.engine: Engine | None = None  # before the first step and after a change
         self._pending_losses: list[Tensor | float] = []
         self._watch: Watch | None = None
@@ -79,6 +83,8 @@ class Binding:
                 return None
         assert self.engine is not None
         self.engine.refresh(groups)
+        if self.windows is not None:
+            self.engine.scale_rates(self.windows.numbers(self.engine.device)[1])
         return self.engine
 
     def _rebind(self, members: Sequence[Member], state: State, groups: Groups) -> None:
@@ -134,6 +140,8 @@ class Binding:
             self._note(self.engine)
             self.engine.offload.synchronise()
         progress = self.progress.to_dict()
+        if self.windows is not None:
+            progress["windows"] = self.windows.state()
         for group in groups:
             group[PROGRESS] = progress
 
@@ -144,6 +152,8 @@ class Binding:
             self.progress = Progress.from_dict(saved, self.settings.config)
         elif self.progress.gradients:
             self.restart()
+        if self.windows is not None and saved and "windows" in saved:
+            self.windows.restore(saved["windows"], every_parameter(groups))
 
     def at_home_on_host(self, name: str) -> bool:
         """Whether state of this name is at home in host memory."""
@@ -164,6 +174,27 @@ class Binding:
         # A copy: the step moves the scale in place, and autograd may still hold this one.
         return self.engine.scalars.ledger[INDEX["loss_scale"]].float()
 
+    def window_complete(self, groups: Groups) -> bool:
+        """Whether the coming step has all the gradients that it waits for."""
+        if self.windows is None or not self.progress.controller.phase.needs_gradient:
+            return True
+        return self.windows.ask(every_parameter(groups))
+
+    @property
+    def last_of_window(self) -> bool:
+        """Whether it will have them after one more micro-batch."""
+        return self.windows is None or self.windows.closing
+
+    def begin_window(self, groups: Groups) -> None:
+        """Forgets the micro-batches of gradients that are no more."""
+        if self.windows is not None:
+            self.windows.drop(every_parameter(groups))
+
+    def closure_ran(self) -> None:
+        """Counts what a closure has computed."""
+        if self.windows is not None:
+            self.windows.closure_ran()
+
     def stats(self, state: State) -> HybridStats:
         """Counters and measurements. Waits for the device."""
         engine, ledger = self.engine, self.progress.ledger
@@ -179,7 +210,8 @@ class Binding:
         else:
             predictor, ledger = engine.predictor.name, engine.read()
             on_device += engine.offload.visiting_bytes()
-        return HybridStats.of(self.progress, ledger, predictor, (on_device, on_host))
+        stats = HybridStats.of(self.progress, ledger, predictor, (on_device, on_host))
+        return stats if self.windows is None else replace(stats, **self.windows.report())
 
     def agree(self, engine: Engine) -> None:
         """Lets the ranks of data-parallel training decide by the same numbers."""
@@ -200,6 +232,27 @@ class Binding:
                 "where optimizer.needs_backward is True, or use inline=True",
                 stacklevel=4,
             )
+
+    @contextmanager
+    def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> Iterator[None]:
+        """What surrounds a gradient step: a GradScaler's scale, and the length of a window.
+
+        Raises:
+            RuntimeError: The micro-batches in the gradients were not counted.
+        """
+        windows = self.windows
+        if windows is not None:
+            windows.require_count()
+        if scaler:
+            engine.borrow_scale(*scaler)
+        if windows is not None:
+            engine.divide_gradient(windows.numbers(engine.device)[0])
+        yield
+        if windows is not None:
+            engine.end_division(windows.numbers(engine.device)[0])
+            windows.close(every_parameter(groups))
+        if scaler:
+            engine.return_scale()
 
     @contextmanager
     def undisturbed(self, engine: Engine) -> Iterator[None]:
@@ -241,6 +294,11 @@ class Binding:
             trajectory=engine.predictor.follows_trajectory,
             pairs=engine.predictor.keeps_pairs and phase is not Phase.WARMUP,
         )
+
+
+def every_parameter(groups: Groups) -> list[Tensor]:
+    """The parameters of all groups."""
+    return [param for group in groups for param in group["params"]]
 
 
 def has_gradients(groups: Groups) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from triton_hybrid.accumulation import AccumulationConfig
 from triton_hybrid.binding import Binding, has_gradients
 from triton_hybrid.checkpoint import (
     PROGRESS,
@@ -57,7 +57,8 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         loss_scale: ``"dynamic"`` or a number: gradients are those of `scale_loss(loss)`, and the
             step unscales them, skips what is not finite and moves the scale as
             ``torch.amp.GradScaler`` does. None: no scaling, or that of a GradScaler.
-        accumulation: Not built yet.
+        accumulation: How many micro-batches a step may take (`AccumulationConfig`); the loop asks
+            `window_complete`, and does not divide the loss. None: one step, one gradient.
         maximize: Ascend instead of descend.
         capturable: True: `step` never waits for the device; predictions are gated by the
             device alone, and the host's phases run as if all were accepted.
@@ -97,7 +98,7 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         max_grad_norm: float | None = None,
         master_weights: str = "auto",
         loss_scale: float | str | None = None,
-        accumulation: object | None = None,
+        accumulation: AccumulationConfig | None = None,
         maximize: bool = False,
         capturable: bool = False,
         backend: str = "auto",
@@ -105,17 +106,17 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         **options: Any,
     ) -> None:
         options = own_options(options)
-        if accumulation is not None:
-            raise NotImplementedError(f"accumulation={accumulation!r} is not built yet")
         check_process_group(process_group)
         config = HybridConfig() if hybrid is None else hybrid
-        settings = Settings(config, max_grad_norm, master_weights, loss_scale, capturable, backend)
+        settings = Settings(
+            config, max_grad_norm, master_weights, loss_scale, capturable, backend, accumulation
+        )
         defaults = {"lr": as_rate(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"maximize": maximize, "base": base, **OPTIONS, **options}
         check_group(defaults)
         self._binding = Binding(settings, Ranks(process_group))
         super().__init__(params, defaults)
-        self._warn_about_idle_gpu()
+        settings.warn_about_idle_gpu(self._first_device())
 
     @torch._dynamo.disable
     @torch.no_grad()
@@ -143,20 +144,17 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
             if phase is Phase.PREDICT:
                 self._predict(engine)
             elif engine.take_gradients():
-                if scaler:
-                    engine.borrow_scale(*scaler)
-                self._binding.agree(engine)
-                plan = self._binding.plan(engine)
-                if phase is Phase.CORRECT or plan.pairs:
-                    engine.verify(plan.edge)  # accepts the prediction, corrects it or rolls it back
-                engine.base_step(plan.measured)
-                self._choose_next_phase(engine, scaled=scaler is not None)
-                self._count(phase, started)
-                while self.hybrid.inline and self.phase is Phase.PREDICT:
-                    self._predict(engine)
-                engine.release_gradients()
-                if scaler:
-                    engine.return_scale()
+                with self._binding.scaled(engine, self.param_groups, scaler):
+                    self._binding.agree(engine)
+                    plan = self._binding.plan(engine)
+                    if phase is Phase.CORRECT or plan.pairs:
+                        engine.verify(plan.edge)  # accepts, corrects or rolls the prediction back
+                    engine.base_step(plan.measured)
+                    self._choose_next_phase(engine, scaled=scaler is not None)
+                    self._count(phase, started)
+                    while self.hybrid.inline and self.phase is Phase.PREDICT:
+                        self._predict(engine)
+                    engine.release_gradients()
         return loss
 
     def _predict(self, engine: Engine) -> None:
@@ -256,8 +254,22 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
 
     @property
     def window_complete(self) -> bool:
-        """Not built yet."""
-        raise NotImplementedError("accumulation is not built yet: window_complete is not available")
+        """Whether the gradients suffice for a `step`; the loop asks after each ``backward()``.
+
+        It does not divide the loss: the step divides by the number of micro-batches that it got.
+        True without ``accumulation``, and where the coming step reads no gradient.
+        """
+        return self._binding.window_complete(self.param_groups)
+
+    @property
+    def last_of_window(self) -> bool:
+        """Whether the coming micro-batch completes the window: all others are for `no_sync`."""
+        return self._binding.last_of_window
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; micro-batches that are thrown away no longer count."""
+        super().zero_grad(set_to_none)
+        self._binding.begin_window(self.param_groups)
 
     def stats(self) -> HybridStats:
         """Counters and measurements. Waits for the device."""
@@ -379,6 +391,7 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
             loss = closure()
         if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.observe_loss(loss)
+        self._binding.closure_ran()
         return loss
 
     def _count(self, phase: Phase, started: float) -> None:
@@ -388,13 +401,3 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
     def _first_device(self) -> torch.device:
         params = (param for group in self.param_groups for param in group["params"])
         return next((param.device for param in params), torch.device("cpu"))
-
-    def _warn_about_idle_gpu(self) -> None:
-        idle = torch.cuda.is_available() and self._first_device().type == "cpu"
-        if idle and self._settings.backend == "auto":
-            warnings.warn(
-                "the parameters are on the CPU although a GPU is there; "
-                "HybridOptimizer runs with backend='torch' on the CPU",
-                UserWarning,
-                stacklevel=3,
-            )
