@@ -31,13 +31,11 @@ from triton_hybrid.noise_scale import NoiseScale, squared_norm
 SHARE = 1 / 16
 """Longest window, as a part of the noise scale. Windows of k micro-batches take 1 + k / noise times
 as many of them as single ones (McCandlish et al., equation 2.11): here 6% more at most."""
-AVERAGED = 3.0
-"""Micro-batches whose noise limits the learning rate as that of one would without momentum. With
-1 the small language model's rate was too low at a noise scale of 4, with 10 too high at 23."""
-FIRST_INTERVAL, LONGEST_INTERVAL = 4, 64
-"""Windows of one between two that are measured: doubled each time, but for the first where the
-noise scale has become this many times as large:"""
-RISE = 1.25
+AVERAGED = 10.0
+"""Gradients in AdamW's exp_avg, 1 / (1 - β1): its noise is what limits the learning rate."""
+FIRST_INTERVAL, LONGEST_INTERVAL = 8, 128
+"""Windows of one between two that are measured: doubled each time, but for the first again where
+what was measured last would, taken alone, make windows grow."""
 SAME = 1e-9
 """Relative difference up to which numbers of all ranks are one number."""
 
@@ -186,11 +184,12 @@ class Windows:
             event.synchronize()
         squares, fourth = pooled.tolist()
         apart = [wide > (1.0 + SAME) * x * x for x, wide in zip(squares, fourth)]
-        known = self.noise.micro_batches
-        self.noise.take(squares, [ranks if differs else 1 for differs in apart])
-        noise, before = self.noise.micro_batches, self._chosen
-        self._chosen = self.choose(noise)
-        steady = self._chosen == before and noise <= RISE * known
+        ranks_apart = [ranks if differs else 1 for differs in apart]
+        latest = NoiseScale()
+        for scale in (self.noise, latest):
+            scale.take(squares, ranks_apart)
+        before, self._chosen = self._chosen, self.choose(self.noise.micro_batches)
+        steady = before == self._chosen >= self.choose(latest.micro_batches)
         self._interval = min(2 * self._interval, LONGEST_INTERVAL) if steady else FIRST_INTERVAL
         self._unmeasured = 0
 
@@ -297,7 +296,7 @@ def rate_factor(count: int, maximum: int, noise: float) -> float:
 
     The rate that is best for gradient descent is proportional to 1 / (1 + noise / count)
     (McCandlish et al., equation 2.7); AdamW divides by √(|G|² + tr Σ / count) already, which leaves
-    the root of it, and momentum takes `AVERAGED` of them: √(count / maximum) where noise is all
+    the root of it, with the noise of `AVERAGED` gradients: √(count / maximum) where noise is all
     there is, 1 where there is none.
     """
     if not math.isfinite(noise):
