@@ -162,6 +162,8 @@ class Binding:
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Notes the loss of the coming gradient."""
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"loss has shape {tuple(loss.shape)}: must have one element")
         if self.engine is None:
             self._pending_losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         else:
@@ -173,6 +175,20 @@ class Binding:
             return self.settings.scale_entries(self.progress.ledger)["loss_scale"]
         # A copy: the step moves the scale in place, and autograd may still hold this one.
         return self.engine.scalars.ledger[INDEX["loss_scale"]].float()
+
+    def takes_over_scaling(self, groups: Groups) -> bool:
+        """Whether a GradScaler leaves unscaling and skipping to the step.
+
+        True where it cannot do it itself: it refuses to unscale FP16 gradients. Elsewhere False,
+        because trainers refuse to clip otherwise.
+        """
+        self.settings.refuse_grad_scaler()
+        if not self.progress.controller.phase.needs_gradient and not has_gradients(groups):
+            raise RuntimeError(
+                "a Predict step has no gradients that a GradScaler could look at: call "
+                "optimizer.step() itself where needs_backward is False, without scaler.update()"
+            )
+        return any(param.dtype == torch.float16 for param in every_parameter(groups))
 
     def window_complete(self, groups: Groups) -> bool:
         """Whether the coming step has all the gradients that it waits for."""

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from triton_hybrid.accumulation import AccumulationConfig
-from triton_hybrid.binding import Binding, has_gradients
+from triton_hybrid.binding import Binding
 from triton_hybrid.checkpoint import (
     PROGRESS,
     Progress,
@@ -23,7 +23,14 @@ from triton_hybrid.checkpoint import (
 from triton_hybrid.config import HybridConfig, Settings
 from triton_hybrid.distributed import Ranks, check_process_group
 from triton_hybrid.engine import FRESH_RATES, Engine
-from triton_hybrid.groups import as_rate, check_group, check_parameter, complete_group, own_options
+from triton_hybrid.groups import (
+    as_rate,
+    check_group,
+    check_parameter,
+    complete_group,
+    first_device,
+    own_options,
+)
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.rules import OPTIONS
 from triton_hybrid.stats import HybridStats
@@ -116,7 +123,7 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         check_group(defaults)
         self._binding = Binding(settings, Ranks(process_group))
         super().__init__(params, defaults)
-        settings.warn_about_idle_gpu(self._first_device())
+        settings.warn_about_idle_gpu(first_device(self.param_groups))
 
     @torch._dynamo.disable
     @torch.no_grad()
@@ -125,10 +132,14 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
 
         Args:
             closure: Computes the loss and its gradients, and returns the loss. Not called
-                in a Predict phase.
+                in a Predict phase. With ``accumulation`` it computes a whole window: that of as
+                many micro-batches as it asks `window_complete` for, or of one.
 
         Returns:
             The closure's loss when it was called, otherwise None.
+
+        Raises:
+            RuntimeError: Gradients of micro-batches that nobody has counted.
         """
         phase, self._swaps = self.phase, None
         if phase is Phase.PREDICT:
@@ -219,13 +230,13 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
     @property
     def backend(self) -> str:
         """``"triton"`` or ``"torch"``: what runs the steps of these parameters."""
-        return self._settings.backend_for(self._first_device())
+        return self._settings.backend_for(first_device(self.param_groups))
 
     def observe_loss(self, loss: Tensor | float) -> None:
-        """Tells the loss of the coming gradient, for loops without a closure.
+        """Tells the loss of the coming gradient, or of each of its micro-batches.
 
-        Never waits for the device. With it, a prediction that raised the loss is rolled back;
-        without it, the gradient norm alone verifies.
+        For loops without a closure. Never waits for the device. With it, a prediction that raised
+        the loss is rolled back; without it, the gradient norm alone verifies.
 
         Args:
             loss: One element; a device tensor is best.
@@ -233,8 +244,6 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         Raises:
             ValueError: More than one element.
         """
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}: must have one element")
         self._binding.observe_loss(loss)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
@@ -363,18 +372,8 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler leaves unscaling and skipping to `step`.
-
-        True where it cannot do it itself: it refuses to unscale FP16 gradients. Elsewhere False,
-        because trainers refuse to clip otherwise.
-        """
-        self._settings.refuse_grad_scaler()
-        if not self.needs_backward and not has_gradients(self.param_groups):
-            raise RuntimeError(
-                "a Predict step has no gradients that a GradScaler could look at: call "
-                "optimizer.step() itself where needs_backward is False, without scaler.update()"
-            )
-        return any(p.dtype == torch.float16 for g in self.param_groups for p in g["params"])
+        """Whether a GradScaler leaves unscaling and skipping to `step`."""
+        return self._binding.takes_over_scaling(self.param_groups)
 
     def _scaler(self) -> tuple[Any, Any] | None:
         """What a GradScaler has set for this step: scale and flag; None without one."""
@@ -397,7 +396,3 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
     def _count(self, phase: Phase, started: float) -> None:
         self._progress.steps[phase] += 1
         self._progress.seconds[phase] += time.perf_counter() - started
-
-    def _first_device(self) -> torch.device:
-        params = (param for group in self.param_groups for param in group["params"])
-        return next((param.device for param in params), torch.device("cpu"))
