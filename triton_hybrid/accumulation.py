@@ -274,11 +274,12 @@ class Windows:
 
     def report(self) -> dict[str, Any]:
         """What `HybridStats` says of it."""
+        noise = self.noise.micro_batches
         return {
             "windows": self.windows,
             "micro_batches": self.micro_batches,
             "micro_batches_saved": self.windows * self.config.maximum - self.micro_batches,
-            "noise_scale": self.noise.micro_batches,
+            "noise_scale": None if math.isnan(noise) else noise,
         }
 
 

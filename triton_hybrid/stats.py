@@ -39,7 +39,7 @@ class HybridStats:
         windows: Steps whose gradient was accumulated, with ``accumulation`` set.
         micro_batches: Backward passes in them.
         micro_batches_saved: How many fewer these are than windows of ``maximum`` would have had.
-        noise_scale: tr Σ / |G|² of the gradient, in micro-batches; NaN before it is measured.
+        noise_scale: tr Σ / |G|² of the gradient, in micro-batches; None where it was not measured.
     """
 
     steps: int
@@ -62,7 +62,7 @@ class HybridStats:
     windows: int = 0
     micro_batches: int = 0
     micro_batches_saved: int = 0
-    noise_scale: float = math.nan
+    noise_scale: float | None = None
 
     @classmethod
     def of(
@@ -107,9 +107,10 @@ class HybridStats:
         windows = ""
         if self.windows:
             mean = self.micro_batches / self.windows
+            known = "" if self.noise_scale is None else f"; noise scale {self.noise_scale:.2f}"
             windows = (
                 f"\n{self.windows} windows of {mean:.2f} micro-batches, "
-                f"{self.micro_batches_saved} saved; noise scale {self.noise_scale:.2f}"
+                f"{self.micro_batches_saved} saved{known}"
             )
         return (
             f"{self.steps} steps: {self.gradient_evaluations} gradient evaluations, "

@@ -113,7 +113,7 @@ def train(run: Run) -> dict[str, Any]:
         hybrid=HybridConfig(predictor=run.predictor),
         accumulation=AccumulationConfig(run.maximum, minimum=run.minimum),
     )
-    noise: list[float] = []
+    noise: list[float | None] = []
     lengths: list[int] = []
     used = 0
     started, processor = time.perf_counter(), time.process_time()
@@ -132,7 +132,7 @@ def train(run: Run) -> dict[str, Any]:
         optimizer.zero_grad()
         lengths.append(used - first)
         if len(noise) < PARTS * used // run.budget:
-            noise.append(round(optimizer.stats().noise_scale, 3))
+            noise.append(optimizer.stats().noise_scale)
     times = time.perf_counter() - started, time.process_time() - processor
     stats = optimizer.stats()
     with optimizer.verified_weights():

@@ -91,7 +91,7 @@ class RunRecord:
     stats: dict[str, Any] | None = None
     steps: list[StepRecord] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
-    noise_scales: list[float] = field(default_factory=list)
+    noise_scales: list[float | None] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -311,7 +312,8 @@ def _draw_noise(axis: Axes, run: RunRecord | None) -> None:
         return
     other = axis.twinx()
     gradients = [step.gradients for step in run.steps]
-    other.plot(gradients, run.noise_scales, color="tab:olive", lw=1.0, label="noise scale")
+    noise = [math.nan if x is None else x for x in run.noise_scales]
+    other.plot(gradients, noise, color="tab:olive", lw=1.0, label="noise scale")
     look: dict[str, Any] = {"color": "tab:brown", "lw": 1.0, "alpha": 0.7, "where": "mid"}
     other.step(range(1, len(run.windows) + 1), run.windows, label="batches a window", **look)
     other.set_yscale("log")

@@ -193,7 +193,7 @@ def test_a_fixed_window_measures_nothing() -> None:
     train(model, optimizer, 9)
     stats = optimizer.stats()
     assert (stats.windows, stats.micro_batches, stats.micro_batches_saved) == (3, 9, 0)
-    assert math.isnan(stats.noise_scale)
+    assert stats.noise_scale is None
     assert "3 windows of 3.00 micro-batches, 0 saved" in str(stats)
 
 
@@ -380,7 +380,8 @@ def test_an_overflow_in_mid_window_skips_its_step(dtype: torch.dtype, backend: s
     assert float(optimizer.scale_loss(torch.ones(()))) == scale / 2
     assert optimizer.stats().skipped_nonfinite == 1
     train(model, optimizer, 6, batches)
-    assert math.isfinite(optimizer.stats().noise_scale) or optimizer.stats().noise_scale == math.inf
+    noise = optimizer.stats().noise_scale
+    assert noise is None or noise >= 0
     for param in model.parameters():
         assert torch.equal(param, optimizer.state[param]["master"].to(dtype))
 
