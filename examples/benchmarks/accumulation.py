@@ -7,8 +7,8 @@ Budgets count micro-batches, each a forward and a backward pass; every budget ha
 linear schedule, after a rise over a tenth, and the schedule goes by micro-batches. The learning
 rate is that of windows of ``maximum``, the best one on another seed. The speed-up is the budget of
 fixed windows over that at which adaptive ones would reach their final held-out loss: between two
-budgets the loss is interpolated over their logarithm, and beyond them nothing is claimed. What the
-file holds already is not run again.
+budgets the loss is interpolated over their logarithm; where the smallest reaches it already, the
+speed-up is "at least" that. What the file holds already is not run again.
 """
 
 from __future__ import annotations
@@ -181,10 +181,12 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 if run["seed"] == fixed["seed"] and run["minimum"] < run["maximum"]
             ]
             needed = budget_to(fixed["held_out"], adaptive)
+            reached = [budget for budget, loss in adaptive if loss <= fixed["held_out"]]
             line["seeds"][fixed["seed"]] = {
                 "fixed": [fixed["budget"], fixed["held_out"]],
                 "adaptive": sorted(adaptive),
                 "speed_up": None if needed is None else fixed["budget"] / needed,
+                "at_least": fixed["budget"] / min(reached) if reached else None,
             }
         ratios = [one["speed_up"] for one in line["seeds"].values()]
         if len(ratios) > 1 and None not in ratios:
@@ -214,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in summary(known):
         for seed, one in line["seeds"].items():
             its = [str(line[name]) for name in ("maximum", "micro_batch", "lr", "predictor")]
-            ratio = "" if one["speed_up"] is None else f"{one['speed_up']:.2f}"
+            ratio = "" if one["at_least"] is None else f"at least {one['at_least']:.2f}"
+            ratio = ratio if one["speed_up"] is None else f"{one['speed_up']:.2f}"
             table.add_row(*its, str(seed), str(one["fixed"]), str(one["adaptive"]), ratio)
     console.print(table)
     return 0

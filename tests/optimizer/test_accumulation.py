@@ -188,6 +188,29 @@ def test_a_fixed_window_is_one_large_batch(backend: str, max_grad_norm: float | 
     assert norm == pytest.approx(expected._engine.read()["norm"], rel=1e-5)  # type: ignore[union-attr]
 
 
+@settings(max_examples=6)
+@given(length=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_a_fixed_window_is_adamw_on_the_averaged_gradient(length: int, seed: int) -> None:
+    model, optimizer = make(AccumulationConfig(length, minimum=length))
+    other = copy.deepcopy(model)
+    adamw = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    batches, same = make_batches(seed), make_batches(seed)
+    for _ in range(10):
+        assert train(model, optimizer, length, batches) == [length]
+        total = [torch.zeros_like(param) for param in other.parameters()]
+        for _ in range(length):
+            backward(other, next(same))
+            for part, param in zip(total, other.parameters()):
+                part += param.grad
+            adamw.zero_grad()
+        for part, param in zip(total, other.parameters()):
+            param.grad = part / length
+        adamw.step()
+        adamw.zero_grad()
+    for mine, theirs in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
 def test_a_fixed_window_measures_nothing() -> None:
     model, optimizer = make(FIXED)
     train(model, optimizer, 9)
