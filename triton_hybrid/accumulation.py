@@ -203,6 +203,8 @@ class Windows:
     def _count_one(self) -> None:
         self.count += 1
         self.rate = rate_factor(self.count, self.config.maximum, self.noise.micro_batches)
+        if self._numbers is not None:  # a step that is replayed asks nobody
+            self.numbers(self._numbers.device)
 
     def closure_ran(self) -> None:
         """What a closure has computed without asking is one micro-batch."""

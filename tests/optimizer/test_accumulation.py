@@ -456,6 +456,19 @@ def test_losses_are_averaged_over_the_window(capturable: bool) -> None:
     assert float(ledger[INDEX["loss_scale"]]) == 1.0, "the division is undone"
 
 
+def test_a_replayed_step_finds_the_window_s_numbers_on_the_device() -> None:
+    model, optimizer = make(FIXED, capturable=True)
+    batches = make_batches()
+    train(model, optimizer, 3, batches)
+    windows = optimizer._binding.windows
+    assert windows is not None
+    kept = windows.numbers(next(model.parameters()).device)
+    for count in (1, 2, 3):
+        backward(model, next(batches))
+        _ = optimizer.window_complete
+        assert kept.tolist() == pytest.approx([count, math.sqrt(count / 3)])
+
+
 def test_schedules_move_the_rate_of_every_window() -> None:
     for tensor in (False, True):
         lr: Any = torch.tensor(1e-2) if tensor else 1e-2
