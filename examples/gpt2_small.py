@@ -6,11 +6,14 @@ real text at a learning rate of 6e-4; nothing is downloaded. Prints a table of b
 stopped after as many gradients as HybridOptimizer used, and writes the same as JSON beside a plot
 of the loss. With --base muon there is a third run: Muon without prediction, to tell the rule's
 share from prediction's. With --to-loss the held-out loss is measured after every gradient, and the
-table counts the gradients and seconds that each run needs for AdamW's final one.
+table counts the gradients and seconds that each run needs for AdamW's final one. With
+--accumulation 4 every gradient is a mean over 4 batches; with --adaptive, HybridOptimizer takes as
+many of them as the noise asks for, and the plot shows it.
 
     python examples/gpt2_small.py
     python examples/gpt2_small.py --model tiny --steps 200 --seeds 0 1 2
     python examples/gpt2_small.py --base muon --to-loss
+    python examples/gpt2_small.py --accumulation 4 --adaptive
 """
 
 from __future__ import annotations

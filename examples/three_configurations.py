@@ -138,6 +138,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Plan:
         schedule=flags.schedule or schedule,
         threads=flags.threads or (1 if flags.model == "tiny" else None),
         precision="fp32",
+        accumulation=1,  # here the batch itself is divided
     )
     if base.batch % flags.accumulation:
         divisors = ", ".join(str(n) for n in range(1, base.batch + 1) if base.batch % n == 0)

@@ -61,7 +61,7 @@ def test_checkout_imports_from_any_folder(folder: Path) -> None:
 
 def test_public_names() -> None:
     assert set(triton_hybrid.__all__) == {
-        "HybridConfig", "HybridOptimizer", "HybridStats", "Phase",
+        "AccumulationConfig", "HybridConfig", "HybridOptimizer", "HybridStats", "Phase",
         "needs_backward", "reshard", "split_param_groups",
     }  # fmt: skip
     assert all(hasattr(triton_hybrid, name) for name in triton_hybrid.__all__)

@@ -11,6 +11,7 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "kernels" / "multi_tensor.py").is_file():
     __path__.append(str(_CHECKOUT))
 
+from triton_hybrid.accumulation import AccumulationConfig
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.groups import split_param_groups
 from triton_hybrid.optimizer import HybridOptimizer
@@ -18,6 +19,7 @@ from triton_hybrid.phases import Phase
 from triton_hybrid.stats import HybridStats
 
 __all__ = [
+    "AccumulationConfig",
     "HybridConfig",
     "HybridOptimizer",
     "HybridStats",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from triton_hybrid.accumulation import Windows
 from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks
@@ -50,6 +52,8 @@ class Binding:
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
         self.settings, self._ranks = settings, ranks
         self.progress = Progress(PhaseController(settings.config))
+        windows = settings.accumulation
+        self.windows = None if windows is None else Windows(windows, ranks)
         self.engine: Engine | None = None  # before the first step and after a change
         # Beside the wrapper of a trainer, which has attributes of its own, this is one for all.
         self.swaps: list[Any] | None = None  # while the verified weights stand in the parameters
@@ -88,6 +92,8 @@ class Binding:
                 return None
         assert self.engine is not None
         self.engine.refresh(groups)
+        if self.windows is not None:
+            self.engine.scale_rates(self.windows.numbers(self.engine.device)[1])
         return self.engine
 
     def _rebind(self, members: Sequence[Member], state: State, groups: Groups) -> None:
@@ -159,6 +165,8 @@ class Binding:
             self._note(self.engine)
             self.engine.offload.synchronise()
         progress = self.progress.to_dict()
+        if self.windows is not None:
+            progress["windows"] = self.windows.state()
         for group in groups:
             group[PROGRESS] = progress
 
@@ -169,6 +177,8 @@ class Binding:
             self.progress = Progress.from_dict(saved, self.settings.config)
         elif self.progress.gradients:
             self.restart()
+        if self.windows is not None and saved and "windows" in saved:
+            self.windows.restore(saved["windows"], every_parameter(groups))
 
     def at_home_on_host(self, name: str) -> bool:
         """Whether state of this name is at home in host memory."""
@@ -177,6 +187,8 @@ class Binding:
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Notes the loss of the coming gradient."""
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"loss has shape {tuple(loss.shape)}: must have one element")
         if self.engine is None:
             self._pending_losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         else:
@@ -188,6 +200,27 @@ class Binding:
             return self.settings.scale_entries(self.progress.ledger)["loss_scale"]
         # A copy: the step moves the scale in place, and autograd may still hold this one.
         return self.engine.scalars.ledger[INDEX["loss_scale"]].float()
+
+    def window_complete(self, groups: Groups) -> bool:
+        """Whether the coming step has all the gradients that it waits for."""
+        if self.windows is None or not self.progress.controller.phase.needs_gradient:
+            return True
+        return self.windows.ask(every_parameter(groups))
+
+    @property
+    def last_of_window(self) -> bool:
+        """Whether it will have them after one more micro-batch."""
+        return self.windows is None or self.windows.closing
+
+    def begin_window(self, groups: Groups) -> None:
+        """Forgets the micro-batches of gradients that are no more."""
+        if self.windows is not None:
+            self.windows.drop(every_parameter(groups))
+
+    def closure_ran(self) -> None:
+        """Counts what a closure has computed."""
+        if self.windows is not None:
+            self.windows.closure_ran()
 
     def stats(self, state: State) -> HybridStats:
         """Counters and measurements. Waits for the device."""
@@ -205,7 +238,8 @@ class Binding:
             choice, known, ledger = engine.choice, engine.choice.state(), engine.read()
             on_device += engine.offload.visiting_bytes()
         chosen = choice.active.name, *choice.explain(known)
-        return HybridStats.of(self.progress, ledger, chosen, (on_device, on_host))
+        stats = HybridStats.of(self.progress, ledger, chosen, (on_device, on_host))
+        return stats if self.windows is None else replace(stats, **self.windows.report())
 
     def _choice(self) -> Choice:
         """The predictor of the progress, without an engine."""
@@ -232,6 +266,27 @@ class Binding:
                 "where optimizer.needs_backward is True, or use inline=True",
                 stacklevel=4,
             )
+
+    @contextmanager
+    def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> Iterator[None]:
+        """What surrounds a gradient step: a GradScaler's scale, and the length of a window.
+
+        Raises:
+            RuntimeError: The micro-batches in the gradients were not counted.
+        """
+        windows = self.windows
+        if windows is not None:
+            windows.require_count()
+        if scaler:
+            engine.borrow_scale(*scaler)
+        if windows is not None:
+            engine.divide_gradient(windows.numbers(engine.device)[0])
+        yield
+        if windows is not None:
+            engine.end_division(windows.numbers(engine.device)[0])
+            windows.close(every_parameter(groups))
+        if scaler:
+            engine.return_scale()
 
     @contextmanager
     def undisturbed(self, engine: Engine) -> Iterator[None]:
@@ -277,6 +332,11 @@ class Binding:
             pairs=engine.predictor.keeps_pairs and phase is not Phase.WARMUP,
             followed=controller.base_step_follows,
         )
+
+
+def every_parameter(groups: Groups) -> list[Tensor]:
+    """The parameters of all groups."""
+    return [param for group in groups for param in group["params"]]
 
 
 def has_gradients(groups: Groups) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from triton_hybrid.accumulation import AccumulationConfig
 from triton_hybrid.checks import check_choice, check_flag, check_number, is_int, require
 from triton_hybrid.kernels.ledger import FIRST_SCALE
 
@@ -140,11 +142,15 @@ class Settings:
     loss_scale: float | str | None = None
     capturable: bool = False
     backend: str = "auto"
+    accumulation: AccumulationConfig | None = None
 
     def __post_init__(self) -> None:
         config, limit, scale = self.config, self.max_grad_norm, self.loss_scale
         require(isinstance(config, HybridConfig), "hybrid", config, "a HybridConfig or None")
         check_flag("capturable", self.capturable)
+        windows = self.accumulation
+        known = windows is None or isinstance(windows, AccumulationConfig)
+        require(known, "accumulation", windows, "an AccumulationConfig or None")
         check_choice("backend", self.backend, BACKENDS)
         check_choice("master_weights", self.master_weights, MASTER_WEIGHTS)
         if limit is not None:
@@ -172,6 +178,16 @@ class Settings:
         if tracker >= 0:
             return {"loss_scale": ledger["loss_scale"], "growth_tracker": tracker}
         return {"loss_scale": FIRST_SCALE, "growth_tracker": 0.0}
+
+    def warn_about_idle_gpu(self, device: torch.device) -> None:
+        """Warns where the parameters are on the CPU beside a GPU, and nobody said that it is so."""
+        if self.backend == "auto" and device.type == "cpu" and torch.cuda.is_available():
+            warnings.warn(
+                "the parameters are on the CPU although a GPU is there; "
+                "HybridOptimizer runs with backend='torch' on the CPU",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def refuse_grad_scaler(self) -> None:
         """Refuses a GradScaler beside ``loss_scale`` with a RuntimeError."""

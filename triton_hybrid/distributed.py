@@ -37,6 +37,23 @@ class Ranks:
         ready = dist.is_available() and dist.is_initialized()
         return ready and dist.get_world_size(self._group) > 1
 
+    def pooled(self, values: Tensor) -> tuple[Tensor, int]:
+        """Means over the ranks, and how many ranks there are.
+
+        Args:
+            values: FP64 ``[n]``, on every rank.
+
+        Returns:
+            FP64 ``[2, n]``, of the values and of their squares: where all ranks have the same
+            value, and only there, the second is the square of the first.
+        """
+        sums = torch.stack([values, values * values])
+        if not self.together:
+            return sums, 1
+        dist.all_reduce(sums, group=self._group)
+        ranks = dist.get_world_size(self._group)
+        return sums / ranks, ranks
+
     def agree(self, ledger: Tensor, fingerprints: Callable[[], Tensor], decides: bool) -> None:
         """Averages the observed losses, and lets everybody know what anybody's weights suffered.
 

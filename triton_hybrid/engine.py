@@ -80,6 +80,10 @@ class Engine:
         self.params = [param for batch in self.batches for param in batch.params]
         self._sets = [batch.tensors for batch in self.batches]
         self.scalars = Scalars(self._sets, groups)
+        # As the groups say; a window of fewer micro-batches takes part of the learning rates.
+        self._nominal = table = self.scalars.hyperparameters
+        if settings.accumulation is not None:
+            self._nominal = torch.zeros_like(table)
         self._written = self.scalars.ledger[INDEX["written"]]
         self._start = self.scalars.prediction[:, PART_COLUMN.value :].clone()
         self._start_of: Any = None  # what `_start` was made of: how stretches begin
@@ -221,6 +225,19 @@ class Engine:
         entry.copy_((entry * seen + value) / (seen + 1) if seen else value, non_blocking=True)
         self._losses += 1
 
+    def scale_rates(self, factor: Tensor) -> None:
+        """Takes the groups' learning rates times a factor on the device."""
+        self.scalars.hyperparameters.copy_(self._nominal)
+        self.scalars.hyperparameters[:, HYPER["lr"]].mul_(factor)
+
+    def divide_gradient(self, count: Tensor) -> None:
+        """Lets the step divide the gradient by a number on the device, beside the loss scale."""
+        self.scalars.ledger[INDEX["loss_scale"]].mul_(count)
+
+    def end_division(self, count: Tensor) -> None:
+        """Ends what `divide_gradient` began; the scale may have moved meanwhile."""
+        self.scalars.ledger[INDEX["loss_scale"]].div_(count)
+
     def borrow_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes over what a GradScaler says of the coming gradient."""
         for name, value in (("loss_scale", grad_scale), ("found_inf", found_inf)):
@@ -240,7 +257,7 @@ class Engine:
         seen = [*map(_numbers, groups)]
         if seen == self._seen:
             return
-        table, on_device = self.scalars.hyperparameters, {}
+        table, on_device = self._nominal, {}
         rows = []
         for index, group in enumerate(groups):
             RULES[group["base"]].follow_schedulers(group)

@@ -85,6 +85,12 @@ def layer_name(name: str) -> str:
     return parts[-1] if parts else ""
 
 
+def first_device(groups: Sequence[Mapping[str, Any]]) -> torch.device:
+    """Where the first parameter lies; the CPU without any."""
+    params = (param for group in groups for param in group["params"])
+    return next((param.device for param in params), torch.device("cpu"))
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Checks the options of a parameter group."""
     lr, betas = group["lr"], group["betas"]

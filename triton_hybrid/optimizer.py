@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from triton_hybrid.accumulation import AccumulationConfig
 from triton_hybrid.binding import Binding
 from triton_hybrid.checkpoint import (
     PROGRESS,
@@ -24,7 +24,14 @@ from triton_hybrid.config import HybridConfig, Settings
 from triton_hybrid.distributed import Ranks, check_process_group
 from triton_hybrid.engine import FRESH_RATES, Engine
 from triton_hybrid.grad_scaler import ScaledByOthers
-from triton_hybrid.groups import as_rate, check_group, check_parameter, complete_group, own_options
+from triton_hybrid.groups import (
+    as_rate,
+    check_group,
+    check_parameter,
+    complete_group,
+    first_device,
+    own_options,
+)
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.resume import put_back, take_predictions
 from triton_hybrid.rules import OPTIONS
@@ -59,7 +66,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         loss_scale: ``"dynamic"`` or a number: gradients are those of `scale_loss(loss)`, and the
             step unscales them, skips what is not finite and moves the scale as
             ``torch.amp.GradScaler`` does. None: no scaling, or that of a GradScaler.
-        accumulation: Not built yet.
+        accumulation: How many micro-batches a step may take (`AccumulationConfig`); the loop asks
+            `window_complete`, and does not divide the loss. None: one step, one gradient.
         maximize: Ascend instead of descend.
         capturable: True: `step` never waits for the device; predictions are gated by the
             device alone, and the host's phases run as if all were accepted.
@@ -99,7 +107,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         max_grad_norm: float | None = None,
         master_weights: str = "auto",
         loss_scale: float | str | None = None,
-        accumulation: object | None = None,
+        accumulation: AccumulationConfig | None = None,
         maximize: bool = False,
         capturable: bool = False,
         backend: str = "auto",
@@ -107,17 +115,17 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         **options: Any,
     ) -> None:
         options = own_options(options)
-        if accumulation is not None:
-            raise NotImplementedError(f"accumulation={accumulation!r} is not built yet")
         check_process_group(process_group)
         config = HybridConfig() if hybrid is None else hybrid
-        settings = Settings(config, max_grad_norm, master_weights, loss_scale, capturable, backend)
+        settings = Settings(
+            config, max_grad_norm, master_weights, loss_scale, capturable, backend, accumulation
+        )
         defaults = {"lr": as_rate(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"maximize": maximize, "base": base, **OPTIONS, **options}
         check_group(defaults)
         self._binding = Binding(settings, Ranks(process_group))
         super().__init__(params, defaults)
-        self._warn_about_idle_gpu()
+        settings.warn_about_idle_gpu(first_device(self.param_groups))
 
     @torch._dynamo.disable
     @torch.no_grad()
@@ -126,10 +134,14 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
 
         Args:
             closure: Computes the loss and its gradients, and returns the loss. Not called
-                in a Predict phase.
+                in a Predict phase. With ``accumulation`` it computes a whole window: that of as
+                many micro-batches as it asks `window_complete` for, or of one.
 
         Returns:
             The closure's loss when it was called, otherwise None.
+
+        Raises:
+            RuntimeError: Gradients of micro-batches that nobody has counted.
         """
         phase, scaler = self.phase, self._scaler()
         self._forget_swaps()
@@ -145,20 +157,17 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
             if phase is Phase.PREDICT:
                 self._predict(engine)
             elif engine.take_gradients():
-                if scaler:
-                    engine.borrow_scale(*scaler)
-                self._binding.agree(engine)
-                plan = self._binding.plan(engine)
-                if phase is Phase.CORRECT or plan.pairs:
-                    engine.verify(plan.edge)  # accepts the prediction, corrects it or rolls it back
-                engine.base_step(plan)
-                self._choose_next_phase(engine, scaled=scaler is not None)
-                self._count(phase, started)
-                while self.hybrid.inline and self.phase is Phase.PREDICT:
-                    self._predict(engine)
-                engine.release_gradients()
-                if scaler:
-                    engine.return_scale()
+                with self._binding.scaled(engine, self.param_groups, scaler):
+                    self._binding.agree(engine)
+                    plan = self._binding.plan(engine)
+                    if phase is Phase.CORRECT or plan.pairs:
+                        engine.verify(plan.edge)  # accepts, corrects or rolls the prediction back
+                    engine.base_step(plan)
+                    self._choose_next_phase(engine, scaled=scaler is not None)
+                    self._count(phase, started)
+                    while self.hybrid.inline and self.phase is Phase.PREDICT:
+                        self._predict(engine)
+                    engine.release_gradients()
         return loss
 
     def _predict(self, engine: Engine) -> None:
@@ -223,13 +232,13 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
     @property
     def backend(self) -> str:
         """``"triton"`` or ``"torch"``: what runs the steps of these parameters."""
-        return self._settings.backend_for(self._first_device())
+        return self._settings.backend_for(first_device(self.param_groups))
 
     def observe_loss(self, loss: Tensor | float) -> None:
-        """Tells the loss of the coming gradient, for loops without a closure.
+        """Tells the loss of the coming gradient, or of each of its micro-batches.
 
-        Never waits for the device. With it, a prediction that raised the loss is rolled back;
-        without it, the gradient norm alone verifies.
+        For loops without a closure. Never waits for the device. With it, a prediction that raised
+        the loss is rolled back; without it, the gradient norm alone verifies.
 
         Args:
             loss: One element; a device tensor is best.
@@ -237,8 +246,6 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         Raises:
             ValueError: More than one element.
         """
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}: must have one element")
         self._binding.observe_loss(loss)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
@@ -258,8 +265,22 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
 
     @property
     def window_complete(self) -> bool:
-        """Not built yet."""
-        raise NotImplementedError("accumulation is not built yet: window_complete is not available")
+        """Whether the gradients suffice for a `step`; the loop asks after each ``backward()``.
+
+        It does not divide the loss: the step divides by the number of micro-batches that it got.
+        True without ``accumulation``, and where the coming step reads no gradient.
+        """
+        return self._binding.window_complete(self.param_groups)
+
+    @property
+    def last_of_window(self) -> bool:
+        """Whether the coming micro-batch completes the window: all others are for `no_sync`."""
+        return self._binding.last_of_window
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; micro-batches that are thrown away no longer count."""
+        super().zero_grad(set_to_none)
+        self._binding.begin_window(self.param_groups)
 
     def stats(self) -> HybridStats:
         """Counters and measurements. Waits for the device."""
@@ -361,22 +382,9 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
             loss = closure()
         if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
             self.observe_loss(loss)
+        self._binding.closure_ran()
         return loss
 
     def _count(self, phase: Phase, started: float) -> None:
         self._progress.steps[phase] += 1
         self._progress.seconds[phase] += time.perf_counter() - started
-
-    def _first_device(self) -> torch.device:
-        params = (param for group in self.param_groups for param in group["params"])
-        return next((param.device for param in params), torch.device("cpu"))
-
-    def _warn_about_idle_gpu(self) -> None:
-        idle = torch.cuda.is_available() and self._first_device().type == "cpu"
-        if idle and self._settings.backend == "auto":
-            warnings.warn(
-                "the parameters are on the CPU although a GPU is there; "
-                "HybridOptimizer runs with backend='torch' on the CPU",
-                UserWarning,
-                stacklevel=3,
-            )

@@ -39,6 +39,10 @@ class HybridStats:
         loss_scale: Present loss scale; 1 without scaling.
         state_bytes_device: Bytes of optimizer state on the parameters' device.
         state_bytes_host: Bytes of optimizer state in host memory, away from the device.
+        windows: Steps whose gradient was accumulated, with ``accumulation`` set.
+        micro_batches: Backward passes in them.
+        micro_batches_saved: How many fewer these are than windows of ``maximum`` would have had.
+        noise_scale: tr Σ / |G|² of the gradient, in micro-batches; None where it was not measured.
     """
 
     steps: int
@@ -60,6 +64,10 @@ class HybridStats:
     loss_scale: float
     state_bytes_device: int
     state_bytes_host: int
+    windows: int = 0
+    micro_batches: int = 0
+    micro_batches_saved: int = 0
+    noise_scale: float | None = None
 
     @classmethod
     def of(
@@ -107,6 +115,14 @@ class HybridStats:
             for name, count in self.steps_per_phase.items()
         )
         causes = ", ".join(f"{name} {count}" for name, count in self.divergences.items() if count)
+        windows = ""
+        if self.windows:
+            mean = self.micro_batches / self.windows
+            known = "" if self.noise_scale is None else f"; noise scale {self.noise_scale:.2f}"
+            windows = (
+                f"\n{self.windows} windows of {mean:.2f} micro-batches, "
+                f"{self.micro_batches_saved} saved{known}"
+            )
         return (
             f"{self.steps} steps: {self.gradient_evaluations} gradient evaluations, "
             f"{self.predicted_steps} predicted ({100 * self.predicted_fraction:.1f}% of steps)\n"
@@ -118,5 +134,5 @@ class HybridStats:
             f"{f' ({causes})' if causes else ''}, "
             f"{self.skipped_nonfinite} non-finite gradients skipped\n"
             f"state: {self.state_bytes_device / 2**20:.1f} MiB on the device, "
-            f"{self.state_bytes_host / 2**20:.1f} MiB on the host"
+            f"{self.state_bytes_host / 2**20:.1f} MiB on the host{windows}"
         )

@@ -15,7 +15,7 @@ from lib import flags
 from lib.choices import OFFLOADS, PREDICTORS
 from lib.gpt2_records import ADAMW, BASES, MUON
 from lib.text_data import SMALLEST_VOCABULARY
-from triton_hybrid import HybridConfig
+from triton_hybrid import AccumulationConfig, HybridConfig
 
 GPT2_VOCABULARY, TINY_VOCABULARY = 50_257, 4_096
 # Of each size: layers, width, heads, and the longest sequence.
@@ -137,13 +137,22 @@ class Options(RuleFlags):
     Attributes:
         steps: Calls of step() in each run.
         learning_rate: The (first) learning rate.
+        accumulation: Batches whose gradients are accumulated for a step.
+        adaptive: HybridOptimizer chooses how many of them each of its steps takes.
         drive: stepped: a predicted step is a step of the loop without forward and backward;
             inline: predicted steps happen inside step() and every call has a gradient.
     """
 
     steps: Annotated[int, COUNT] = 50
     learning_rate: Annotated[float, POSITIVE, conf.arg(name="lr")] = 6e-4
+    accumulation: Annotated[int, COUNT] = 1
+    adaptive: bool = False
     drive: Literal["stepped", "inline"] = "stepped"
+
+    def windows(self) -> AccumulationConfig | None:
+        """Returns how HybridOptimizer accumulates; None where it does not."""
+        most = self.accumulation
+        return AccumulationConfig(most, 1 if self.adaptive else most) if most > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what decides the result, for JSON; the output folder does not."""
@@ -186,6 +195,8 @@ def resolved(options: OptionsType) -> OptionsType:
         flags.refuse("--vocabulary", vocabulary, allowed)
     if vocabulary is None:
         vocabulary = TINY_VOCABULARY if options.model == "tiny" else GPT2_VOCABULARY
+    if options.adaptive and options.accumulation == 1:
+        flags.refuse("--adaptive", "without --accumulation", "with --accumulation 2 or more")
     for path in options.data:
         if not path.exists():
             flags.refuse("--data", path, "files and folders that exist")

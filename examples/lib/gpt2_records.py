@@ -69,6 +69,8 @@ class RunRecord:
         state_bytes_host: Of the optimizer's state in host memory, away from the device.
         stats: What HybridOptimizer reports.
         steps: The steps taken.
+        windows: Batches accumulated for each gradient.
+        noise_scales: After each step, in batches, where windows are adaptive.
     """
 
     name: str
@@ -88,6 +90,8 @@ class RunRecord:
     state_bytes_host: int = 0
     stats: dict[str, Any] | None = None
     steps: list[StepRecord] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    noise_scales: list[float | None] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -112,7 +116,8 @@ class RunRecord:
     @property
     def tokens_per_second(self) -> float:
         """Consumed tokens for each second; predicted steps consume none."""
-        return self.gradients * self.tokens_per_batch / self.seconds if self.steps else 0.0
+        batches = sum(self.windows) or self.gradients
+        return batches * self.tokens_per_batch / self.seconds if self.steps else 0.0
 
     @property
     def losses(self) -> list[float]:
@@ -149,6 +154,7 @@ class RunRecord:
             name=CONTROL,
             planned_steps=gradients,
             steps=[step for step in self.steps if step.gradients <= gradients],
+            windows=self.windows[:gradients],
             held_out_end=self.held_out_after[gradients],
             held_out_after={},
             stats=None,

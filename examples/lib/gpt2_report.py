@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,8 @@ def _summary(run: RunRecord) -> dict[str, Any]:
         "planned_steps": run.planned_steps,
         "steps_taken": len(run.steps),
         "gradient_evaluations": run.gradients,
+        "windows": run.windows,
+        "noise_scales": run.noise_scales,
         "seconds": run.seconds,
         "mean_step_seconds_by_phase": {
             phase: sum(seconds) / len(seconds) for phase, seconds in run.seconds_by_phase().items()
@@ -145,6 +148,9 @@ def result_table(record: SeedRecord, device: torch.device) -> Table:
 
     table.add_row("Steps", *map(_steps, runs))
     row("Gradient evaluations", "{}", lambda run: run.gradients)
+    if any(sum(run.windows) > run.gradients for run in runs):
+        row("  batches accumulated for them", "{}", lambda run: sum(run.windows))
+        row("  noise scale at the end, batches", "{:.1f}", lambda run: run.statistic("noise_scale"))
     table.add_row("Predicted steps", *map(_predicted, runs))
     row("Total time", SECONDS, lambda run: run.seconds)
     table.add_row("Mean step time", *(_milliseconds([x.seconds for x in r.steps]) for r in runs))
@@ -274,6 +280,7 @@ def write_plot(path: Path, records: Sequence[SeedRecord], title: str) -> None:
                 _draw_run(axis, run, by_time)
             axis.set_xlabel("seconds of training" if by_time else "gradient evaluations")
             axis.grid(alpha=0.25)
+        _draw_noise(axes[0], record.runs.get(HYBRID))
         axes[0].set_ylabel(f"loss, seed {record.seed}")
         axes[1].legend(fontsize="small")
     figure.suptitle(title)
@@ -297,6 +304,21 @@ def _draw_run(axis: Axes, run: RunRecord, by_time: bool) -> None:
         label = f"{name}: held-out {run.held_out_end:.3f}"
         star: dict[str, Any] = {"marker": "*", "ms": 11, "ls": "", "mec": "white"}
         axis.plot(positions[-1], run.held_out_end, color=colour, label=label, **star)
+
+
+def _draw_noise(axis: Axes, run: RunRecord | None) -> None:
+    """Draws the noise scale and the lengths of windows, where these follow from it."""
+    if run is None or not run.noise_scales:
+        return
+    other = axis.twinx()
+    gradients = [step.gradients for step in run.steps]
+    noise = [math.nan if x is None else x for x in run.noise_scales]
+    other.plot(gradients, noise, color="tab:olive", lw=1.0, label="noise scale")
+    look: dict[str, Any] = {"color": "tab:brown", "lw": 1.0, "alpha": 0.7, "where": "mid"}
+    other.step(range(1, len(run.windows) + 1), run.windows, label="batches a window", **look)
+    other.set_yscale("log")
+    other.set_ylabel("batches")
+    other.legend(fontsize="small", loc="upper center")
 
 
 def _draw_phases(axis: Axes, run: RunRecord, ends: Sequence[float], by_time: bool) -> None:

@@ -118,7 +118,8 @@ def build_optimizer(
         still = dataclasses.replace(options.hybrid, predictor="none")
         config = still if name == ALONE else options.hybrid
         drive = "no prediction" if name == ALONE else options.drive
-        optimizer = HybridOptimizer(groups, hybrid=config, loss_scale=loss_scale, **settings)
+        settings |= {"loss_scale": loss_scale, "accumulation": options.windows()}
+        optimizer = HybridOptimizer(groups, hybrid=config, **settings)
         rule = f", {BASES[MUON]} for hidden matrices" if options.base == MUON else ""
         return optimizer, f"HybridOptimizer, {drive}{rule}"
     implementation = options.baseline_implementation
@@ -143,6 +144,7 @@ class Trainee:
         loss_scale: LossScale,
     ) -> None:
         self.device, self.micro_batches = options.device, micro_batches
+        self.accumulation, self.record = options.accumulation, record
         torch.manual_seed(record.seed)
         # Random weights, made on the CPU and in FP32 so that every device starts from the same.
         self.model = GPT2LMHeadModel(model_config(options, text))
@@ -196,9 +198,23 @@ class Trainee:
                 loss: torch.Tensor = self.forward(input_ids=part, labels=part).loss
             if self.micro_batches > 1:
                 loss = loss / self.micro_batches
-            self.scale_loss(loss).backward()
+            # With windows HybridOptimizer divides by the batches that it got, AdamW does not.
+            share = loss if self.hybrid or self.accumulation == 1 else loss / self.accumulation
+            self.scale_loss(share).backward()
             losses.append(loss.detach())
         return functools.reduce(torch.add, losses)
+
+    def compute_window(self) -> torch.Tensor:
+        """Accumulates the gradients of the batches of a step; returns their mean loss."""
+        losses: list[torch.Tensor] = []
+        while len(losses) < self.accumulation:
+            losses.append(self.compute_gradient(self.batches.draw()))
+            if self.hybrid is not None:
+                self.hybrid.observe_loss(losses[-1])
+                if self.hybrid.window_complete:
+                    break
+        self.record.windows.append(len(losses))
+        return functools.reduce(torch.add, losses) / len(losses)
 
     def step(self) -> torch.Tensor | None:
         """Takes a step; returns the loss of its batch, or None of a step without gradient."""
@@ -206,9 +222,7 @@ class Trainee:
         # Looked at once for the whole window of micro-batches: a Predict step has no forward and
         # no backward in any of them.
         if self.hybrid is None or self.hybrid.needs_backward:
-            loss = self.compute_gradient(self.batches.draw())
-            if self.hybrid is not None:
-                self.hybrid.observe_loss(loss)
+            loss = self.compute_window()
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -267,6 +281,8 @@ def train(
                 gradients += loss is not None
                 known = None if loss is None else float(loss)
                 record.steps.append(StepRecord(phase, *times, memory.last, gradients, known))
+                if options.adaptive and trainee.hybrid is not None:
+                    record.noise_scales.append(trainee.hybrid.stats().noise_scale)
                 report(record)
                 if gradients in evaluate_after and loss is not None:
                     record.held_out_after[gradients] = trainee.held_out_loss()
@@ -290,7 +306,7 @@ def rehearse(name: str, model: torch.nn.Module, options: Options) -> None:
     cycle = config.full_steps + config.max_predict_steps + config.correction_interval
     steps = min(REHEARSAL_LIMIT, config.warmup_steps + cycle) if name in HYBRIDS else 2
     for _ in range(steps):
-        optimizer.step()
+        optimizer.step(lambda: 0.0)  # what a closure has computed is a window of one batch
     _synchronize(options.device)
 
 

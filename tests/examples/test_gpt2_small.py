@@ -110,6 +110,32 @@ def test_the_baseline_on_its_way_is_the_control(text_folder: Path, tmp_path: Pat
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-5)
 
 
+def test_adaptive_windows_take_fewer_batches_and_show_why(
+    text_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    more = ("--accumulation", "3", "--adaptive", "--drive", "inline")
+    assert gpt2_small.main(flags(text_folder, tmp_path, *more)) == 0
+    (seed,) = results(tmp_path)["seeds"]
+    hybrid, baseline = (seed["runs"][name] for name in ("hybrid", "baseline"))
+    assert baseline["windows"] == [3] * STEPS
+    assert hybrid["windows"][0] == 3
+    assert sum(hybrid["windows"]) == hybrid["stats"]["micro_batches"] < 3 * STEPS
+    assert len(hybrid["noise_scales"]) == hybrid["steps_taken"] == STEPS
+    assert hybrid["stats"]["micro_batches_saved"] == 3 * STEPS - sum(hybrid["windows"])
+    assert hybrid["training_loss_first"] == pytest.approx(baseline["training_loss_first"])
+    assert "noise scale at the end" in capsys.readouterr().out
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fixed_window_is_the_same_for_both(text_folder: Path, tmp_path: Path) -> None:
+    more = ("--accumulation", "2", "--predictor", "none", "--drive", "inline")
+    assert gpt2_small.main(flags(text_folder, tmp_path, *more)) == 0
+    (seed,) = results(tmp_path)["seeds"]
+    ends = [seed["runs"][name]["held_out_loss_end"] for name in ("hybrid", "baseline")]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+    assert seed["runs"]["hybrid"]["windows"] == [2] * STEPS
+
+
 def test_muon_is_shown_beside_muon_alone(
     text_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -1,0 +1,538 @@
+"""Adaptive accumulation: the noise scale, windows, and what they meet."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_memory import DEVICE
+from torch import Tensor, nn
+from training import (
+    assert_same_state,
+    assert_same_weights,
+    backward,
+    fast_config,
+    make_batches,
+    make_model,
+    state_copy,
+    weights,
+)
+from triton_hybrid.kernels.ledger import INDEX
+
+from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer, Phase
+from triton_hybrid.accumulation import FIRST_INTERVAL, LONGEST_INTERVAL, rate_factor
+from triton_hybrid.noise_scale import NoiseScale, squared_norm
+
+OFF = HybridConfig(predictor="none")
+FIXED = AccumulationConfig(3, minimum=3)
+
+
+def make(
+    accumulation: AccumulationConfig | None, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, HybridOptimizer]:
+    model = make_model(dtype)
+    options = {"lr": 1e-2, "hybrid": OFF, **options}
+    return model, HybridOptimizer(model.parameters(), accumulation=accumulation, **options)
+
+
+def train(
+    model: nn.Module, optimizer: HybridOptimizer, micro_batches: int, batches: Any = None
+) -> list[int]:
+    """Runs the loop of the documentation; returns the lengths of the windows."""
+    batches = batches or make_batches()
+    windows, length = [], 0
+    for _ in range(micro_batches):
+        if optimizer.needs_backward:
+            loss = scaled_backward(model, optimizer, next(batches))
+            optimizer.observe_loss(loss)
+            length += 1
+        if optimizer.window_complete:
+            if length:
+                windows.append(length)
+            length = 0
+            optimizer.step()
+            optimizer.zero_grad()
+    return windows
+
+
+def scaled_backward(
+    model: nn.Module, optimizer: HybridOptimizer, batch: tuple[Tensor, Tensor]
+) -> Tensor:
+    if optimizer._settings.loss_scale is None:
+        return backward(model, batch)
+    dtype = next(model.parameters()).dtype
+    loss = nn.functional.cross_entropy(model(batch[0].to(dtype)).float(), batch[1])
+    optimizer.scale_loss(loss).backward()
+    return loss.detach()
+
+
+# --------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"maximum": 0}, "maximum=0: must be an integer >= 1"),
+        ({"maximum": 2.0}, "maximum=2.0"),
+        ({"maximum": True}, "maximum=True"),
+        ({"minimum": 0}, "minimum=0: must be an integer in"),
+        ({"maximum": 4, "minimum": 5}, r"minimum=5: must be an integer in \[1, maximum=4\]"),
+        ({"window": 5}, "window=5: unknown field"),
+    ],
+)
+def test_bad_setting_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AccumulationConfig.from_dict(values)
+
+
+def test_settings_survive_a_dictionary() -> None:
+    config = AccumulationConfig(8, minimum=2)
+    assert AccumulationConfig.from_dict(config.to_dict()) == config
+    assert AccumulationConfig() == AccumulationConfig(maximum=4, minimum=1)
+
+
+# ------------------------------------------------------------------------------------ noise scale
+
+
+@given(
+    dimensions=st.sampled_from((2000, 5000)),
+    noise=st.sampled_from((0.25, 1.0, 4.0)),
+    scale=st.sampled_from((1e-6, 1.0, 1e4)),
+    length=st.integers(2, 6),
+    seed=st.integers(0, 10_000),
+)
+def test_noise_scale_of_known_covariance(
+    dimensions: int, noise: float, scale: float, length: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(dimensions, generator=generator, dtype=torch.float64)
+    deviation = torch.rand(dimensions, generator=generator, dtype=torch.float64) + 0.1
+    deviation *= math.sqrt(noise * float(mean.square().sum() / deviation.square().sum()))
+    measured = NoiseScale()
+    for _ in range(200):
+        total, squares = torch.zeros_like(mean), []
+        for _ in range(length):
+            total += mean + deviation * torch.randn(dimensions, generator=generator)
+            squares.append(float((scale * total).square().sum()))
+        measured.take(squares)
+    assert measured.micro_batches == pytest.approx(noise, rel=0.1)
+
+
+def test_noise_scale_follows_what_changes() -> None:
+    """A gradient whose square falls by 10^6, and whose noise grows from a quarter to 4."""
+    measured = NoiseScale()
+    for index in range(300):
+        noise = 0.25 if index < 150 else 4.0
+        signal = 1e6 if index < 5 else 1.0
+        measured.take([signal * (k * noise + k * k) for k in (1, 2, 3)])
+    assert measured.micro_batches == pytest.approx(4.0, rel=0.2)
+
+
+def test_without_noise_and_without_signal() -> None:
+    measured = NoiseScale()
+    assert math.isnan(measured.micro_batches)
+    measured.take([5.0])  # one micro-batch tells nothing
+    measured.take([math.nan, 1.0])
+    measured.take([1.0, math.inf])
+    assert math.isnan(measured.micro_batches)
+    clear, noise = NoiseScale(), NoiseScale()
+    clear.take([1.0, 4.0, 9.0])
+    noise.take([1.0, 1.9, 2.5])
+    assert clear.micro_batches == pytest.approx(0.0, abs=1e-12)
+    assert noise.micro_batches == math.inf
+
+
+@pytest.mark.parametrize("length", [2, 4])
+def test_ranks_that_reduce_only_the_last_micro_batch_measure_the_same(length: int) -> None:
+    ranks, noise = 4, 3.0  # in micro-batches of all ranks together
+    squares = [k * ranks * noise + k * k for k in range(1, length)]
+    squares.append(length * noise + length * length)
+    measured = NoiseScale()
+    measured.take(squares, [ranks] * (length - 1) + [1])
+    assert measured.micro_batches == pytest.approx(noise)
+
+
+def test_squared_norm_of_mixed_gradients() -> None:
+    grads = [torch.full((3,), 2.0), torch.full((2, 2), 3.0, dtype=torch.float64), torch.empty(0)]
+    grads.append(torch.full((1,), 300.0, dtype=torch.float16))  # its square is beyond FP16
+    square = squared_norm([grad.to(DEVICE) for grad in grads])
+    assert float(square) == pytest.approx(12.0 + 36.0 + 90000.0)
+
+
+# ------------------------------------------------------------------------------------ fixed windows
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_fixed_window_is_one_large_batch(backend: str, max_grad_norm: float | None) -> None:
+    options = {"backend": backend, "max_grad_norm": max_grad_norm}
+    model, optimizer = make(FIXED, **options)
+    other, expected = make(None, **options)
+    batches, same = make_batches(), make_batches()
+    for _ in range(12):
+        assert train(model, optimizer, 3, batches) == [3]
+        for _ in range(3):
+            x, y = next(same)
+            (nn.functional.cross_entropy(other(x), y) / 3).backward()
+        expected.step()
+        expected.zero_grad()
+    for mine, theirs in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    norm = optimizer._engine.read()["norm"]  # type: ignore[union-attr]
+    assert norm == pytest.approx(expected._engine.read()["norm"], rel=1e-5)  # type: ignore[union-attr]
+
+
+@settings(max_examples=6)
+@given(length=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_a_fixed_window_is_adamw_on_the_averaged_gradient(length: int, seed: int) -> None:
+    model, optimizer = make(AccumulationConfig(length, minimum=length))
+    other = copy.deepcopy(model)
+    adamw = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    batches, same = make_batches(seed), make_batches(seed)
+    for _ in range(10):
+        assert train(model, optimizer, length, batches) == [length]
+        total = [torch.zeros_like(param) for param in other.parameters()]
+        for _ in range(length):
+            backward(other, next(same))
+            for part, param in zip(total, other.parameters()):
+                part += param.grad
+            adamw.zero_grad()
+        for part, param in zip(total, other.parameters()):
+            param.grad = part / length
+        adamw.step()
+        adamw.zero_grad()
+    for mine, theirs in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_fixed_window_measures_nothing() -> None:
+    model, optimizer = make(FIXED)
+    train(model, optimizer, 9)
+    stats = optimizer.stats()
+    assert (stats.windows, stats.micro_batches, stats.micro_batches_saved) == (3, 9, 0)
+    assert stats.noise_scale is None
+    assert "3 windows of 3.00 micro-batches, 0 saved" in str(stats)
+
+
+def test_without_accumulation_every_gradient_is_a_window() -> None:
+    model, optimizer = make(None)
+    assert optimizer.window_complete
+    assert optimizer.last_of_window
+    assert train(model, optimizer, 4) == [1] * 4
+    assert "windows" not in optimizer.state_dict()["param_groups"][0]["hybrid_progress"]
+
+
+# -------------------------------------------------------------------------------- adaptive windows
+
+
+class Quadratic:
+    """Gradients G + noise at a point that never moves: a learning rate of 0 holds it."""
+
+    def __init__(self, accumulation: AccumulationConfig, **options: Any) -> None:
+        self.param = nn.Parameter(torch.zeros(4000, device=DEVICE))
+        options = {"lr": 0.0, "hybrid": OFF, **options}
+        self.optimizer = HybridOptimizer([self.param], accumulation=accumulation, **options)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def run(self, windows: int, noise: float) -> list[int]:
+        """Lengths of windows at a noise scale."""
+        lengths = []
+        for _ in range(windows):
+            for count in range(1, 100):  # noqa: B007
+                last = self.optimizer.last_of_window
+                draw = torch.randn(4000, generator=self.generator) * math.sqrt(noise)
+                (self.param * (1.0 + draw.to(DEVICE))).sum().backward()
+                assert self.optimizer.window_complete == last
+                assert self.optimizer.window_complete == last, "asked twice, counted twice"
+                if last:
+                    break
+            lengths.append(count)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return lengths
+
+
+def test_windows_shrink_and_grow_with_the_noise() -> None:
+    run = Quadratic(AccumulationConfig(8))
+    assert run.run(1, 0.5) == [8], "nothing is known yet"
+    quiet = run.run(400, 0.5)
+    assert set(quiet) == {1, 2}
+    assert quiet.count(2) / len(quiet) < 0.04, "windows that only measure become rare"
+    assert quiet[: FIRST_INTERVAL + 1] == [1] * FIRST_INTERVAL + [2]
+    loud = run.run(4 * LONGEST_INTERVAL, 1e5)
+    assert loud[-20:] == [8] * 20
+    assert run.run(300, 0.5)[-1] == 1
+    assert run.optimizer.stats().micro_batches_saved > 0
+
+
+def test_a_minimum_is_kept() -> None:
+    run = Quadratic(AccumulationConfig(4, minimum=2))
+    assert run.run(30, 0.1) == [4] + [2] * 29
+    assert run.optimizer.stats().noise_scale == pytest.approx(0.1, abs=0.1)
+
+
+def test_a_measured_window_costs_one_small_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Quadratic(AccumulationConfig(8))
+    reads = []
+    real = Tensor.tolist
+
+    def counted(tensor: Tensor) -> Any:
+        if tensor.dim() == 2 and tensor.shape[0] == 2:
+            reads.append(tensor.numel())
+        return real(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    lengths = run.run(60, 0.5)
+    measured = sum(length > 1 for length in lengths[:-1])
+    assert len(reads) == measured < 10
+    assert max(reads) <= 16
+
+
+# ------------------------------------------------------------------------------- what can go wrong
+
+
+def test_gradients_that_nobody_counted_are_refused() -> None:
+    model, optimizer = make(AccumulationConfig())
+    backward(model, next(make_batches()))
+    before = weights(optimizer)
+    with pytest.raises(RuntimeError, match=r"window_complete .* not divided by their number"):
+        optimizer.step()
+    assert_same_weights(weights(optimizer), before)
+
+
+def test_a_step_in_mid_window_averages_what_is_there() -> None:
+    """The data has ended, say."""
+    rate = rate_factor(2, 3, math.nan)
+    (model, optimizer), (other, expected) = make(FIXED), make(None, lr=1e-2 * rate)
+    batches, same = make_batches(), make_batches()
+    for _ in range(2):
+        backward(model, next(batches))
+        assert not optimizer.window_complete
+        x, y = next(same)
+        (nn.functional.cross_entropy(other(x), y) / 2).backward()
+    optimizer.step()
+    expected.step()
+    for mine, theirs in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_what_a_closure_computes_is_a_window() -> None:
+    rate = rate_factor(1, 3, math.nan)
+    (model, optimizer), (other, expected) = make(FIXED), make(None, lr=1e-2 * rate)
+    batch = next(make_batches())
+    loss = optimizer.step(lambda: backward(model, batch))
+    assert loss == expected.step(lambda: backward(other, batch))
+    assert_same_weights(weights(optimizer), weights(expected))
+    optimizer.zero_grad()
+
+    def whole_window() -> Tensor:
+        while True:
+            loss = backward(model, batch)
+            if optimizer.window_complete:
+                return loss
+
+    optimizer.step(whole_window)
+    assert optimizer.stats().micro_batches == 4
+
+
+def test_gradients_that_are_thrown_away_do_not_count() -> None:
+    model, optimizer = make(FIXED)
+    batches = make_batches()
+    backward(model, next(batches))
+    assert not optimizer.window_complete
+    optimizer.zero_grad(set_to_none=False)
+    assert train(model, optimizer, 3, batches) == [3]
+
+
+def test_clipping_outside_is_no_micro_batch() -> None:
+    model, optimizer = make(FIXED)
+    batches = make_batches()
+    for _ in range(3):
+        backward(model, next(batches))
+        complete = optimizer.window_complete
+    assert complete
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert optimizer.window_complete
+    optimizer.step()
+    assert optimizer.stats().micro_batches == 3
+
+
+def test_a_step_that_a_scaler_left_out_ends_its_window() -> None:
+    """FP32 gradients: the scaler does not call step, and the loop clears the model's gradients."""
+    model, optimizer = make(FIXED)
+    batches = make_batches()
+    for _ in range(3):
+        backward(model, next(batches))
+        complete = optimizer.window_complete
+    assert complete
+    kept = [param.grad for param in model.parameters()]  # nothing lands where they were
+    model.zero_grad()
+    assert train(model, optimizer, 3, batches) == [3]
+    assert len(kept) == 4
+
+
+# -------------------------------------------------------------------------------------- interplay
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_overflow_in_mid_window_skips_its_step(dtype: torch.dtype, backend: str) -> None:
+    model, optimizer = make(
+        AccumulationConfig(3), dtype, loss_scale="dynamic", backend=backend, max_grad_norm=1.0
+    )
+    batches = make_batches()
+    train(model, optimizer, 3, batches)
+    scale = float(optimizer.scale_loss(torch.ones(())))
+    before, kept = weights(optimizer), state_copy(optimizer)
+    while True:
+        x, y = next(batches)
+        scaled_backward(model, optimizer, (x, y))
+        next(model.parameters()).grad[0, 0] = math.inf  # type: ignore[index]
+        if optimizer.window_complete:
+            break
+    optimizer.step()
+    optimizer.zero_grad()
+    assert_same_weights(weights(optimizer), before)
+    assert_same_state(state_copy(optimizer), kept)
+    assert float(optimizer.scale_loss(torch.ones(()))) == scale / 2
+    assert optimizer.stats().skipped_nonfinite == 1
+    train(model, optimizer, 6, batches)
+    noise = optimizer.stats().noise_scale
+    assert noise is None or noise >= 0
+    for param in model.parameters():
+        assert torch.equal(param, optimizer.state[param]["master"].to(dtype))
+
+
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear", "secant"])
+def test_a_predict_stretch_splits_no_window(predictor: str) -> None:
+    config = fast_config(inline=False, predictor=predictor)
+    model, optimizer = make(AccumulationConfig(2, minimum=2), hybrid=config)
+    batches, kinds, partial = make_batches(), [], 0
+    for _ in range(120):
+        if optimizer.needs_backward:
+            backward(model, next(batches))
+            partial += 1
+        else:
+            assert partial == 0
+        if optimizer.window_complete:
+            kinds.append(optimizer.phase)
+            optimizer.step()
+            optimizer.zero_grad()
+            partial = 0
+    stats = optimizer.stats()
+    assert kinds.count(Phase.PREDICT) == stats.predicted_steps > 5
+    assert stats.micro_batches == 2 * stats.windows == 2 * stats.gradient_evaluations
+
+
+def test_predictions_go_as_far_as_the_window_s_own_steps() -> None:
+    """The rate of a shorter window is that of the predictions that follow it."""
+    model, optimizer = make(AccumulationConfig(4), hybrid=fast_config(inline=False))
+    train(model, optimizer, 60)
+    engine, rate = optimizer._engine, optimizer._binding.windows.rate  # type: ignore[union-attr]
+    assert engine is not None
+    assert 0 < rate < 1
+    table = engine.scalars.hyperparameters
+    assert float(table[0, 0]) == pytest.approx(1e-2 * rate)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_losses_are_averaged_over_the_window(capturable: bool) -> None:
+    model, optimizer = make(AccumulationConfig(2, minimum=2), capturable=capturable)
+    backward(model, next(make_batches()))
+    assert not optimizer.window_complete
+    optimizer.observe_loss(2.0)
+    backward(model, next(make_batches()))
+    assert optimizer.window_complete
+    optimizer.observe_loss(torch.tensor(4.0))
+    optimizer.step()
+    ledger = optimizer._engine.scalars.ledger  # type: ignore[union-attr]
+    assert float(ledger[INDEX["loss_scale"]]) == 1.0, "the division is undone"
+
+
+def test_a_replayed_step_finds_the_window_s_numbers_on_the_device() -> None:
+    model, optimizer = make(FIXED, capturable=True)
+    batches = make_batches()
+    train(model, optimizer, 3, batches)
+    windows = optimizer._binding.windows
+    assert windows is not None
+    kept = windows.numbers(next(model.parameters()).device)
+    for count in (1, 2, 3):
+        backward(model, next(batches))
+        _ = optimizer.window_complete
+        assert kept.tolist() == pytest.approx([count, math.sqrt(count / 3)])
+
+
+def test_schedules_move_the_rate_of_every_window() -> None:
+    for tensor in (False, True):
+        lr: Any = torch.tensor(1e-2) if tensor else 1e-2
+        model, optimizer = make(AccumulationConfig(2), lr=lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        batches = make_batches()
+        for step in range(5):
+            while True:
+                backward(model, next(batches))
+                if optimizer.window_complete:
+                    break
+            optimizer.step()
+            optimizer.zero_grad()
+            engine, windows = optimizer._engine, optimizer._binding.windows
+            assert engine is not None
+            assert windows is not None
+            used = float(engine.scalars.hyperparameters[0, 0])
+            assert used == pytest.approx(1e-2 * 0.5**step * windows.rate, rel=1e-6)
+            schedule.step()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("drive", ["inline", "stepped"])
+@settings(max_examples=6)
+@given(stop=st.integers(1, 40), later=st.integers(20, 30))
+def test_a_checkpoint_in_mid_window_goes_on(
+    drive: str, gradients: bool, stop: int, later: int
+) -> None:
+    def fresh() -> tuple[nn.Module, HybridOptimizer]:
+        config = fast_config(inline=drive == "inline")
+        return make(AccumulationConfig(4), hybrid=config, loss_scale="dynamic")
+
+    model, optimizer = fresh()
+    batches = make_batches()
+    train(model, optimizer, stop, batches)
+    if not gradients:
+        optimizer.zero_grad()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    copied, other = fresh()
+    copied.load_state_dict(model.state_dict())
+    for mine, theirs in zip(copied.parameters(), model.parameters()):
+        mine.grad = None if theirs.grad is None else theirs.grad.clone()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    rest = [next(batches) for _ in range(later)]
+    assert train(model, optimizer, later, iter(rest)) == train(copied, other, later, iter(rest))
+    assert_same_weights(weights(optimizer), weights(other))
+    assert_same_state(state_copy(optimizer), state_copy(other))
+    mine, theirs = optimizer.stats().to_dict(), other.stats().to_dict()
+    for name in ("windows", "micro_batches", "noise_scale"):
+        assert str(mine[name]) == str(theirs[name])
+
+
+def test_a_copy_goes_on_too() -> None:
+    model, optimizer = make(AccumulationConfig(4))
+    train(model, optimizer, 9)
+    model, other = copy.deepcopy((model, optimizer))
+    assert train(model, other, 4)
+    assert other.stats().micro_batches > optimizer.stats().micro_batches
+
+
+def test_rate_factor_is_the_root_where_noise_is_all_and_one_where_there_is_none() -> None:
+    assert rate_factor(1, 4, math.inf) == rate_factor(1, 4, math.nan) == 0.5
+    assert rate_factor(1, 4, 0.0) == 1.0
+    assert rate_factor(4, 4, 3.0) == 1.0
+    assert 0.5 < rate_factor(1, 4, 3.0) < rate_factor(2, 4, 3.0) < 1.0

@@ -1,0 +1,73 @@
+"""Adaptive accumulation on several ranks: one decision, whoever reduces when."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_distributed import RANKS, on_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+SIZE, WINDOWS, NOISE = 50_000, 60, 100.0  # the noise scale is of a micro-batch of one rank
+
+
+class Linear(nn.Module):
+    """Its gradient is what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(SIZE))
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        return self.weight @ gradient
+
+
+def _train(rank: int) -> list[tuple[list[int], Tensor, float, int]]:
+    results = []
+    for reduces_once in (True, False):
+        model: Any = DistributedDataParallel(Linear())
+        optimizer = HybridOptimizer(
+            model.parameters(),
+            1e-3,
+            hybrid=HybridConfig(predictor="none"),
+            accumulation=AccumulationConfig(4, minimum=2),
+        )
+        generator = torch.Generator().manual_seed(rank)
+        lengths = []
+        for _ in range(WINDOWS):
+            for count in range(1, 5):  # noqa: B007
+                last = optimizer.last_of_window
+                draw = torch.randn(SIZE, generator=generator) * math.sqrt(NOISE)
+                with model.no_sync() if reduces_once and not last else nullcontext():
+                    model(1.0 + draw).backward()
+                if optimizer.window_complete:
+                    break
+            lengths.append(count)
+            optimizer.step()
+            optimizer.zero_grad()
+        stats = optimizer.stats()
+        weight = model.module.weight.detach().clone()
+        results.append((lengths, weight, stats.noise_scale, stats.micro_batches))
+    return results
+
+
+def test_ranks_choose_the_same_windows() -> None:
+    mine, theirs = on_ranks(_train)
+    for (lengths, weight, noise, count), (others, their_weight, their_noise, _) in zip(
+        mine, theirs
+    ):
+        assert lengths == others
+        assert torch.equal(weight, their_weight)
+        assert noise == their_noise
+        assert count == sum(lengths)
+        assert len(set(lengths)) > 1, "or it shows nothing"
+        # A micro-batch of all ranks together has less noise.
+        assert noise == pytest.approx(NOISE / RANKS, rel=0.3)
