@@ -33,13 +33,13 @@ __version__ = "0.1.0"
 def needs_backward(optimizer: Any) -> bool:
     """Whether the next `step()` of an optimizer reads gradients.
 
-    For loops that hold a wrapper: looks through ``.optimizer`` (accelerate, Lightning) down
-    to a HybridOptimizer. True for every other optimizer.
+    For loops that hold a wrapper: looks through ``.optimizer`` (accelerate, Lightning) and
+    ``.optim`` (ZeroRedundancyOptimizer) down to a HybridOptimizer. True for every other optimizer.
     """
     for _ in range(10):
         if isinstance(optimizer, HybridOptimizer):
             return optimizer.needs_backward
-        optimizer = getattr(optimizer, "optimizer", None)
+        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
     return True
 
 

@@ -42,7 +42,8 @@ class Binding:
     """Settings and progress of an optimizer and, from the first step on, its engine."""
 
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
-        self.settings, self._ranks = settings, ranks
+        self.settings, self.ranks = settings, ranks
+        self._described = repr(settings)
         self.progress = Progress(PhaseController(settings.config))
         self.engine: Engine | None = None  # before the first step and after a change
         self._pending_losses: list[Tensor | float] = []
@@ -68,12 +69,14 @@ class Binding:
             if self.progress.gradients and not any(state.get(m.param) for m in members):
                 self.unbind()
                 self.restart()  # nothing is left of the state that the ledger is about
-            if not members or (not state and all(m.param.grad is None for m in members)):
+            nothing = not state and all(m.param.grad is None for m in members)
+            # Of several ranks, another may have gradients and wait for this one.
+            if not members or (nothing and not self.ranks.together):
                 return None
             masters = self.settings.master_weights
             for member in members:
                 check_parameter(member.group, member.place, member.param, masters)
-            initialising = not state and _only_initialises(members)
+            initialising = not state and not nothing and _only_initialises(members)
             self._rebind(members, state, groups)
             if initialising:
                 return None
@@ -181,11 +184,30 @@ class Binding:
             on_device += engine.offload.visiting_bytes()
         return HybridStats.of(self.progress, ledger, predictor, (on_device, on_host))
 
-    def agree(self, engine: Engine) -> None:
-        """Lets the ranks of data-parallel training decide by the same numbers."""
-        if self._ranks.together:
-            ledger, predicts = engine.scalars.ledger, engine.predictor.predicts
-            self._ranks.agree(ledger, engine.fingerprints, predicts)
+    def take_gradients(self, engine: Engine, scaler: Any) -> bool:
+        """Reads the gradients, and lets several ranks go on from the same numbers.
+
+        ``scaler``: scale and flag of a GradScaler, or None. Returns whether any rank has gradients.
+        """
+        found = engine.take_gradients()
+        if scaler and (found or self.ranks.together):
+            engine.borrow_scale(*scaler)
+        if not self.ranks.together:
+            return found
+        engine.measure_gradients()
+        controller = self.progress.controller
+        standing = {
+            "step": sum(self.progress.steps.values()),
+            **controller.state(),
+            "phase": controller.phase.value,
+            "predictor": engine.predictor.name,
+            "settings": self._described,
+            "hyperparameters": engine.hyperparameters,
+        }
+        if self.ranks.agree(engine.scalars, found, standing, engine.signature):
+            return True
+        engine.forget_gradients()
+        return False
 
     def mention_unread_gradients(self, groups: Groups) -> None:
         """Warns, once, of gradients that were computed for a Predict step; zeros are none."""

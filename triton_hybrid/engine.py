@@ -77,8 +77,9 @@ class Engine:
         self._start = self.scalars.prediction[:, PART_COLUMN.value :].clone()
         self._start_of: Any = None  # what `_start` was made of: how stretches begin
         self._seen: list[Any] = []  # what the table of hyperparameters was made of
-        self._hyperparameters: list[list[float]] = []  # as they are on the device
+        self.hyperparameters: list[list[float]] = []  # as they are on the device
         self._losses = 0  # observed since the last gradient
+        self._measured = False  # whether the gradients at hand were measured
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
         self._sign = signs.pop() if len(signs) == 1 else None
         for batch in self.batches:
@@ -132,14 +133,25 @@ class Engine:
             batch.tensors.set_row("grad", grads)
         return found
 
+    def forget_gradients(self) -> None:
+        """Ends a step in which no rank had gradients."""
+        self._measured = False
+        self.scalars.ledger[INDEX["found_inf"]].fill_(0.0)
+
     def release_gradients(self) -> None:
         """Lets go of the gradients, so that ``zero_grad`` really frees them."""
         for batch in self.batches:
             batch.tensors.release("grad")
 
+    def measure_gradients(self) -> None:
+        """Finds norm and non-finite values of the gradients for `base_step`, in the scalars."""
+        self.backend.measure(self._sets, self.scalars)
+        self._measured = True
+
     def base_step(self, measured: bool) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
         predictor, self._losses = self.predictor, 0
+        known, self._measured = self._measured, False
         scale = predictor.base_rates()
         if scale is not None:
             rates = self.scalars.hyperparameters[:, HYPER["lr"]]
@@ -152,6 +164,7 @@ class Engine:
             slow_beta=predictor.slow_beta,
             observed=predictor.predicts,
             measured=measured,
+            known=known,
         )
         if scale is not None:
             rates.copy_(kept)
@@ -239,8 +252,8 @@ class Engine:
             group[LARGEST_LR], group[LAST_LR] = largest, last
             rows.append(_row(group, lr, largest, self.choice.mixes))
         self.largest_beta1 = max(group["betas"][0] for group in groups)
-        if rows != self._hyperparameters or on_device:
-            self._hyperparameters = rows
+        if rows != self.hyperparameters or on_device:
+            self.hyperparameters = rows
             refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))
         for index, lr in on_device.items():
             _take_from_device(groups[index], table[index], lr)
@@ -256,7 +269,7 @@ class Engine:
         """
         least, predictor = self.predictor.least_beta1, self.predictor
         rates, betas = HYPER["lr"], HYPER["beta1"]
-        moving = [(row[rates] != 0, row[betas] > least) for row in self._hyperparameters]
+        moving = [(row[rates] != 0, row[betas] > least) for row in self.hyperparameters]
         reason = (predictor, moving, [batch.tensors.present for batch in self.batches])
         start = self.scalars.prediction[:, PART_COLUMN.value :]
         if self._seen and reason == self._start_of:
@@ -293,6 +306,10 @@ class Engine:
         for batch in self.batches:
             self.backend.fingerprint(batch.tensors, found[batch.tensors.place])
         return found
+
+    def signature(self) -> int:
+        """A number for the parameters as they are. Waits for the device."""
+        return int(self.fingerprints().double().sum()) + len(self.params)
 
     def forget_writes(self) -> None:
         """Goes on from weights that somebody else has written."""

@@ -64,7 +64,7 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         backend: ``"auto"`` (Triton on GPU tensors, plain torch elsewhere), ``"triton"`` or
             ``"torch"``.
         process_group: Which ranks decide together; None: the default group, where one is
-            initialised. Not pickled.
+            initialised; False: this rank alone. A group is not pickled.
         options: Of Muon groups, each of which may set them: ``momentum`` (0.95; schedulers
             that cycle betas cycle it; with a predicted gradient the slow EMA joins one that forgets
             three times as fast), ``nesterov`` (True), ``ns_steps`` (5), ``ns_coefficients``
@@ -142,10 +142,7 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         with self._binding.undisturbed(engine):  # sees what others wrote, and obeys them
             if phase is Phase.PREDICT:
                 self._predict(engine)
-            elif engine.take_gradients():
-                if scaler:
-                    engine.borrow_scale(*scaler)
-                self._binding.agree(engine)
+            elif self._binding.take_gradients(engine, scaler):
                 plan = self._binding.plan(engine)
                 if phase is Phase.CORRECT or plan.pairs:
                     engine.verify(plan.edge)  # accepts the prediction, corrects it or rolls it back
@@ -320,12 +317,13 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._binding.save(self.param_groups)
-        return {**super().__getstate__(), "_settings": self._settings}
+        alone = {"_alone": False} if self._binding.ranks.group is False else {}
+        return {**super().__getstate__(), "_settings": self._settings, **alone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpickled, self._swaps = "_settings" in state, None
         if unpickled:
-            self._binding = Binding(state.pop("_settings"), Ranks())
+            self._binding = Binding(state.pop("_settings"), Ranks(state.pop("_alone", None)))
         rules = [] if unpickled else [group["base"] for group in self.param_groups]
         super().__setstate__(state)
         # Torch has a default for an option that is none of ours.
