@@ -15,6 +15,7 @@ from triton_hybrid.config import HybridConfig
 from triton_hybrid.groups import split_param_groups
 from triton_hybrid.optimizer import HybridOptimizer
 from triton_hybrid.phases import Phase
+from triton_hybrid.shards import reshard
 from triton_hybrid.stats import HybridStats
 
 __all__ = [
@@ -41,8 +42,3 @@ def needs_backward(optimizer: Any) -> bool:
             return optimizer.needs_backward
         optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
     return True
-
-
-def reshard(module: Any) -> None:
-    """Not built yet: belongs to distributed training."""
-    raise NotImplementedError("reshard is not built yet: distributed training is not supported")

@@ -13,13 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import Settings
-from triton_hybrid.distributed import Ranks
+from triton_hybrid.distributed import Ranks, Standing
 from triton_hybrid.engine import Engine
 from triton_hybrid.groups import check_parameter
 from triton_hybrid.kernels.fingerprint import fingerprint_of
 from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, INDEX, PART_COLUMN
 from triton_hybrid.phases import Phase, PhaseController
+from triton_hybrid.shards import Shards, is_part, local
 from triton_hybrid.state import (
     DECLARED,
     PREDICTION,
@@ -61,7 +62,7 @@ class Binding:
         """
         if self.engine is None or self._sees_changes(groups, state):
             members = [
-                Member(param, group, group_index, index)
+                Member(param, group, group_index, index, param)
                 for group_index, group in enumerate(groups)
                 for index, param in enumerate(group["params"])
                 if param.requires_grad and not is_lazy(param)
@@ -76,13 +77,28 @@ class Binding:
             masters = self.settings.master_weights
             for member in members:
                 check_parameter(member.group, member.place, member.param, masters)
-            initialising = not state and not nothing and _only_initialises(members)
+            initialising = not state and not nothing and self._only_initialises(members)
             self._rebind(members, state, groups)
             if initialising:
                 return None
         assert self.engine is not None
         self.engine.refresh(groups)
         return self.engine
+
+    def _only_initialises(self, members: Sequence[Member]) -> bool:
+        """Whether a first step only creates state.
+
+        Distributed checkpointing calls `step()` once with learning rate 0 and zero gradients, and
+        expects every state key afterwards and nothing else to have moved.
+        """
+        if any(float(member.group["lr"]) != 0.0 for member in members):
+            return False
+        zero = all_zero(member.param for member in members)
+        if any(is_part(member.param) for member in members):
+            # Zero here alone may be the part of a gradient that is not.
+            others = torch.tensor([float(not zero)], dtype=torch.float64)
+            zero = not bool(self.ranks.reduce(others.to(local(members[0].param).device)))
+        return zero
 
     def _rebind(self, members: Sequence[Member], state: State, groups: Groups) -> None:
         self.unbind()
@@ -95,7 +111,11 @@ class Binding:
                 _leave(param, state[param], standing)
         if standing and old and known != present:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
-        self.engine = Engine(members, state, len(groups), self.settings)
+        shards = Shards(members, state, self.ranks)
+        reduce = self.ranks.reduce if shards.some and self.ranks.together else None
+        parts, held = shards.members, shards.state
+        self.engine = Engine(parts, held, len(groups), self.settings, reduce)
+        shards.publish()
         self.engine.restore(self.progress.ledger, self.progress.predictor)
         for loss in self._pending_losses:
             self.engine.observe_loss(loss)
@@ -175,7 +195,9 @@ class Binding:
             away = engine is not None and engine.offload.is_away(name)
             return away or self.at_home_on_host(name)
 
-        on_device, on_host = state_bytes(state, hosted)
+        dicts = {p: its for p, its in state.items() if isinstance(its, dict)}
+        here = {p: {k: local(v) for k, v in its.items()} for p, its in dicts.items()}
+        on_device, on_host = state_bytes(here, hosted)
         if engine is None:
             ledger = {**ledger, **self.settings.scale_entries(ledger)}
             predictor = self.settings.config.predictor
@@ -195,8 +217,19 @@ class Binding:
         if not self.ranks.together:
             return found
         engine.measure_gradients()
+        if self.ranks.agree(engine.scalars, found, self._standing(engine), engine.signature):
+            return True
+        engine.forget_gradients()
+        return False
+
+    def meet(self, engine: Engine) -> None:
+        """Before a Predict step of parts of parameters: all ranks must be about to make it."""
+        if engine.reduce is not None:
+            self.ranks.meet(engine.scalars, self._standing(engine))
+
+    def _standing(self, engine: Engine) -> Standing:
         controller = self.progress.controller
-        standing = {
+        return {
             "step": sum(self.progress.steps.values()),
             **controller.state(),
             "phase": controller.phase.value,
@@ -204,10 +237,6 @@ class Binding:
             "settings": self._described,
             "hyperparameters": engine.hyperparameters,
         }
-        if self.ranks.agree(engine.scalars, found, standing, engine.signature):
-            return True
-        engine.forget_gradients()
-        return False
 
     def mention_unread_gradients(self, groups: Groups) -> None:
         """Warns, once, of gradients that were computed for a Predict step; zeros are none."""
@@ -272,7 +301,8 @@ def has_gradients(groups: Groups) -> bool:
 
 def all_zero(params: Iterable[Tensor]) -> bool:
     """Whether no parameter has a gradient that is not zero. Waits for the device."""
-    return not any(bool(param.grad.any()) for param in params if param.grad is not None)
+    grads = (local(param.grad) for param in params if param.grad is not None)
+    return not any(bool(grad.any()) for grad in grads)
 
 
 def _leave(param: Tensor, entry: dict[str, Any], standing: bool) -> None:
@@ -281,19 +311,10 @@ def _leave(param: Tensor, entry: dict[str, Any], standing: bool) -> None:
         return
     noted = entry[PREDICTION.name][FINGERPRINT_COLUMN.value :]
     if standing and bool(noted.any()):
-        found = fingerprint_of(dense_view(as_dense(param).detach()))
+        part = local(param.detach())
+        found = fingerprint_of(dense_view(as_dense(part)))
         if torch.equal(noted, found.to(noted.device)):
-            restore_snapshot(param.detach(), entry)
+            tensors = {key: local(row) for key, row in entry.items() if isinstance(row, Tensor)}
+            restore_snapshot(part, tensors)
     entry[PREDICTION.name] = entry[PREDICTION.name].clone()
     entry[PREDICTION.name][PART_COLUMN.value :] = 0.0
-
-
-def _only_initialises(members: Sequence[Member]) -> bool:
-    """Whether a first step only creates state.
-
-    Distributed checkpointing calls `step()` once with learning rate 0 and zero gradients, and
-    expects every state key afterwards and nothing else to have moved.
-    """
-    if any(float(member.group["lr"]) != 0.0 for member in members):
-        return False
-    return all_zero(member.param for member in members)

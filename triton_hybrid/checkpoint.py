@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.phases import PHASES, Phase, PhaseController
 from triton_hybrid.rules import RULES
+from triton_hybrid.shards import forget_fingerprints, placed
 from triton_hybrid.state import DECLARED, State
 
 PROGRESS = "hybrid_progress"
@@ -136,7 +137,8 @@ def load_rows(
             if isinstance(value, Tensor):
                 key = ROW_NAMES.get(key, key)
                 place = torch.device("cpu") if hosted(key) else param.device
-                entry[key] = value.detach().to(device=place, copy=True)
+                entry[key] = placed(key, value, param, place)
+        forget_fingerprints(param, entry)
 
 
 def _trajectory_slot(state_dict: Mapping[str, Any]) -> int | None:

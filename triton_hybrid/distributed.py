@@ -22,7 +22,7 @@ from torch import Tensor
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.scalars import Scalars
 
-ENTRIES = ("loss", "seen", "written", "present", "square", "bad", "place", "setup", "weights")
+ENTRIES = ("loss", "seen", "written", "square", "bad", "present", "place", "setup", "weights")
 """What is summed. The last three must be the same everywhere: their squares are summed too."""
 COMPARED = 3
 _MODULUS = 1 << 20
@@ -90,21 +90,14 @@ class Ranks:
                 for which nobody waits, at the next gradient step.
             NotImplementedError: In the first step, if the ranks hold different parameters.
         """
-        self._check_last()
         ledger = scalars.ledger
         loss, written, bad = (ledger[INDEX[name]] for name in ("loss", "written", "found_inf"))
         first, self._introduced = not self._introduced, True
-        compared = [_number(list(standing.items())[:2]), _number(standing)]
-        compared.append(weights() % _MODULUS if first else 0)
-        known = [float(present), *compared, *(number * number for number in compared)]
-        said = torch.tensor(known, dtype=torch.float64, device="cpu").to(ledger.device)
         seen = ~loss.isnan()
         square, nonfinite = scalars.gradient.unbind()
-        own = [torch.where(seen, loss, 0.0), seen.double(), written, said[0]]
+        own = [torch.where(seen, loss, 0.0), seen.double(), written]
         own += [square, ((nonfinite + bad) > 0).double()]
-        sums = self.reduce(torch.cat([torch.stack(own), said[1:]]))
-        self._send(sums, standing)
-        entries = dict(zip(ENTRIES, sums.unbind()))
+        entries = self._sum(own, present, standing, weights() if first else 0)
         loss.copy_(torch.where(entries["seen"] > 0, entries["loss"] / entries["seen"], torch.nan))
         written.copy_(entries["written"].clamp(max=1.0))
         square.copy_(entries["square"])
@@ -113,6 +106,28 @@ class Ranks:
         nonfinite.copy_(bad)
         # Who has some need not ask the others.
         return present or float(entries["present"]) > 0
+
+    def meet(self, scalars: Scalars, standing: Standing) -> None:
+        """`agree` for a step without a gradient: who is elsewhere is an error on all ranks.
+
+        What others wrote to the weights of one rank ends the prediction on all of them.
+        """
+        written = scalars.ledger[INDEX["written"]]
+        zero = torch.zeros_like(written)
+        entries = self._sum([zero, zero, written, zero, zero], True, standing, 0)
+        written.copy_(entries["written"].clamp(max=1.0))
+
+    def _sum(
+        self, own: list[Tensor], present: bool, standing: Standing, weights: int
+    ) -> dict[str, Tensor]:
+        """The one sum: always of the same length, whatever step it belongs to."""
+        self._check_last()
+        compared = [_number(list(standing.items())[:2]), _number(standing), weights % _MODULUS]
+        known = [float(present), *compared, *(number * number for number in compared)]
+        said = torch.tensor(known, dtype=torch.float64, device="cpu").to(own[0].device)
+        sums = self.reduce(torch.cat([torch.stack(own), said]))
+        self._send(sums, standing)
+        return dict(zip(ENTRIES, sums.unbind()))
 
     def _send(self, sums: Tensor, standing: Standing) -> None:
         if sums.device.type == "cpu":

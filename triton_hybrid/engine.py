@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_hybrid.config import Settings
+from triton_hybrid.hyperparameters import (
+    FRESH_RATES,
+    LARGEST_LR,
+    LAST_LR,
+    numbers_of,
+    row_of,
+    take_from_device,
+)
 from triton_hybrid.kernels.addresses import refill
 from triton_hybrid.kernels.backend import BACKENDS
 from triton_hybrid.kernels.ledger import (
@@ -28,16 +37,10 @@ from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Predictor
-from triton_hybrid.predictors.slow_ema import is_other_run, steps_ahead
+from triton_hybrid.predictors.slow_ema import is_other_run
 from triton_hybrid.rules import RULES
+from triton_hybrid.shards import is_dtensor, is_part, local_gradient
 from triton_hybrid.state import Batch, Member, State
-
-LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
-"""What is remembered of a group's learning rate, in the group, for checkpoints."""
-FRESH_RATES: dict[str, Any] = {LARGEST_LR: 0.0, LAST_LR: -1.0}
-"""Before the first step; -1 stands for no rate yet."""
-_NUMBERS = ("eps", "weight_decay", "maximize", "momentum", "nesterov", "max_momentum", *FRESH_RATES)
-
 
 _GRADIENT = operator.attrgetter("grad")
 
@@ -50,14 +53,21 @@ class Engine:
         state: The optimizer's state; missing entries are created, others are kept.
         groups: How many parameter groups there are.
         settings: What the optimizer was made with.
+        reduce: Sums FP64 numbers over the ranks that hold other parts of the parameters, in place;
+            None where nobody does.
 
     Raises:
-        NotImplementedError: Parameters on several devices.
+        NotImplementedError: Parameters on several devices; offload of parts of parameters.
         ValueError: ``backend="triton"`` on CPU tensors without the interpreter.
     """
 
     def __init__(
-        self, members: Sequence[Member], state: State, groups: int, settings: Settings
+        self,
+        members: Sequence[Member],
+        state: State,
+        groups: int,
+        settings: Settings,
+        reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         devices = sorted({str(member.param.device) for member in members})
         if len(devices) > 1:
@@ -66,8 +76,13 @@ class Engine:
         self.backend = BACKENDS[settings.backend_for(self.device)]
         if self.backend.name == "triton":
             require_launchable(self.device)
-        self.settings = settings
+        self.settings, self.reduce = settings, reduce
         self.config = config = settings.config
+        if reduce is not None and config.offload != "none":
+            raise NotImplementedError(
+                f"offload={config.offload!r} with parameters of which other ranks hold other parts "
+                "is not built: use HybridConfig(offload='none')"
+            )
         self.choice = PREDICTORS[config.predictor](config)
         self.batches = self._make_batches(members, state)
         self.params = [param for batch in self.batches for param in batch.params]
@@ -79,6 +94,10 @@ class Engine:
         self._seen: list[Any] = []  # what the table of hyperparameters was made of
         self.hyperparameters: list[list[float]] = []  # as they are on the device
         self._losses = 0  # observed since the last gradient
+        shares = [[batch.tensors.share] for batch in self.batches for _ in batch.params]
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=self.device)
+        whole = not any(is_dtensor(member.whole) for member in members)
+        self._gradient: Callable[[Tensor], Any] = _GRADIENT if whole else local_gradient
         self._measured = False  # whether the gradients at hand were measured
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
         self._sign = signs.pop() if len(signs) == 1 else None
@@ -94,12 +113,13 @@ class Engine:
         alike: dict[Any, list[Member]] = {}
         for member, rank in zip(members, overlapping([member.param for member in members])):
             rule = RULES[member.group["base"]]
-            key = (member.param.dtype, rule.name, rank, rule.batch_key(member.group))
+            kind = (rank, member.share, is_part(member.whole))
+            key = (member.param.dtype, rule.name, kind, rule.batch_key(member.group))
             alike.setdefault(key, []).append(member)
         offload = self.config.offload if moves(self.config, self.device) else "none"
         masters = self.settings.master_weights
         batches = []
-        for (_, name, rank, _), its in alike.items():
+        for (_, name, (rank, *_), _), its in alike.items():
             rule = RULES[name]
             self.choice.check_rule(rule)
             rows = tuple(dict.fromkeys((*rule.rows, *self.choice.rows_for(rule))))
@@ -120,7 +140,7 @@ class Engine:
         """Reads ``.grad`` of every parameter, and refuses sparse ones; False when there is none."""
         found = False
         for batch in self.batches:
-            grads = [*map(_GRADIENT, batch.params)]
+            grads = [*map(self._gradient, batch.wholes)]
             if batch.tensors.take_gradients(grads):
                 found = True
                 continue
@@ -148,6 +168,24 @@ class Engine:
         self.backend.measure(self._sets, self.scalars)
         self._measured = True
 
+    def over_ranks(self, sums: Tensor, share: float | None = None) -> None:
+        """Sums what was measured of tensors over the ranks that hold other parts, in place.
+
+        FP64 ``[tensors, columns]``; with a ``share`` those of one batch, else of all.
+        """
+        if self.reduce is not None:
+            sums.copy_(self.reduce(sums * (self._shares if share is None else share)))
+
+    def add_up(self, measure: Callable[[Batch, Tensor], None], out: Tensor) -> None:
+        """Adds what is measured of each batch to FP64 sums over all tensors, and all ranks."""
+        for batch in self.batches:
+            own = out if self.reduce is None else torch.zeros_like(out)
+            measure(batch, own)
+            if self.reduce is not None:
+                out.add_(own, alpha=batch.tensors.share)
+        if self.reduce is not None:
+            self.reduce(out)
+
     def base_step(self, measured: bool) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
         predictor, self._losses = self.predictor, 0
@@ -165,6 +203,7 @@ class Engine:
             observed=predictor.predicts,
             measured=measured,
             known=known,
+            reduce=self.reduce,
         )
         if scale is not None:
             rates.copy_(kept)
@@ -233,7 +272,7 @@ class Engine:
 
         A learning rate that is a tensor on the device stays there.
         """
-        seen = [*map(_numbers, groups)]
+        seen = [*map(numbers_of, groups)]
         if seen == self._seen:
             return
         table, on_device = self.scalars.hyperparameters, {}
@@ -243,21 +282,21 @@ class Engine:
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[index] = lr
-                rows.append(_row(group, 0.0, 0.0, self.choice.mixes))
+                rows.append(row_of(group, 0.0, 0.0, self.choice.mixes))
                 continue
             lr = float(lr)
             largest, last = (float(group.get(name, FRESH_RATES[name])) for name in FRESH_RATES)
             if lr > 0:
                 largest, last = lr if is_other_run(last, lr) else max(largest, lr), lr
             group[LARGEST_LR], group[LAST_LR] = largest, last
-            rows.append(_row(group, lr, largest, self.choice.mixes))
+            rows.append(row_of(group, lr, largest, self.choice.mixes))
         self.largest_beta1 = max(group["betas"][0] for group in groups)
         if rows != self.hyperparameters or on_device:
             self.hyperparameters = rows
             refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))
         for index, lr in on_device.items():
-            _take_from_device(groups[index], table[index], lr)
-        self._seen = [] if on_device else [*map(_numbers, groups)]
+            take_from_device(groups[index], table[index], lr)
+        self._seen = [] if on_device else [*map(numbers_of, groups)]
 
     # ------------------------------------------------------------- what others do to the weights
 
@@ -308,7 +347,13 @@ class Engine:
         return found
 
     def signature(self) -> int:
-        """A number for the parameters as they are. Waits for the device."""
+        """A number for the parameters as they are, or for the shapes of those that have parts.
+
+        Waits for the device.
+        """
+        if self.reduce is not None:
+            shapes = [tuple(whole.shape) for batch in self.batches for whole in batch.wholes]
+            return zlib.crc32(repr(shapes).encode())
         return int(self.fingerprints().double().sum()) + len(self.params)
 
     def forget_writes(self) -> None:
@@ -349,48 +394,3 @@ def overlapping(params: Sequence[Tensor]) -> list[int]:
         together.append(index)
         until = max(until, end)
     return ranks
-
-
-def _numbers(group: dict[str, Any]) -> tuple[Any, ...]:
-    """All that a group's row of hyperparameters is made of; an empty one if it is on the device."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.device.type != "cpu":
-            return ()
-        lr = lr.item()
-    return (lr, *group["betas"], *map(group.get, _NUMBERS))
-
-
-def _row(group: dict[str, Any], lr: float, largest: float, mixes: bool) -> list[float]:
-    betas = RULES[group["base"]].betas(group, mixes)
-    beta1, beta2 = betas.pair
-    logs = [math.log(beta) if beta > 0 else -math.inf for beta in (betas.exp_avg, beta2)]
-    values = {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "log_exp_avg": logs[0],
-        "log_beta2": logs[1],
-        "eps": group["eps"],
-        "weight_decay": group["weight_decay"],
-        "sign": -1.0 if group["maximize"] else 1.0,
-        "horizon": steps_ahead(1.0 - lr / largest if largest > 0 else 0.0),
-        "nesterov_mix": betas.nesterov_mix,
-        "slow_mix": betas.slow_mix,
-    }
-    return [values[name] for name in HYPER]
-
-
-def _take_from_device(group: dict[str, Any], row: Tensor, lr: Tensor) -> None:
-    """The same for a learning rate on the device, without reading it on the host."""
-    now = lr.detach().double().reshape(())
-    for name, fresh in FRESH_RATES.items():
-        known = group.get(name, fresh)
-        if not isinstance(known, Tensor) or known.device != now.device:
-            group[name] = torch.full_like(now, float(known))
-    largest, last = group[LARGEST_LR], group[LAST_LR]
-    highest = torch.where(is_other_run(last, now), now, torch.maximum(largest, now))
-    largest.copy_(torch.where(now > 0, highest, largest))
-    last.copy_(torch.where(now > 0, now, last))
-    row[HYPER["lr"]].copy_(now)
-    row[HYPER["horizon"]].copy_(steps_ahead(1.0 - now / largest.clamp(min=1e-300)))

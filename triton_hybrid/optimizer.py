@@ -22,8 +22,9 @@ from triton_hybrid.checkpoint import (
 )
 from triton_hybrid.config import HybridConfig, Settings
 from triton_hybrid.distributed import Ranks, check_process_group
-from triton_hybrid.engine import FRESH_RATES, Engine
+from triton_hybrid.engine import Engine
 from triton_hybrid.groups import as_rate, check_group, check_parameter, complete_group, own_options
+from triton_hybrid.hyperparameters import FRESH_RATES
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.rules import OPTIONS
 from triton_hybrid.stats import HybridStats
@@ -141,6 +142,7 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         phase = self.phase  # Warmup, where the state was cleared
         with self._binding.undisturbed(engine):  # sees what others wrote, and obeys them
             if phase is Phase.PREDICT:
+                self._binding.meet(engine)
                 self._predict(engine)
             elif self._binding.take_gradients(engine, scaler):
                 plan = self._binding.plan(engine)

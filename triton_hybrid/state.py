@@ -141,10 +141,12 @@ def restore_snapshot(param: Tensor, entry: dict[str, Any]) -> None:
 class Member(NamedTuple):
     """A parameter, its group, which group that is, and its place in the group."""
 
-    param: Tensor
+    param: Tensor  # of a DTensor, this rank's part
     group: Group
     group_index: int
     place: int
+    whole: Tensor  # as it is in the group
+    share: float = 1.0  # one over the number of ranks that hold the same
 
 
 class Batch:
@@ -161,6 +163,7 @@ class Batch:
     Attributes:
         tensors: The rows, as the kernels take them.
         travelling: Rows that move between host memory and the device, with their tensors at home.
+        wholes: The parameters as they are in the groups.
         tables: Name of a small row to its tensor for the whole batch.
         copies: Parameters with gaps in memory, and dense tensors that stand for them in a step.
         aliased: Whether its parameters share memory with others.
@@ -179,6 +182,7 @@ class Batch:
         masters: str = "auto",
     ) -> None:
         self.params = [member.param for member in members]
+        self.wholes = [member.whole for member in members]
         self.travelling: list[tuple[StateRow, list[Tensor]]] = []
         self.tables: dict[str, Tensor] = {}
         self._state, self._group, self._rows = state, members[0].group, rows
@@ -199,6 +203,7 @@ class Batch:
                 self.tensors.announce(row.name, memory[0].dtype)
             else:
                 self.tensors.set_row(row.name, memory)
+        self.tensors.share = members[0].share
         if rule.bind is not None:
             rule.bind(self.tensors, members)
 

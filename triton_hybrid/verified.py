@@ -17,6 +17,7 @@ from triton_hybrid.binding import Binding
 from triton_hybrid.kernels.fingerprint import INTEGERS
 from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import remainder_of
+from triton_hybrid.shards import local
 from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, SNAPSHOT
 
 Swap = tuple[Tensor, Tensor, Tensor]
@@ -70,9 +71,10 @@ def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> 
         return []
     swaps = []
     for param in (param for group in groups for param in group["params"]):
-        entry = state.get(param, {})
+        entry = {key: local(row) for key, row in state.get(param, {}).items()}
         if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] <= 0:
             continue
+        param = local(param)
         verified = entry[SNAPSHOT.name].to(param.device)
         swaps.append(_swap(param.detach(), verified))
         if MASTER.name in entry:

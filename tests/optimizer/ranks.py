@@ -36,8 +36,10 @@ def _as_rank(rank: int, folder: str, world: int, scenarios: Sequence[Scenario]) 
 
 def run_on_ranks(world: int, scenarios: Sequence[Scenario]) -> dict[str, list[Any]]:
     """What each scenario returns on each rank; the traceback where it raised."""
+    # Forked, the processes have everything imported; a GPU in use forbids it.
+    method = "spawn" if torch.cuda.is_available() else "fork"
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_as_rank, (folder, world, scenarios), nprocs=world)  # type: ignore[no-untyped-call]
+        mp.start_processes(_as_rank, (folder, world, scenarios), world, start_method=method)  # type: ignore[no-untyped-call]
         return {
             scenario.__name__: [
                 torch.load(Path(folder) / f"{scenario.__name__}-{rank}.pt") for rank in range(world)

@@ -122,6 +122,7 @@ class Linear(Predictor):
         for batch in engine.batches:
             sums = torch.zeros(len(batch.params), 2, **wide)
             engine.backend.gram(batch.tensors, sums)
+            engine.over_ranks(sums, batch.tensors.share)
             if not begins:
                 motion += torch.stack(self._fit(batch, *sums.unbind(1)))
         if not begins:

@@ -136,6 +136,7 @@ class Predictor(Choice):
         engine = self.engine
         for batch in engine.batches:
             engine.backend.slopes(batch.tensors, engine.scalars)
+        engine.over_ranks(engine.scalars.sums)
         engine.backend.decide(engine.scalars, self.config.divergence_threshold, self.cooldown)
         for batch in engine.batches:
             engine.backend.correct(batch.tensors, engine.scalars, restart=self.follows_trajectory)
@@ -175,3 +176,4 @@ class Predictor(Choice):
                 save=first and not self.follows_trajectory,
                 with_slopes=not known,
             )
+        engine.over_ranks(sums[:, 1:] if known else sums)
