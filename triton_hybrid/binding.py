@@ -168,6 +168,10 @@ class Binding:
         elif self.progress.gradients:
             self.restart()
 
+    def kept(self) -> dict[str, Any]:
+        """What to make another binding of: of pickled optimizers."""
+        return {"_settings": self.settings, "_alone": self.ranks.alone}
+
     def at_home_on_host(self, name: str) -> bool:
         """Whether state of this name is at home in host memory."""
         declared = self.settings.config.offload != "none" and name in DECLARED

@@ -66,7 +66,7 @@ class Progress:
         if config.inline:  # the checkpoint may be of a stepped run
             controller.need_gradient()
         model, ledger = (
-            {OLD_ENTRIES.get(name, name): value for name, value in saved[part].items()}
+            {OLD_ENTRIES.get(name, name): value for name, value in saved.get(part, {}).items()}
             for part in ("model", "ledger")
         )
         return cls(

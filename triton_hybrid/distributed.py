@@ -47,6 +47,11 @@ class Ranks:
         self._under_way: tuple[Tensor, Any, Standing] | None = None
 
     @property
+    def alone(self) -> bool | None:
+        """What to make another by: a group cannot be pickled, but that there is none can."""
+        return False if self.group is False else None
+
+    @property
     def size(self) -> int:
         """How many ranks there are; 1 for this rank alone."""
         ready = self.group is not False and dist.is_available() and dist.is_initialized()

@@ -27,6 +27,7 @@ from triton_hybrid.groups import as_rate, check_group, check_parameter, complete
 from triton_hybrid.hyperparameters import FRESH_RATES
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.rules import OPTIONS
+from triton_hybrid.shards import saved_parts
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.verified import VerifiedWeights
 
@@ -282,7 +283,7 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; phase and ledger lie in the groups."""
         self._binding.save(self.param_groups)
-        return super().state_dict()
+        return saved_parts(super().state_dict(), self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer, or one of torch's AdamW or Muon.
@@ -319,8 +320,7 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._binding.save(self.param_groups)
-        alone = {"_alone": False} if self._binding.ranks.group is False else {}
-        return {**super().__getstate__(), "_settings": self._settings, **alone}
+        return {**super().__getstate__(), **self._binding.kept()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpickled, self._swaps = "_settings" in state, None

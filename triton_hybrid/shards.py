@@ -11,7 +11,7 @@ Nothing else knows of DTensors: here they are taken apart and put together again
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,10 +78,24 @@ def placed(key: str, value: Tensor, param: Any, device: torch.device) -> Tensor:
     return value.detach().to(device=device, copy=True)
 
 
-def forget_fingerprints(param: Any, entry: Mapping[str, Any]) -> None:
-    """Of a loaded DTensor: those of a checkpoint are of other parts of it."""
+def forget_fingerprints(param: Any, entry: dict[str, Any]) -> None:
+    """Of a saved or loaded DTensor: those of other parts of it would be those of other weights."""
     if is_dtensor(param) and PREDICTION.name in entry:
+        entry[PREDICTION.name] = entry[PREDICTION.name].clone()
         entry[PREDICTION.name][FINGERPRINT_COLUMN.value :] = 0.0
+
+
+def saved_parts(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A state dict that any number of ranks can load."""
+    params = [param for group in groups for param in group["params"]]
+    if not any(map(is_dtensor, params)):
+        return state_dict
+    state = dict(state_dict["state"])
+    for index, param in enumerate(params):
+        if index in state:
+            state[index] = dict(state[index])
+            forget_fingerprints(param, state[index])
+    return {**state_dict, "state": state}
 
 
 def check_dtensor(param: Any, index: int) -> None:

@@ -108,8 +108,13 @@ def test_unbuilt_functions_name_themselves() -> None:
     optimizer = HybridOptimizer([nn.Parameter(torch.zeros(2))])
     with pytest.raises(NotImplementedError, match="accumulation"):
         _ = optimizer.window_complete
-    with pytest.raises(NotImplementedError, match="reshard"):
-        triton_hybrid.reshard(None)
+
+
+def test_reshard_leaves_other_modules_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    triton_hybrid.reshard(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_observe_loss_refuses_several_elements() -> None:

@@ -52,10 +52,16 @@ def batches(noisy: bool) -> Any:
 
 
 def train(
-    model: nn.Module, optimizer: Any, steps: int, noisy: bool, rank: int = 0, world: int = 1
+    model: nn.Module,
+    optimizer: Any,
+    steps: int,
+    noisy: bool,
+    rank: int = 0,
+    world: int = 1,
+    source: Any = None,
 ) -> dict[str, list[Any]]:
     """Losses over the whole batch, of which every rank has its part, and phases."""
-    losses, phases, source = [], [], batches(noisy)
+    losses, phases, source = [], [], source or batches(noisy)
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     for _ in range(steps):
         phases.append(optimizer.phase.value)
