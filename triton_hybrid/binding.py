@@ -71,6 +71,11 @@ class Binding:
                 self.unbind()
                 self.restart()  # nothing is left of the state that the ledger is about
             nothing = not state and all(m.param.grad is None for m in members)
+            if self.ranks.apart and self.ranks.together and not members:
+                raise ValueError(
+                    "params: this rank has none, and the others would wait for it: "
+                    "ZeroRedundancyOptimizer needs at least as many parameters as ranks"
+                )
             # Of several ranks, another may have gradients and wait for this one.
             if not members or (nothing and not self.ranks.together):
                 return None
@@ -94,7 +99,7 @@ class Binding:
         if any(float(member.group["lr"]) != 0.0 for member in members):
             return False
         zero = all_zero(member.param for member in members)
-        if any(is_part(member.param) for member in members):
+        if self.ranks.apart or any(is_part(member.param) for member in members):
             # Zero here alone may be the part of a gradient that is not.
             others = torch.tensor([float(not zero)], dtype=torch.float64)
             zero = not bool(self.ranks.reduce(others.to(local(members[0].param).device)))

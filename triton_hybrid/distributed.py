@@ -10,6 +10,7 @@ summed too (`Ranks.reduce`), and begins with the same small sum.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -38,13 +39,21 @@ class Ranks:
     Args:
         group: Their process group; None is the default group, where one is initialised, and False
             this rank alone.
+        apart: Whether they hold different parameters of one model.
     """
 
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
+    def __init__(self, group: Any = None, apart: bool = False) -> None:
+        self.group, self.apart = group, apart
         self._introduced = self._mentioned = False
         # On a GPU: the last sum on its way to the host, and what this rank had said of itself.
         self._under_way: tuple[Tensor, Any, Standing] | None = None
+
+    @classmethod
+    def of(cls, group: Any) -> Ranks:
+        """Those of an optimizer that is being made."""
+        check_process_group(group)
+        zero = _zero_in_the_making() if group is None else None
+        return cls(group) if zero is None else cls(zero.process_group, apart=True)
 
     @property
     def alone(self) -> bool | None:
@@ -171,9 +180,9 @@ class Ranks:
             raise NotImplementedError(
                 "the ranks hold different parameters, and nothing says that they are parts of one "
                 "model: norms and decisions would be those of a part. Use "
-                "DistributedDataParallel or torch.distributed.fsdp.fully_shard instead of "
-                "ZeroRedundancyOptimizer or pipelines; or, where every rank trains a model of its "
-                "own, process_group=False"
+                "DistributedDataParallel, torch.distributed.fsdp.fully_shard or "
+                "ZeroRedundancyOptimizer instead of pipelines; or, where every rank trains a model "
+                "of its own, process_group=False"
             )
 
     def _everybody(self, standing: Standing) -> list[dict[str, str]]:
@@ -181,6 +190,23 @@ class Ranks:
         everybody: list[Any] = [None] * self.size
         dist.all_gather_object(everybody, own, group=self.group)
         return everybody
+
+
+def _zero_in_the_making() -> Any:
+    """The ZeroRedundancyOptimizer that calls for an optimizer of its part of the parameters.
+
+    It makes one as anybody would, and says to nobody that other ranks hold other parameters; so who
+    calls is looked at. None where nobody of the kind does.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if type(caller).__name__ == "ZeroRedundancyOptimizer":
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def _number(said: Any) -> int:

@@ -25,6 +25,7 @@ from triton_hybrid.hyperparameters import (
 )
 from triton_hybrid.kernels.addresses import refill
 from triton_hybrid.kernels.backend import BACKENDS
+from triton_hybrid.kernels.layout import overlapping
 from triton_hybrid.kernels.ledger import (
     FINGERPRINT_COLUMN,
     INDEX,
@@ -39,7 +40,7 @@ from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.predictors.slow_ema import is_other_run
 from triton_hybrid.rules import RULES
-from triton_hybrid.shards import is_dtensor, is_part, local_gradient
+from triton_hybrid.shards import OTHERS, is_dtensor, is_part, local_gradient
 from triton_hybrid.state import Batch, Member, State
 
 _GRADIENT = operator.attrgetter("grad")
@@ -96,6 +97,8 @@ class Engine:
         self._losses = 0  # observed since the last gradient
         shares = [[batch.tensors.share] for batch in self.batches for _ in batch.params]
         self._shares = torch.tensor(shares, dtype=torch.float64, device=self.device)
+        its = [member.group.get(OTHERS, False) for b in self.batches for member in b.members]
+        self._others = its.index(True) if any(its) else None
         whole = not any(is_dtensor(member.whole) for member in members)
         self._gradient: Callable[[Tensor], Any] = _GRADIENT if whole else local_gradient
         self._measured = False  # whether the gradients at hand were measured
@@ -171,10 +174,24 @@ class Engine:
     def over_ranks(self, sums: Tensor, share: float | None = None) -> None:
         """Sums what was measured of tensors over the ranks that hold other parts, in place.
 
-        FP64 ``[tensors, columns]``; with a ``share`` those of one batch, else of all.
+        FP64 ``[tensors, columns]``; with a ``share`` those of one batch, else of all. Where the
+        ranks hold different tensors, the last row becomes that of the others.
         """
-        if self.reduce is not None:
+        if self.reduce is None:
+            return
+        if self._others is None:
             sums.copy_(self.reduce(sums * (self._shares if share is None else share)))
+        elif share is None:
+            sums[self._others] = 0.0
+            own = sums.sum(0)
+            total = self.reduce(own.clone())
+            # What is not finite must be so on every rank: an infinity less another is none.
+            sums[self._others] = torch.where(total.isfinite(), total - own, total)
+
+    def over_all(self, totals: Tensor) -> None:
+        """Sums what was added up over this rank's tensors, where others hold other ones."""
+        if self.reduce is not None and self._others is not None:
+            self.reduce(totals)
 
     def add_up(self, measure: Callable[[Batch, Tensor], None], out: Tensor) -> None:
         """Adds what is measured of each batch to FP64 sums over all tensors, and all ranks."""
@@ -351,6 +368,8 @@ class Engine:
 
         Waits for the device.
         """
+        if self._others is not None:
+            return 0
         if self.reduce is not None:
             shapes = [tuple(whole.shape) for batch in self.batches for whole in batch.wholes]
             return zlib.crc32(repr(shapes).encode())
@@ -372,25 +391,3 @@ class Engine:
         for batch in self.batches:
             for param, dense in batch.copies:
                 param.copy_(dense)
-
-
-def overlapping(params: Sequence[Tensor]) -> list[int]:
-    """For each parameter, 0 where no other shares its memory, else its number among those that do.
-
-    One launch must not update two tensors in the same memory: they get launches of their own.
-    """
-    places: list[tuple[float, float, int]] = [(math.inf, math.inf, -1)]
-    for index, param in enumerate(params):
-        span = 1 + sum((size - 1) * step for size, step in zip(param.shape, param.stride()))
-        first = param.data_ptr()
-        places.append((first, first + span * param.element_size() * (param.numel() > 0), index))
-    ranks, until = [0] * len(params), -math.inf
-    together: list[int] = []
-    for begin, end, index in sorted(places):
-        if begin >= until:
-            for rank, member in enumerate(together if len(together) > 1 else (), 1):
-                ranks[member] = rank
-            together = []
-        together.append(index)
-        until = max(until, end)
-    return ranks

@@ -21,7 +21,7 @@ from triton_hybrid.checkpoint import (
     without_tensors,
 )
 from triton_hybrid.config import HybridConfig, Settings
-from triton_hybrid.distributed import Ranks, check_process_group
+from triton_hybrid.distributed import Ranks
 from triton_hybrid.engine import Engine
 from triton_hybrid.groups import as_rate, check_group, check_parameter, complete_group, own_options
 from triton_hybrid.hyperparameters import FRESH_RATES
@@ -109,13 +109,13 @@ class HybridOptimizer(VerifiedWeights, Optimizer):
         options = own_options(options)
         if accumulation is not None:
             raise NotImplementedError(f"accumulation={accumulation!r} is not built yet")
-        check_process_group(process_group)
+        ranks = Ranks.of(process_group)
         config = HybridConfig() if hybrid is None else hybrid
         settings = Settings(config, max_grad_norm, master_weights, loss_scale, capturable, backend)
         defaults = {"lr": as_rate(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"maximize": maximize, "base": base, **OPTIONS, **options}
         check_group(defaults)
-        self._binding = Binding(settings, Ranks(process_group))
+        self._binding = Binding(settings, ranks)
         super().__init__(params, defaults)
         self._warn_about_idle_gpu()
 

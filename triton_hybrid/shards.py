@@ -126,7 +126,7 @@ def is_part(param: Any) -> bool:
 def _share(param: Any, index: int, ranks: Ranks) -> float:
     """One over the number of ranks that hold the same elements of a parameter."""
     if not is_dtensor(param):
-        return 1.0 / ranks.size
+        return 1.0 if ranks.apart else 1.0 / ranks.size
     mesh = param.device_mesh
     if mesh.size() != ranks.size:
         raise NotImplementedError(
@@ -140,6 +140,19 @@ def _share(param: Any, index: int, ranks: Ranks) -> float:
     return 1.0 / count
 
 
+OTHERS = "others"
+
+
+def _others(member: Member) -> Member:
+    """A tensor without elements, for what is measured of the parameters of other ranks.
+
+    Tables of sums have a row for each tensor; in this one's stands what the other ranks have found.
+    """
+    nothing = member.param.new_empty(0)
+    group = {**member.group, "base": "adamw", OTHERS: True}
+    return member._replace(param=nothing, whole=nothing, group=group)
+
+
 class Shards:
     """The parameters of an optimizer as this rank holds them, with their state.
 
@@ -151,7 +164,7 @@ class Shards:
     Attributes:
         members: The same, on what lies on this rank.
         state: Their state; that of plain parameters is the optimizer's own.
-        some: Whether there is a parameter of which other ranks hold other parts.
+        some: Whether other ranks hold other parts of a parameter, or other parameters.
 
     Raises:
         NotImplementedError: Parameters that lie on other ranks than those that decide together.
@@ -174,6 +187,9 @@ class Shards:
                     for key, value in entry.items()
                 }
             self.state[part] = entry
+        if ranks.apart and ranks.together:
+            self.some = True
+            self.members.append(_others(members[0]))
 
     def publish(self) -> None:
         """Gives the optimizer's state DTensors in the memory of what the kernels work on."""

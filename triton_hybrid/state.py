@@ -182,7 +182,7 @@ class Batch:
         masters: str = "auto",
     ) -> None:
         self.params = [member.param for member in members]
-        self.wholes = [member.whole for member in members]
+        self.members, self.wholes = members, [member.whole for member in members]
         self.travelling: list[tuple[StateRow, list[Tensor]]] = []
         self.tables: dict[str, Tensor] = {}
         self._state, self._group, self._rows = state, members[0].group, rows

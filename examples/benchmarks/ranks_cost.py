@@ -63,6 +63,7 @@ class Stopwatch:
         self.work, self.taken = work, list[float]()
 
     def __call__(self, *arguments: Any) -> Any:
+        """The function's result."""
         started = time.perf_counter()
         result = self.work(*arguments)
         self.taken.append(time.perf_counter() - started)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from ranks import assert_same_on_all, of_all, run_on_ranks
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from training import fast_config, make_model, state_copy, weights
 
@@ -89,6 +90,73 @@ def troubled_inline(rank: int, world: int) -> dict[str, Any]:
 
 def troubled_stepped(rank: int, world: int) -> dict[str, Any]:
     return _troubled(rank, world, inline=False)
+
+
+def _over_ranks(rank: int, world: int, inline: bool) -> dict[str, Any]:
+    """ZeroRedundancyOptimizer: every rank keeps the state of other parameters, and steps those.
+
+    Beside it one optimizer of all parameters on the same gradients.
+    """
+    runs: dict[str, Any] = {}
+    for predictor, steps in (("slow_ema", STEPS), ("linear", 30), ("secant", 25)):
+        config = fast_config(inline=inline, predictor=predictor)
+        options: dict[str, Any] = {"lr": 3e-3, "hybrid": config, "max_grad_norm": 0.5}
+        for kind in ("zero", "whole"):
+            dtype = torch.float64 if predictor == "secant" else torch.float32
+            model = DistributedDataParallel(make_model(dtype))
+            if kind == "zero":
+                zero = ZeroRedundancyOptimizer(
+                    model.parameters(), optimizer_class=HybridOptimizer, **options
+                )
+                outer, optimizer = zero, zero.optim
+            else:
+                outer = optimizer = HybridOptimizer(model.parameters(), **options)
+            generator = torch.Generator().manual_seed(rank)
+            phases, x_and_target = [], batch_of(generator)
+            for step in range(steps):
+                phases.append(optimizer.phase.value)
+                if not needs_backward(outer):
+                    outer.step()
+                    continue
+                x, target = batch_of(generator) if predictor == "slow_ema" else x_and_target
+                x, target = x.to(dtype), target.to(dtype)
+
+                def closure(
+                    x: Tensor = x, target: Tensor = target, model: nn.Module = model
+                ) -> Tensor:
+                    loss = (model(x) - target).square().mean()
+                    loss.backward()
+                    return loss
+
+                if step % 5 == 0:
+                    outer.step(closure)
+                else:
+                    loss = closure()
+                    if step % 37 == 36 and rank == 1:
+                        next(p for g in optimizer.param_groups for p in g["params"]).grad.fill_(
+                            torch.nan
+                        )
+                    optimizer.observe_loss(loss)
+                    outer.step()
+                outer.zero_grad()
+            stats = optimizer.stats()
+            runs[f"{predictor} {kind}"] = {
+                "phases": phases,
+                "weights": [p.detach().clone() for p in model.parameters()],
+                "skipped": stats.skipped_nonfinite,
+                "predicted": stats.predicted_steps,
+            }
+            if kind == "zero":
+                assert len(optimizer.state) < len(list(model.parameters()))
+    return runs
+
+
+def zero_inline(rank: int, world: int) -> dict[str, Any]:
+    return _over_ranks(rank, world, inline=True)
+
+
+def zero_stepped(rank: int, world: int) -> dict[str, Any]:
+    return _over_ranks(rank, world, inline=False)
 
 
 def every_kind(rank: int, world: int) -> list[Any]:
@@ -256,13 +324,13 @@ def left_alone(rank: int, world: int) -> list[Any]:
 
 SCENARIOS = [
     troubled_inline, troubled_stepped, every_kind, with_grad_scaler, disagreements,
-    models_of_their_own, in_groups, nobody_has_gradients, left_alone,
+    models_of_their_own, in_groups, nobody_has_gradients, zero_inline, zero_stepped, left_alone,
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
-    few = (troubled_inline, troubled_stepped, disagreements, in_groups, left_alone)
+    few = (troubled_inline, troubled_stepped, disagreements, in_groups, zero_stepped, left_alone)
     return run_on_ranks(request.param, SCENARIOS if request.param == 2 else few)
 
 
@@ -318,6 +386,23 @@ def test_models_of_their_own(results: dict[str, list[Any]]) -> None:
         assert len(found["messages"]) == 2
         assert all("process_group=False" in message for message in found["messages"])
         assert found["steps"] == [10 + rank] * 3
+
+
+@pytest.mark.parametrize("scenario", [zero_inline, zero_stepped])
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear", "secant"])
+def test_zero_redundancy_optimizer(
+    results: dict[str, list[Any]], predictor: str, scenario: Any
+) -> None:
+    found = needed(results, scenario)
+    zero = [ranks[f"{predictor} zero"] for ranks in found]
+    assert_same_on_all(zero)
+    assert zero[0]["predicted"] > 0
+    if predictor == "slow_ema":
+        assert zero[0]["skipped"] > 2
+    whole = found[0][f"{predictor} whole"]
+    assert whole["phases"] == zero[0]["phases"]
+    for mine, its in zip(zero[0]["weights"], whole["weights"]):
+        assert torch.allclose(mine, its, rtol=1e-4, atol=1e-5)
 
 
 def test_a_group_decides_by_itself(results: dict[str, list[Any]]) -> None:

@@ -126,6 +126,7 @@ class Linear(Predictor):
             if not begins:
                 motion += torch.stack(self._fit(batch, *sums.unbind(1)))
         if not begins:
+            engine.over_all(motion)
             explained, total = motion
             confidence = (explained / total.clamp(min=1e-300)).clamp(0.0, 1.0).sqrt()
             engine.scalars.ledger[INDEX["confidence"]].copy_(confidence)
