@@ -10,6 +10,7 @@ summed too (`Ranks.reduce`), and begins with the same small sum.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 import zlib
@@ -23,7 +24,9 @@ from torch import Tensor
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.scalars import Scalars
 
-ENTRIES = ("loss", "seen", "written", "square", "bad", "present", "place", "setup", "weights")
+LEDGER = ("loss", "written", "found_inf")
+"""Entries of the ledger that a rank alone may know."""
+ENTRIES = ("seen", *LEDGER, "square", "bad", "present", "place", "setup", "weights")
 """What is summed. The last three must be the same everywhere: their squares are summed too."""
 COMPARED = 3
 _MODULUS = 1 << 20
@@ -45,6 +48,7 @@ class Ranks:
     def __init__(self, group: Any = None, apart: bool = False) -> None:
         self.group, self.apart = group, apart
         self._introduced = self._mentioned = False
+        self._places: Tensor | None = None  # of `LEDGER`, on the device
         # On a GPU: the last sum on its way to the host, and what this rank had said of itself.
         self._under_way: tuple[Tensor, Any, Standing] | None = None
 
@@ -104,22 +108,24 @@ class Ranks:
                 for which nobody waits, at the next gradient step.
             NotImplementedError: In the first step, if the ranks hold different parameters.
         """
-        ledger = scalars.ledger
-        loss, written, bad = (ledger[INDEX[name]] for name in ("loss", "written", "found_inf"))
         first, self._introduced = not self._introduced, True
-        seen = ~loss.isnan()
-        square, nonfinite = scalars.gradient.unbind()
-        own = [torch.where(seen, loss, 0.0), seen.double(), written]
-        own += [square, ((nonfinite + bad) > 0).double()]
-        entries = self._sum(own, present, standing, weights() if first else 0)
-        loss.copy_(torch.where(entries["seen"] > 0, entries["loss"] / entries["seen"], torch.nan))
-        written.copy_(entries["written"].clamp(max=1.0))
-        square.copy_(entries["square"])
-        missing = entries["present"] < self.size
-        bad.copy_((missing | (entries["bad"] > 0)).double())
-        nonfinite.copy_(bad)
+        ledger = scalars.ledger
+        if self._places is None or self._places.device != ledger.device:
+            self._places = torch.tensor([INDEX[name] for name in LEDGER], device=ledger.device)
+        its = _numbers(torch.cat([ledger.index_select(0, self._places), scalars.gradient]))
+        own = [its[0] == its[0], *its]
+        sums = self._sum(own, ledger.device, present, standing, weights() if first else 0)
+        seen, loss, written, found, square, bad, some = sums[: -2 * COMPARED]
+        found = found + bad + (some < self.size)
+        if isinstance(seen, float):
+            loss = loss / seen if seen else math.nan
+            known = torch.tensor([loss, written, found, square, found], dtype=torch.float64)
+        else:  # nothing over nothing is NaN, too
+            known = torch.stack([loss / seen, written, found, square, found])
+        ledger.index_copy_(0, self._places, known[:3])
+        scalars.gradient.copy_(known[3:])
         # Who has some need not ask the others.
-        return present or float(entries["present"]) > 0
+        return present or float(some) > 0
 
     def meet(self, scalars: Scalars, standing: Standing) -> None:
         """`agree` for a step without a gradient: who is elsewhere is an error on all ranks.
@@ -127,42 +133,55 @@ class Ranks:
         What others wrote to the weights of one rank ends the prediction on all of them.
         """
         written = scalars.ledger[INDEX["written"]]
-        zero = torch.zeros_like(written)
-        entries = self._sum([zero, zero, written, zero, zero], True, standing, 0)
-        written.copy_(entries["written"].clamp(max=1.0))
+        own: list[Any] = [0.0] * ENTRIES.index("present")
+        own[ENTRIES.index("written")] = _numbers(written.view(1))[0]
+        sums = self._sum(own, written.device, True, standing, 0)
+        written.copy_(torch.as_tensor(sums[ENTRIES.index("written")]))
 
     def _sum(
-        self, own: list[Tensor], present: bool, standing: Standing, weights: int
-    ) -> dict[str, Tensor]:
-        """The one sum: always of the same length, whatever step it belongs to."""
+        self,
+        own: list[Any],
+        device: torch.device,
+        present: bool,
+        standing: Standing,
+        weights: int,
+    ) -> list[Any]:
+        """The one sum: always of the same length, whatever step it belongs to.
+
+        Takes and returns floats on the CPU, elsewhere 0-dim tensors that nobody waits for.
+        """
         self._check_last()
         compared = [_number(list(standing.items())[:2]), _number(standing), weights % _MODULUS]
         known = [float(present), *compared, *(number * number for number in compared)]
-        said = torch.tensor(known, dtype=torch.float64, device="cpu").to(own[0].device)
-        sums = self.reduce(torch.cat([torch.stack(own), said]))
-        self._send(sums, standing)
-        return dict(zip(ENTRIES, sums.unbind()))
-
-    def _send(self, sums: Tensor, standing: Standing) -> None:
-        if sums.device.type == "cpu":
-            self._compare(sums, standing)
+        if device.type == "cpu":
+            sent = torch.tensor([*own, *known], dtype=torch.float64)
+        else:
+            said = torch.tensor(known, dtype=torch.float64, device="cpu").to(device)
+            numbers = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in own]
+            sent = torch.cat([torch.stack(numbers), said])
+        # NaN is a loss that was not observed, or a norm of gradients that are not finite anyway.
+        sums = self.reduce(sent.nan_to_num_(0.0, math.inf, -math.inf))
+        found = _numbers(sums)
+        if device.type == "cpu":
+            self._compare(found, standing)
         elif not torch.cuda.is_current_stream_capturing():
             host = torch.empty(sums.shape, dtype=sums.dtype, device="cpu", pin_memory=True)
             host.copy_(sums, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
             self._under_way = host, arrived, standing
+        return found
 
     def _check_last(self) -> None:
         """Looks at the sum of the last gradient step, which a forward pass ago was under way."""
         if self._under_way is not None and not torch.cuda.is_current_stream_capturing():
             (sums, arrived, standing), self._under_way = self._under_way, None
             arrived.synchronize()
-            self._compare(sums, standing)
+            self._compare(sums.tolist(), standing)
 
-    def _compare(self, sums: Tensor, standing: Standing) -> None:
+    def _compare(self, sums: list[float], standing: Standing) -> None:
         """Raises, on every rank, if one of them differs from another."""
-        totals, count = [*map(int, sums[-2 * COMPARED :].tolist())], self.size
+        totals, count = [*map(int, sums[-2 * COMPARED :])], self.size
         if 0 < sums[ENTRIES.index("present")] < count and not self._mentioned:
             self._mentioned = True
             warnings.warn(
@@ -207,6 +226,11 @@ def _zero_in_the_making() -> Any:
             return caller
         frame = frame.f_back
     return None
+
+
+def _numbers(vector: Tensor) -> list[Any]:
+    """Its elements: floats on the CPU, elsewhere 0-dim tensors."""
+    return vector.tolist() if vector.device.type == "cpu" else [*vector.unbind()]
 
 
 def _number(said: Any) -> int:
