@@ -21,8 +21,8 @@ from triton_hybrid.kernels.predict import predict, predict_torch
 from triton_hybrid.kernels.secant import move, products, settle
 from triton_hybrid.kernels.secant_torch import move_torch, products_torch, settle_torch
 from triton_hybrid.kernels.slopes import slopes, slopes_torch
-from triton_hybrid.kernels.step import step
-from triton_hybrid.kernels.step_torch import step_torch
+from triton_hybrid.kernels.step import measure, step
+from triton_hybrid.kernels.step_torch import measure_torch, step_torch
 from triton_hybrid.kernels.trapezoid import base_slope, base_slope_torch
 from triton_hybrid.kernels.verify import (
     check_move,
@@ -37,6 +37,7 @@ class Backend:
     """What runs the steps."""
 
     name: str
+    measure: Callable[..., None]  # what the gradients have in common
     step: Callable[..., None]  # one base step
     predict: Callable[..., None]  # one predicted step
     check_move: Callable[..., None]  # keeps a predicted step, or rolls it back at once
@@ -54,12 +55,12 @@ class Backend:
 
 
 TRITON = Backend(
-    "triton", step, predict, check_move, slopes, decide, correct, gram,
+    "triton", measure, step, predict, check_move, slopes, decide, correct, gram,
     fingerprint, note_weights, find_writes, products, move, settle, base_slope,
 )  # fmt: skip
 TORCH = Backend(
-    "torch", step_torch, predict_torch, check_move_torch, slopes_torch, decide_torch,
-    correct_torch, gram_torch, fingerprint_torch, note_weights_torch, find_writes_torch,
-    products_torch, move_torch, settle_torch, base_slope_torch,
+    "torch", measure_torch, step_torch, predict_torch, check_move_torch, slopes_torch,
+    decide_torch, correct_torch, gram_torch, fingerprint_torch, note_weights_torch,
+    find_writes_torch, products_torch, move_torch, settle_torch, base_slope_torch,
 )  # fmt: skip
 BACKENDS = {backend.name: backend for backend in (TRITON, TORCH)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -55,3 +56,25 @@ class DenseViews(Sequence[Tensor]):
         if not self._views:
             self._views += [t.as_strided((t.numel(),), (1,)) for t in self._tensors]
         return self._views
+
+
+def overlapping(params: Sequence[Tensor]) -> list[int]:
+    """For each parameter, 0 where no other shares its memory, else its number among those that do.
+
+    One launch must not update two tensors in the same memory: they get launches of their own.
+    """
+    places: list[tuple[float, float, int]] = [(math.inf, math.inf, -1)]
+    for index, param in enumerate(params):
+        span = 1 + sum((size - 1) * step for size, step in zip(param.shape, param.stride()))
+        first = param.data_ptr()
+        places.append((first, first + span * param.element_size() * (param.numel() > 0), index))
+    ranks, until = [0] * len(params), -math.inf
+    together: list[int] = []
+    for begin, end, index in sorted(places):
+        if begin >= until:
+            for rank, member in enumerate(together if len(together) > 1 else (), 1):
+                ranks[member] = rank
+            together = []
+        together.append(index)
+        until = max(until, end)
+    return ranks

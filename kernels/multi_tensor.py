@@ -86,6 +86,9 @@ class TensorSet:
     """Which rows of the per-tensor tables in `Scalars` are theirs."""
     first_column: int
     """Which columns of its first-stage sums are: those from here on, one for each program."""
+    whole: Any = None  # what orthogonalises matrices of which other processes hold parts
+    share = 1.0
+    """What its sums count, in sums over several processes: 1 over how many hold the same."""
 
     def __init__(
         self,

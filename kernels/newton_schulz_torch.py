@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from triton_hybrid.kernels.matrices import Block, Coefficients, MatrixSet
+from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 
 SMALLEST_NORM = 1e-30
@@ -50,7 +51,13 @@ def orthogonalise_torch(
     ``clip`` is what clipping and the loss scale multiply the gradient with, 0-dim FP64; where
     ``skip`` is true (0-dim bool; None: it is not) ``exp_avg`` stays as it is.
     """
-    tensors = matrices.tensors
+    _orthogonalise(matrices, scalars, momenta_torch(matrices.tensors, scalars, clip, skip))
+
+
+def momenta_torch(
+    tensors: TensorSet, scalars: Scalars, clip: Tensor, skip: Tensor | None
+) -> dict[int, Tensor]:
+    """Moves ``exp_avg``; returns what is to be orthogonalised of each tensor with a gradient."""
     flat, compute = tensors.flat, tensors.compute_dtype
     rows = scalars.hyperparameters[tensors.group.long()]
     factors, rates = clip * rows[:, HYPER["sign"]], 1.0 - rows[:, HYPER["beta1"]]
@@ -68,7 +75,7 @@ def orthogonalise_torch(
         if tensors.has("slow_ema"):
             moved = torch.lerp(moved, flat["slow_ema"][index], slow_mix)
         mixed[index] = torch.lerp(g, moved, nesterov_mix)
-    _orthogonalise(matrices, scalars, mixed)
+    return mixed
 
 
 def _orthogonalise(matrices: MatrixSet, scalars: Scalars, sources: dict[int, Tensor]) -> None:

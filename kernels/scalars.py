@@ -72,6 +72,9 @@ class Scalars:
         self.partials = torch.zeros(2 + UPDATE_SUMS, columns, dtype=torch.float32, device=device)
         """FP32, first-stage sums of each program: squared gradient, non-finite gradients, and those
         of an update."""
+        self.gradient = torch.zeros(2, dtype=torch.float64, device=device)
+        """FP64: sum of the squares of all gradients as they came, and more than 0 where one of them
+        is not finite."""
         self.found = torch.zeros(count, dtype=torch.int64, device=device)
         """Fingerprints as they are summed up; zero between launches."""
         self.arrivals = torch.zeros(2, dtype=torch.int32, device=device)

@@ -14,11 +14,13 @@ the gradient once more, the slow EMA adds 8 bytes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton_hybrid.kernels.launch import INTERPRETED, RESIDENT_LAUNCH
 from triton_hybrid.kernels.ledger import close_gradient, observe, slow_decay, slow_share
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
@@ -39,6 +41,7 @@ from triton_hybrid.kernels.scalars import (
     Scalars,
     gradient_norm,
 )
+from triton_hybrid.kernels.step_torch import Gradient, averaging_rates, close_step_torch
 from triton_hybrid.kernels.sums import fold, no_sums
 
 SLOW_EMA = address_row("slow_ema")
@@ -240,6 +243,8 @@ def step(
     observed: bool,
     measured: bool = True,
     cooperative: bool | None = None,
+    known: bool = False,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """One base step over tensor sets of different dtypes and rules on one device.
 
@@ -257,6 +262,9 @@ def step(
         measured: Whether update, slow direction and slow EMA are compared for them; False saves
             the arithmetic, and leaves what rests on it as it is.
         cooperative: None chooses; True or False forces one or two launches.
+        known: Whether ``scalars.gradient`` holds what `measure` found, here or on all processes.
+        reduce: Adds FP64 sums up over the processes that hold the other parts of these tensors;
+            None where there are none.
 
     Raises:
         ValueError: A cooperative launch of several programs in the interpreter.
@@ -271,24 +279,86 @@ def step(
         )
     rules = [tensors.rule for tensors in sets if tensors.rule is not None]
     assert len(rules) == len(sets), "a tensor set without a rule cannot be updated"
-    single = cooperative and len(sets) == 1 and rules[0].prepare is None
-    extra = {"launch_cooperative_grid": True} if single and not INTERPRETED else {}
-    slow = slow_beta > 0
-    for statistics, update in [(True, True)] if single else [(True, False), (False, True)]:
-        for tensors, rule in zip(sets, rules):
-            compare = measured and slow and not tensors.frozen
-            if update and rule.prepare is not None:
-                rule.prepare(tensors, scalars, max_norm)
-            tensors.launch(
-                _step_kernel, tensors.chunks().present, len(tensors),
-                tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,
-                scalars.partials, tensors.first_column, scalars.arrivals, scalars.ledger,
-                max_norm or 0.0, float(slow_beta),
-                CONSTANTS=rule.constants, DIRECTION=rule.direction, ALONG=rule.along,
-                FACTORED=tensors.rate_factors is not None, MASTER=tensors.has_master,
-                GRAD_TYPE=tensors.dtype_of("grad"), UPDATE_TYPE=tensors.dtype_of("update"),
-                SLOW=slow, COMPARE=compare, MEASURE=measured and slow, CLIP=max_norm is not None,
-                STATISTICS=statistics, UPDATE=update, LAST=tensors is sets[-1], OBSERVE=observed,
-                COLUMNS=scalars.partials.shape[1], TENSORS=128,
-                options={**RESIDENT_LAUNCH, **extra},
-            )  # fmt: skip
+    options: dict[str, Any] = {"max_norm": max_norm, "slow_beta": slow_beta, "observed": observed}
+    options |= {"measured": measured and slow_beta > 0}
+    if known:
+        # The kernels look where the first part would have left it.
+        scalars.partials[:2].zero_()
+        scalars.partials[:2, 0] = scalars.gradient
+    elif cooperative and len(sets) == 1 and rules[0].prepare is None:
+        _launch(sets[0], scalars, statistics=True, update=True, last=True, **options)
+        return
+    else:
+        for tensors in sets:
+            _launch(tensors, scalars, statistics=True, update=False, last=False, **options)
+    gradient = None if reduce is None else Gradient.of(scalars, max_norm)
+    for tensors, rule in zip(sets, rules):
+        if rule.prepare is not None:
+            rule.prepare(tensors, scalars, max_norm)
+        last = reduce is None and tensors is sets[-1]
+        _launch(tensors, scalars, statistics=False, update=True, last=last, **options)
+    if reduce is not None and gradient is not None:
+        steady = None
+        if slow_beta > 0:
+            rates = averaging_rates(scalars.ledger, slow_beta, gradient.norm, gradient.coefficient)
+            steady = rates[1]
+        sums = _weighted(sets, scalars, slice(2, None))
+        if options["measured"]:
+            sums = reduce(sums)
+        measured = bool(options["measured"])
+        close_step_torch(scalars.ledger, gradient, sums, steady, slow_beta, observed, measured)
+
+
+def measure(sets: Sequence[TensorSet], scalars: Scalars) -> None:
+    """Looks at the gradients: the first part of a step, of which several processes need the sum.
+
+    Leaves the sum of squares, and how many programs found something not finite, in
+    ``scalars.gradient``; each set counts with its ``share``.
+    """
+    options: dict[str, Any] = {"max_norm": None, "slow_beta": 0.0}
+    options |= {"observed": False, "measured": False}
+    for tensors in sets:
+        _launch(tensors, scalars, statistics=True, update=False, last=False, **options)
+    scalars.gradient.copy_(_weighted(sets, scalars, slice(2)))
+
+
+def _weighted(sets: Sequence[TensorSet], scalars: Scalars, rows: slice) -> Tensor:
+    """First-stage sums over the programs of all sets, FP64, each set with its share."""
+    first = scalars.partials[rows].double()
+    ends = [tensors.first_column + tensors.tiling.programs for tensors in sets]
+    parts = [
+        tensors.share * first[:, tensors.first_column : end].sum(1)
+        for tensors, end in zip(sets, ends)
+    ]
+    return torch.stack(parts).sum(0)
+
+
+def _launch(
+    tensors: TensorSet,
+    scalars: Scalars,
+    *,
+    statistics: bool,
+    update: bool,
+    last: bool,
+    max_norm: float | None,
+    slow_beta: float,
+    observed: bool,
+    measured: bool,
+) -> None:
+    rule, slow = tensors.rule, slow_beta > 0
+    assert rule is not None
+    single = statistics and update and not INTERPRETED
+    extra = {"launch_cooperative_grid": True} if single else {}
+    tensors.launch(
+        _step_kernel, tensors.chunks().present, len(tensors),
+        tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,
+        scalars.partials, tensors.first_column, scalars.arrivals, scalars.ledger,
+        max_norm or 0.0, float(slow_beta),
+        CONSTANTS=rule.constants, DIRECTION=rule.direction, ALONG=rule.along,
+        FACTORED=tensors.rate_factors is not None, MASTER=tensors.has_master,
+        GRAD_TYPE=tensors.dtype_of("grad"), UPDATE_TYPE=tensors.dtype_of("update"),
+        SLOW=slow, COMPARE=measured and not tensors.frozen, MEASURE=measured,
+        CLIP=max_norm is not None, STATISTICS=statistics, UPDATE=update, LAST=last,
+        OBSERVE=observed, COLUMNS=scalars.partials.shape[1], TENSORS=128,
+        options={**RESIDENT_LAUNCH, **extra},
+    )  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ def step_torch(
     observed: bool,
     measured: bool = True,
     cooperative: bool | None = None,
+    known: bool = False,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """`step` in plain torch.
 
@@ -37,15 +39,14 @@ def step_torch(
     the CPU it returns early instead.
     """
     ledger = scalars.ledger
-    norm, nonfinite = gradient_sums_torch(sets, ledger)
-    unscale = ledger[INDEX["loss_scale"]].reciprocal()
-    applied = ~(nonfinite | (ledger[INDEX["hold"]] > 0))
-    coefficient = torch.ones_like(norm)
-    if max_norm is not None:
-        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if not known:
+        measure_torch(sets, scalars)
+    gradient = Gradient.of(scalars, max_norm)
+    _, _, applied, coefficient, unscale = gradient
 
-    rates = averaging_rates(ledger, slow_beta, norm, coefficient) if slow_beta > 0 else None
-    steady = torch.ones_like(norm) if rates is None else rates[1]
+    rates = None
+    if slow_beta > 0:
+        rates = averaging_rates(ledger, slow_beta, gradient.norm, coefficient)
     measured = measured and rates is not None
     sums = torch.zeros(UPDATE_SUMS, dtype=torch.float64, device=ledger.device)
     skip = None if ledger.device.type == "cpu" else ~applied
@@ -57,12 +58,57 @@ def step_torch(
             if tensors.rule.prepare_torch is not None:
                 tensors.rule.prepare_torch(tensors, scalars, clip, skip)
             table = update_numbers(tensors, scalars, clip)
-            sums += _update(tensors, table, skip, rates, measured, compared)
+            part = 1.0 if reduce is None else tensors.share
+            sums += part * _update(tensors, table, skip, rates, measured, compared)
             here: float | Tensor = 1.0
             if not all(tensors.present):
                 here = torch.tensor(tensors.present, device=ledger.device)
             tensors.steps.add_(applied.float() * here)
 
+    if measured and reduce is not None:
+        sums = reduce(sums)
+    close_step_torch(
+        ledger, gradient, sums, None if rates is None else rates[1], slow_beta, observed, measured
+    )
+
+
+class Gradient(NamedTuple):
+    """What the gradients of a step have in common; each 0-dim."""
+
+    norm: Tensor  # of all, without the loss scale
+    nonfinite: Tensor
+    applied: Tensor  # whether the update is made
+    coefficient: Tensor  # what clips them
+    unscale: Tensor  # what undoes the loss scale
+
+    @classmethod
+    def of(cls, scalars: Scalars, max_norm: float | None) -> Gradient:
+        """From ``scalars.gradient`` and the ledger."""
+        ledger, (square, bad) = scalars.ledger, scalars.gradient.unbind()
+        unscale = ledger[INDEX["loss_scale"]].reciprocal()
+        norm = square.sqrt() * unscale
+        nonfinite = (bad > 0) | (ledger[INDEX["found_inf"]] > 0)
+        applied = ~(nonfinite | (ledger[INDEX["hold"]] > 0))
+        coefficient = torch.ones_like(norm)
+        if max_norm is not None:
+            coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return cls(norm, nonfinite, applied, coefficient, unscale)
+
+
+def close_step_torch(
+    ledger: Tensor,
+    gradient: Gradient,
+    sums: Tensor,
+    steady: Tensor | None,
+    slow_beta: float,
+    observed: bool,
+    measured: bool,
+) -> None:
+    """Counts a step, takes it into the running statistics, and makes room for the next gradient.
+
+    ``sums``: what `UPDATE_SUMS` names; ``steady``: what the slow EMA took of the gradient, None: 1.
+    """
+    norm, nonfinite, applied, coefficient, _ = gradient
     ledger[INDEX["norm"]] = torch.where(nonfinite, ledger[INDEX["norm"]], norm)
     ledger[INDEX["nonfinite"]] = nonfinite.double()
     ledger[INDEX["skipped"]] += nonfinite
@@ -71,31 +117,31 @@ def step_torch(
         used = norm * coefficient
         # A norm that overflowed would spoil every running mean for good.
         seen = applied & used.isfinite()
-        observe_torch(ledger, norm, used * steady, sums, slow_beta, seen, measured)
+        used = used if steady is None else used * steady
+        observe_torch(ledger, norm, used, sums, slow_beta, seen, measured)
     ledger[INDEX["loss"]] = torch.nan
     ledger[INDEX["hold"]] = 0.0
     ledger[INDEX["found_inf"]] = 0.0
     move_loss_scale_torch(ledger, nonfinite)
 
 
-def gradient_sums_torch(sets: Sequence[TensorSet], ledger: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm of all gradients without the loss scale, and whether one is not finite; 0-dim."""
+def measure_torch(sets: Sequence[TensorSet], scalars: Scalars) -> None:
+    """`measure` in plain torch."""
     grads: list[Tensor] = []
-    norms: list[Tensor] = []
+    squares: list[Tensor] = []
     for tensors in sets:
         here = [g for g in tensors.flat["grad"] if g.numel()]
         if here:
             wide = torch.float64 if here[0].dtype == torch.float64 else torch.float32
-            norms.append(torch.stack(torch._foreach_norm(here, 2, wide)).double())
+            norms = torch.stack(torch._foreach_norm(here, 2, wide)).double()
+            squares.append(norms.square() * tensors.share)
             grads.extend(here)
-    unscale = ledger[INDEX["loss_scale"]].reciprocal()
-    zero = torch.zeros((), dtype=torch.float64, device=ledger.device)
-    norm = torch.cat(norms).square().sum().sqrt() * unscale if norms else zero
+    total, bad = scalars.gradient.zero_().unbind()
+    if squares:
+        total.copy_(torch.cat(squares).sum())
     # An infinite sum of squares of finite values is an overflow, not a non-finite gradient.
-    nonfinite = ~norm.isfinite()
-    if grads and (ledger.device.type != "cpu" or bool(nonfinite)):
-        nonfinite = ~torch.stack([g.isfinite().all() for g in grads]).all()
-    return norm, nonfinite | (ledger[INDEX["found_inf"]] > 0)
+    if grads and (total.device.type != "cpu" or not bool(total.isfinite())):
+        bad.copy_(~torch.stack([g.isfinite().all() for g in grads]).all())
 
 
 def averaging_rates(ledger: Tensor, slow_beta: float, norm: Tensor, coefficient: Tensor) -> Tensor:

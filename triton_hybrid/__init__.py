@@ -16,6 +16,7 @@ from triton_hybrid.config import HybridConfig
 from triton_hybrid.groups import split_param_groups
 from triton_hybrid.optimizer import HybridOptimizer
 from triton_hybrid.phases import Phase
+from triton_hybrid.shards import reshard
 from triton_hybrid.stats import HybridStats
 
 __all__ = [
@@ -35,16 +36,11 @@ __version__ = "0.1.0"
 def needs_backward(optimizer: Any) -> bool:
     """Whether the next `step()` of an optimizer reads gradients.
 
-    For loops that hold a wrapper: looks through ``.optimizer`` (accelerate, Lightning) down
-    to a HybridOptimizer. True for every other optimizer.
+    For loops that hold a wrapper: looks through ``.optimizer`` (accelerate, Lightning) and
+    ``.optim`` (ZeroRedundancyOptimizer) down to a HybridOptimizer. True for every other optimizer.
     """
     for _ in range(10):
         if isinstance(optimizer, HybridOptimizer):
             return optimizer.needs_backward
-        optimizer = getattr(optimizer, "optimizer", None)
+        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
     return True
-
-
-def reshard(module: Any) -> None:
-    """Not built yet: belongs to distributed training."""
-    raise NotImplementedError("reshard is not built yet: distributed training is not supported")

@@ -15,28 +15,23 @@ from torch.nn.parameter import is_lazy
 from triton_hybrid.accumulation import Windows
 from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import Settings
-from triton_hybrid.distributed import Ranks
+from triton_hybrid.distributed import Ranks, Standing
 from triton_hybrid.engine import Engine
 from triton_hybrid.groups import check_parameter
-from triton_hybrid.kernels.ledger import INDEX, PART_COLUMN
+from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.phases import Phase, PhaseController
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.rules import RULES
-from triton_hybrid.standing import moved_again, restore_weight
+from triton_hybrid.shards import Shards, is_part, local
+from triton_hybrid.standing import continues, leave
 from triton_hybrid.state import (
     DECLARED,
-    MASTER,
-    MOVE,
-    PREDICTION,
-    RESIDUE,
-    SNAPSHOT,
     Home,
     Member,
     State,
     StepPlan,
-    as_predicted,
     state_bytes,
 )
 from triton_hybrid.stats import HybridStats
@@ -50,7 +45,8 @@ class Binding:
     """Settings and progress of an optimizer and, from the first step on, its engine."""
 
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
-        self.settings, self._ranks = settings, ranks
+        self.settings, self.ranks = settings, ranks
+        self._described = repr(settings)
         self.progress = Progress(PhaseController(settings.config))
         windows = settings.accumulation
         self.windows = None if windows is None else Windows(windows, ranks)
@@ -73,7 +69,7 @@ class Binding:
         """
         if self.engine is None or self._sees_changes(groups, state):
             members = [
-                Member(param, group, group_index, index)
+                Member(param, group, group_index, index, param)
                 for group_index, group in enumerate(groups)
                 for index, param in enumerate(group["params"])
                 if param.requires_grad and not is_lazy(param)
@@ -81,12 +77,19 @@ class Binding:
             if self.progress.gradients and not any(state.get(m.param) for m in members):
                 self.unbind()
                 self.restart()  # nothing is left of the state that the ledger is about
-            if not members or (not state and all(m.param.grad is None for m in members)):
+            nothing = not state and all(m.param.grad is None for m in members)
+            if self.ranks.apart and self.ranks.together and not members:
+                raise ValueError(
+                    "params: this rank has none, and the others would wait for it: "
+                    "ZeroRedundancyOptimizer needs at least as many parameters as ranks"
+                )
+            # Of several ranks, another may have gradients and wait for this one.
+            if not members or (nothing and not self.ranks.together):
                 return None
             masters = self.settings.master_weights
             for member in members:
                 check_parameter(member.group, member.place, member.param, masters)
-            initialising = not state and _only_initialises(members)
+            initialising = not state and not nothing and self._only_initialises(members)
             self._rebind(members, state, groups)
             if initialising:
                 return None
@@ -96,6 +99,21 @@ class Binding:
             self.engine.scale_rates(self.windows.numbers(self.engine.device)[1])
         return self.engine
 
+    def _only_initialises(self, members: Sequence[Member]) -> bool:
+        """Whether a first step only creates state.
+
+        Distributed checkpointing calls `step()` once with learning rate 0 and zero gradients, and
+        expects every state key afterwards and nothing else to have moved.
+        """
+        if any(float(member.group["lr"]) != 0.0 for member in members):
+            return False
+        zero = all_zero(member.param for member in members)
+        if self.ranks.apart or any(is_part(member.param) for member in members):
+            # Zero here alone may be the part of a gradient that is not.
+            others = torch.tensor([float(not zero)], dtype=torch.float64)
+            zero = not bool(self.ranks.reduce(others.to(local(members[0].param).device)))
+        return zero
+
     def _rebind(self, members: Sequence[Member], state: State, groups: Groups) -> None:
         self.unbind()
         ledger, old = self.progress.ledger, self._params
@@ -104,26 +122,29 @@ class Binding:
         known, present = ({id(param) for param, _ in pairs} for pairs in (old, self._params))
         for param, rule in old:
             if id(param) not in present and param in state:
-                _leave(param, state[param], rule, standing)
+                leave(param, state[param], rule, standing)
         for member in members if standing else ():
-            if not _continues(member, state.get(member.param, {}), self.settings):
+            if not continues(member, state.get(member.param, {}), self.settings):
                 # A checkpoint of another predictor, or with masters kept otherwise.
                 rule = RULES[member.group["base"]].kernels
-                _leave(member.param, state[member.param], rule, standing)
+                leave(member.param, state[member.param], rule, standing)
                 ledger["written"] = 1.0
         if standing and old and known != present:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
+        shards = Shards(members, state, self.ranks)
+        reduce = self.ranks.reduce if shards.some and self.ranks.together else None
         progress = self.progress
-        made = members, state, len(groups), self.settings
+        made = shards.members, shards.state, len(groups), self.settings
         try:
-            self.engine = Engine(*made, progress.predictor)
+            self.engine = Engine(*made, progress.predictor, reduce)
         except torch.OutOfMemoryError:
             choice = self._choice()
             if not choice.do_without():
                 raise
             progress.predictor = {**(progress.predictor or {}), **choice.saved()}
-            choice.release(state)
-            self.engine = Engine(*made, progress.predictor)
+            choice.release(shards.state)
+            self.engine = Engine(*made, progress.predictor, reduce)
+        shards.publish()
         self.engine.restore(progress.ledger, progress.predictor)
         for loss in self._pending_losses:
             self.engine.observe_loss(loss)
@@ -180,6 +201,10 @@ class Binding:
         if self.windows is not None and saved and "windows" in saved:
             self.windows.restore(saved["windows"], every_parameter(groups))
 
+    def kept(self) -> dict[str, Any]:
+        """What to make another binding of: of pickled optimizers."""
+        return {"_settings": self.settings, "_alone": self.ranks.alone}
+
     def at_home_on_host(self, name: str) -> bool:
         """Whether state of this name is at home in host memory."""
         declared = self.settings.config.offload != "none" and name in DECLARED
@@ -230,7 +255,9 @@ class Binding:
             away = engine is not None and engine.offload.is_away(name)
             return away or self.at_home_on_host(name)
 
-        on_device, on_host = state_bytes(state, hosted)
+        dicts = {p: its for p, its in state.items() if isinstance(its, dict)}
+        here = {p: {k: local(v) for k, v in its.items()} for p, its in dicts.items()}
+        on_device, on_host = state_bytes(here, hosted)
         if engine is None:
             ledger = {**ledger, **self.settings.scale_entries(ledger)}
             choice, known = self._choice(), self.progress.predictor or {}
@@ -247,11 +274,37 @@ class Binding:
         choice.foresee(self.progress.predictor or {})
         return choice
 
-    def agree(self, engine: Engine) -> None:
-        """Lets the ranks of data-parallel training decide by the same numbers."""
-        if self._ranks.together:
-            ledger, predicts = engine.scalars.ledger, engine.predictor.predicts
-            self._ranks.agree(ledger, engine.fingerprints, predicts)
+    def take_gradients(self, engine: Engine, scaler: Any) -> bool:
+        """Reads the gradients, and lets several ranks go on from the same numbers.
+
+        ``scaler``: scale and flag of a GradScaler, or None. Returns whether any rank has gradients.
+        """
+        found = engine.take_gradients()
+        if scaler and (found or self.ranks.together):
+            engine.borrow_scale(*scaler)
+        if not self.ranks.together:
+            return found
+        engine.measure_gradients()
+        if self.ranks.agree(engine.scalars, found, self._standing(engine), engine.signature):
+            return True
+        engine.forget_gradients()
+        return False
+
+    def meet(self, engine: Engine) -> None:
+        """Before a Predict step of parts of parameters: all ranks must be about to make it."""
+        if engine.reduce is not None:
+            self.ranks.meet(engine.scalars, self._standing(engine))
+
+    def _standing(self, engine: Engine) -> Standing:
+        controller = self.progress.controller
+        return {
+            "step": sum(self.progress.steps.values()),
+            **controller.state(),
+            "phase": controller.phase.value,
+            "predictor": engine.predictor.name,
+            "settings": self._described,
+            "hyperparameters": engine.hyperparameters,
+        }
 
     def mention_unread_gradients(self, groups: Groups) -> None:
         """Warns, once, of gradients that were computed for a Predict step; zeros are none."""
@@ -346,38 +399,5 @@ def has_gradients(groups: Groups) -> bool:
 
 def all_zero(params: Iterable[Tensor]) -> bool:
     """Whether no parameter has a gradient that is not zero. Waits for the device."""
-    return not any(bool(param.grad.any()) for param in params if param.grad is not None)
-
-
-def _continues(member: Member, entry: dict[str, Any], settings: Settings) -> bool:
-    """Whether what is needed to judge the prediction in a parameter is there."""
-    if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] == 0:
-        return True
-    again = moved_again(entry)
-    follows = settings.config.predictor in ("linear", "secant") or (MOVE.name in entry)
-    if not again:
-        return follows and SNAPSHOT.name in entry
-    sixteen_bit = member.param.dtype in (torch.float16, torch.bfloat16)
-    own = sixteen_bit and settings.master_weights == "auto"
-    return (MASTER.name if own else RESIDUE.name) in entry
-
-
-def _leave(param: Tensor, entry: dict[str, Any], rule: UpdateRule, standing: bool) -> None:
-    """Ends what predictions have to do with a parameter that is frozen, or no longer ours."""
-    if PREDICTION.name not in entry:
-        return
-    if standing and as_predicted(param, entry):
-        restore_weight(param.detach(), entry, rule)
-    entry[PREDICTION.name] = entry[PREDICTION.name].clone()
-    entry[PREDICTION.name][PART_COLUMN.value :] = 0.0
-
-
-def _only_initialises(members: Sequence[Member]) -> bool:
-    """Whether a first step only creates state.
-
-    Distributed checkpointing calls `step()` once with learning rate 0 and zero gradients, and
-    expects every state key afterwards and nothing else to have moved.
-    """
-    if any(float(member.group["lr"]) != 0.0 for member in members):
-        return False
-    return all_zero(member.param for member in members)
+    grads = (local(param.grad) for param in params if param.grad is not None)
+    return not any(bool(grad.any()) for grad in grads)

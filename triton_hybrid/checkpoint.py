@@ -19,6 +19,7 @@ from triton_hybrid.config import HybridConfig
 from triton_hybrid.groups import bare_name
 from triton_hybrid.phases import PHASES, Phase, PhaseController
 from triton_hybrid.rules import RULES
+from triton_hybrid.shards import forget_fingerprints, placed
 from triton_hybrid.state import DECLARED, State
 
 VERSION = 2
@@ -70,7 +71,7 @@ class Progress:
         if config.inline:  # the checkpoint may be of a stepped run
             controller.need_gradient()
         model, ledger = (
-            {OLD_ENTRIES.get(name, name): value for name, value in saved[part].items()}
+            {OLD_ENTRIES.get(name, name): value for name, value in saved.get(part, {}).items()}
             for part in ("model", "ledger")
         )
         return cls(
@@ -189,7 +190,8 @@ def load_rows(
             if isinstance(value, Tensor):
                 key = ROW_NAMES.get(key, key)
                 place = torch.device("cpu") if hosted(key) else param.device
-                entry[key] = value.detach().to(device=place, copy=True)
+                entry[key] = placed(key, value, param, place)
+        forget_fingerprints(param, entry)
 
 
 def _trajectory_slot(state_dict: Mapping[str, Any]) -> int | None:

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_hybrid.config import Settings
+from triton_hybrid.hyperparameters import (
+    FRESH_RATES,
+    LARGEST_LR,
+    LAST_LR,
+    numbers_of,
+    row_of,
+    take_from_device,
+)
 from triton_hybrid.kernels.addresses import refill
 from triton_hybrid.kernels.backend import BACKENDS
+from triton_hybrid.kernels.layout import overlapping
 from triton_hybrid.kernels.ledger import (
     FINGERPRINT_COLUMN,
     INDEX,
@@ -28,16 +38,10 @@ from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Predictor
-from triton_hybrid.predictors.slow_ema import is_other_run, steps_ahead
+from triton_hybrid.predictors.slow_ema import is_other_run
 from triton_hybrid.rules import RULES
+from triton_hybrid.shards import OTHERS, is_dtensor, is_part, local_gradient
 from triton_hybrid.state import Batch, Member, State, StepPlan
-
-LARGEST_LR, LAST_LR = "largest_lr", "last_lr"
-"""What is remembered of a group's learning rate, in the group, for checkpoints."""
-FRESH_RATES: dict[str, Any] = {LARGEST_LR: 0.0, LAST_LR: -1.0}
-"""Before the first step; -1 stands for no rate yet."""
-_NUMBERS = ("eps", "weight_decay", "maximize", "momentum", "nesterov", "max_momentum", *FRESH_RATES)
-
 
 _GRADIENT = operator.attrgetter("grad")
 
@@ -51,9 +55,11 @@ class Engine:
         groups: How many parameter groups there are.
         settings: What the optimizer was made with.
         predictor: Its state, which `restore` takes too, as far as rows depend on it.
+        reduce: Sums FP64 numbers over the ranks that hold other parts of the parameters, in place;
+            None where nobody does.
 
     Raises:
-        NotImplementedError: Parameters on several devices.
+        NotImplementedError: Parameters on several devices; offload of parts of parameters.
         ValueError: ``backend="triton"`` on CPU tensors without the interpreter.
     """
 
@@ -64,6 +70,7 @@ class Engine:
         groups: int,
         settings: Settings,
         predictor: Mapping[str, Any] | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         devices = sorted({str(member.param.device) for member in members})
         if len(devices) > 1:
@@ -72,8 +79,13 @@ class Engine:
         self.backend = BACKENDS[settings.backend_for(self.device)]
         if self.backend.name == "triton":
             require_launchable(self.device)
-        self.settings = settings
+        self.settings, self.reduce = settings, reduce
         self.config = config = settings.config
+        if reduce is not None and config.offload != "none":
+            raise NotImplementedError(
+                f"offload={config.offload!r} with parameters of which other ranks hold other parts "
+                "is not built: use HybridConfig(offload='none')"
+            )
         self.choice = PREDICTORS[config.predictor](config)
         self.choice.foresee(predictor or {})
         self.batches = self._make_batches(members, state)
@@ -88,8 +100,15 @@ class Engine:
         self._start = self.scalars.prediction[:, PART_COLUMN.value :].clone()
         self._start_of: Any = None  # what `_start` was made of: how stretches begin
         self._seen: list[Any] = []  # what the table of hyperparameters was made of
-        self._hyperparameters: list[list[float]] = []  # as they are on the device
+        self.hyperparameters: list[list[float]] = []  # as they are on the device
         self._losses = 0  # observed since the last gradient
+        shares = [[batch.tensors.share] for batch in self.batches for _ in batch.params]
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=self.device)
+        its = [member.group.get(OTHERS, False) for b in self.batches for member in b.members]
+        self._others = its.index(True) if any(its) else None
+        whole = not any(is_dtensor(member.whole) for member in members)
+        self._gradient: Callable[[Tensor], Any] = _GRADIENT if whole else local_gradient
+        self._measured = False  # whether the gradients at hand were measured
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
         self.beta1s: set[float] = {member.group["betas"][0] for member in members}
         self._sign = signs.pop() if len(signs) == 1 else None
@@ -105,12 +124,13 @@ class Engine:
         alike: dict[Any, list[Member]] = {}
         for member, rank in zip(members, overlapping([member.param for member in members])):
             rule = RULES[member.group["base"]]
-            key = (member.param.dtype, rule.name, rank, rule.batch_key(member.group))
+            kind = (rank, member.share, is_part(member.whole))
+            key = (member.param.dtype, rule.name, kind, rule.batch_key(member.group))
             alike.setdefault(key, []).append(member)
         offload = self.config.offload if moves(self.config, self.device) else "none"
         masters = self.settings.master_weights
         batches = []
-        for (_, name, rank, _), its in alike.items():
+        for (_, name, (rank, *_), _), its in alike.items():
             rule = RULES[name]
             self.choice.check_rule(rule)
             rows = tuple(dict.fromkeys((*rule.rows, *self.choice.rows_for(rule))))
@@ -131,7 +151,7 @@ class Engine:
         """Reads ``.grad`` of every parameter, and refuses sparse ones; False when there is none."""
         found = False
         for batch in self.batches:
-            grads = [*map(_GRADIENT, batch.params)]
+            grads = [*map(self._gradient, batch.wholes)]
             if batch.tensors.take_gradients(grads):
                 found = True
                 continue
@@ -144,15 +164,58 @@ class Engine:
             batch.tensors.set_row("grad", grads)
         return found
 
+    def forget_gradients(self) -> None:
+        """Ends a step in which no rank had gradients."""
+        self._measured = False
+        self.scalars.ledger[INDEX["found_inf"]].fill_(0.0)
+
     def release_gradients(self) -> None:
         """Lets go of the gradients, so that ``zero_grad`` really frees them."""
         for batch in self.batches:
             batch.tensors.release("grad")
 
+    def measure_gradients(self) -> None:
+        """Finds norm and non-finite values of the gradients for `base_step`, in the scalars."""
+        self.backend.measure(self._sets, self.scalars)
+        self._measured = True
+
+    def over_ranks(self, sums: Tensor, share: float | None = None) -> None:
+        """Sums what was measured of tensors over the ranks that hold other parts, in place.
+
+        FP64 ``[tensors, columns]``; with a ``share`` those of one batch, else of all. Where the
+        ranks hold different tensors, the last row becomes that of the others.
+        """
+        if self.reduce is None:
+            return
+        if self._others is None:
+            sums.copy_(self.reduce(sums * (self._shares if share is None else share)))
+        elif share is None:
+            sums[self._others] = 0.0
+            own = sums.sum(0)
+            total = self.reduce(own.clone())
+            # What is not finite must be so on every rank: an infinity less another is none.
+            sums[self._others] = torch.where(total.isfinite(), total - own, total)
+
+    def over_all(self, totals: Tensor) -> None:
+        """Sums what was added up over this rank's tensors, where others hold other ones."""
+        if self.reduce is not None and self._others is not None:
+            self.reduce(totals)
+
+    def add_up(self, measure: Callable[[Batch, Tensor], None], out: Tensor) -> None:
+        """Adds what is measured of each batch to FP64 sums over all tensors, and all ranks."""
+        for batch in self.batches:
+            own = out if self.reduce is None else torch.zeros_like(out)
+            measure(batch, own)
+            if self.reduce is not None:
+                out.add_(own, alpha=batch.tensors.share)
+        if self.reduce is not None:
+            self.reduce(out)
+
     def base_step(self, plan: StepPlan) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
         predictor, self._losses = self.predictor, 0
         self.choice.before_step(plan.followed)
+        known, self._measured = self._measured, False
         scale = predictor.base_rates()
         if scale is not None:
             rates = self.scalars.hyperparameters[:, HYPER["lr"]]
@@ -165,6 +228,8 @@ class Engine:
             slow_beta=predictor.slow_beta,
             observed=predictor.predicts,
             measured=plan.measured,
+            known=known,
+            reduce=self.reduce,
         )
         if scale is not None:
             rates.copy_(kept)
@@ -254,7 +319,7 @@ class Engine:
 
         A learning rate that is a tensor on the device stays there.
         """
-        seen = [*map(_numbers, groups)]
+        seen = [*map(numbers_of, groups)]
         if seen == self._seen:
             return
         table, on_device = self._nominal, {}
@@ -264,21 +329,21 @@ class Engine:
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[index] = lr
-                rows.append(_row(group, 0.0, 0.0, self.choice.mixes))
+                rows.append(row_of(group, 0.0, 0.0, self.choice.mixes))
                 continue
             lr = float(lr)
             largest, last = (float(group.get(name, FRESH_RATES[name])) for name in FRESH_RATES)
             if lr > 0:
                 largest, last = lr if is_other_run(last, lr) else max(largest, lr), lr
             group[LARGEST_LR], group[LAST_LR] = largest, last
-            rows.append(_row(group, lr, largest, self.choice.mixes))
+            rows.append(row_of(group, lr, largest, self.choice.mixes))
         self.beta1s = {group["betas"][0] for group in groups}
-        if rows != self._hyperparameters or on_device:
-            self._hyperparameters = rows
+        if rows != self.hyperparameters or on_device:
+            self.hyperparameters = rows
             refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))
         for index, lr in on_device.items():
-            _take_from_device(groups[index], table[index], lr)
-        self._seen = [] if on_device else [*map(_numbers, groups)]
+            take_from_device(groups[index], table[index], lr)
+        self._seen = [] if on_device else [*map(numbers_of, groups)]
 
     # ------------------------------------------------------------- what others do to the weights
 
@@ -290,7 +355,7 @@ class Engine:
         """
         least, predictor = self.predictor.least_beta1, self.predictor
         rates, betas = HYPER["lr"], HYPER["beta1"]
-        moving = [(row[rates] != 0, row[betas] > least) for row in self._hyperparameters]
+        moving = [(row[rates] != 0, row[betas] > least) for row in self.hyperparameters]
         reason = (predictor, moving, [batch.tensors.present for batch in self.batches])
         start = self.scalars.prediction[:, PART_COLUMN.value :]
         if self._seen and reason == self._start_of:
@@ -330,6 +395,18 @@ class Engine:
             self.backend.fingerprint(batch.tensors, found[batch.tensors.place])
         return found
 
+    def signature(self) -> int:
+        """A number for the parameters as they are, or for the shapes of those that have parts.
+
+        Waits for the device.
+        """
+        if self._others is not None:
+            return 0
+        if self.reduce is not None:
+            shapes = [tuple(whole.shape) for batch in self.batches for whole in batch.wholes]
+            return zlib.crc32(repr(shapes).encode())
+        return int(self.fingerprints().double().sum()) + len(self.params)
+
     def forget_writes(self) -> None:
         """Goes on from weights that somebody else has written."""
         self.choice.forget()
@@ -346,70 +423,3 @@ class Engine:
         for batch in self.batches:
             for param, dense in batch.copies:
                 param.copy_(dense)
-
-
-def overlapping(params: Sequence[Tensor]) -> list[int]:
-    """For each parameter, 0 where no other shares its memory, else its number among those that do.
-
-    One launch must not update two tensors in the same memory: they get launches of their own.
-    """
-    places: list[tuple[float, float, int]] = [(math.inf, math.inf, -1)]
-    for index, param in enumerate(params):
-        span = 1 + sum((size - 1) * step for size, step in zip(param.shape, param.stride()))
-        first = param.data_ptr()
-        places.append((first, first + span * param.element_size() * (param.numel() > 0), index))
-    ranks, until = [0] * len(params), -math.inf
-    together: list[int] = []
-    for begin, end, index in sorted(places):
-        if begin >= until:
-            for rank, member in enumerate(together if len(together) > 1 else (), 1):
-                ranks[member] = rank
-            together = []
-        together.append(index)
-        until = max(until, end)
-    return ranks
-
-
-def _numbers(group: dict[str, Any]) -> tuple[Any, ...]:
-    """All that a group's row of hyperparameters is made of; an empty one if it is on the device."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.device.type != "cpu":
-            return ()
-        lr = lr.item()
-    return (lr, *group["betas"], *map(group.get, _NUMBERS))
-
-
-def _row(group: dict[str, Any], lr: float, largest: float, mixes: bool) -> list[float]:
-    betas = RULES[group["base"]].betas(group, mixes)
-    beta1, beta2 = betas.pair
-    logs = [math.log(beta) if beta > 0 else -math.inf for beta in (betas.exp_avg, beta2)]
-    values = {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "log_exp_avg": logs[0],
-        "log_beta2": logs[1],
-        "eps": group["eps"],
-        "weight_decay": group["weight_decay"],
-        "sign": -1.0 if group["maximize"] else 1.0,
-        "horizon": steps_ahead(1.0 - lr / largest if largest > 0 else 0.0),
-        "nesterov_mix": betas.nesterov_mix,
-        "slow_mix": betas.slow_mix,
-    }
-    return [values[name] for name in HYPER]
-
-
-def _take_from_device(group: dict[str, Any], row: Tensor, lr: Tensor) -> None:
-    """The same for a learning rate on the device, without reading it on the host."""
-    now = lr.detach().double().reshape(())
-    for name, fresh in FRESH_RATES.items():
-        known = group.get(name, fresh)
-        if not isinstance(known, Tensor) or known.device != now.device:
-            group[name] = torch.full_like(now, float(known))
-    largest, last = group[LARGEST_LR], group[LAST_LR]
-    highest = torch.where(is_other_run(last, now), now, torch.maximum(largest, now))
-    largest.copy_(torch.where(now > 0, highest, largest))
-    last.copy_(torch.where(now > 0, now, last))
-    row[HYPER["lr"]].copy_(now)
-    row[HYPER["horizon"]].copy_(steps_ahead(1.0 - now / largest.clamp(min=1e-300)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from triton_hybrid.checks import check_choice, check_flag, check_number, require
 from triton_hybrid.kernels.rows import TRITON_DTYPES
 from triton_hybrid.rules import OPTIONS, RULES
+from triton_hybrid.shards import check_dtensor, is_dtensor
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "unembed", "output_projection")
 """Last parts of a module's name that make it the output layer."""
@@ -119,8 +120,8 @@ def check_parameter(group: Mapping[str, Any], index: int, param: Any, masters: s
     """Checks that a parameter of a complete group can be optimised; leaves wrong types to torch."""
     if not isinstance(param, Tensor):
         return
-    if hasattr(param, "placements"):
-        raise NotImplementedError("DTensor parameters (FSDP2, tensor parallel) are not built yet")
+    if is_dtensor(param):
+        check_dtensor(param, index)
     if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
         raise NotImplementedError(
             "FSDP1 shards are not built yet: norms and decisions would be those of a shard; use "

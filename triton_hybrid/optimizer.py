@@ -21,8 +21,8 @@ from triton_hybrid.checkpoint import (
     without_tensors,
 )
 from triton_hybrid.config import HybridConfig, Settings
-from triton_hybrid.distributed import Ranks, check_process_group
-from triton_hybrid.engine import FRESH_RATES, Engine
+from triton_hybrid.distributed import Ranks
+from triton_hybrid.engine import Engine
 from triton_hybrid.grad_scaler import ScaledByOthers
 from triton_hybrid.groups import (
     as_rate,
@@ -32,9 +32,11 @@ from triton_hybrid.groups import (
     first_device,
     own_options,
 )
+from triton_hybrid.hyperparameters import FRESH_RATES
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.resume import put_back, take_predictions
 from triton_hybrid.rules import OPTIONS
+from triton_hybrid.shards import saved_parts
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.verified import VerifiedWeights
 
@@ -74,7 +76,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         backend: ``"auto"`` (Triton on GPU tensors, plain torch elsewhere), ``"triton"`` or
             ``"torch"``.
         process_group: Which ranks decide together; None: the default group, where one is
-            initialised. Not pickled.
+            initialised; False: this rank alone. A group is not pickled.
         options: Of Muon groups, each of which may set them: ``momentum`` (0.95; schedulers
             that cycle betas cycle it; with a predicted gradient the slow EMA joins one that forgets
             three times as fast), ``nesterov`` (True), ``ns_steps`` (5), ``ns_coefficients``
@@ -115,7 +117,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         **options: Any,
     ) -> None:
         options = own_options(options)
-        check_process_group(process_group)
+        ranks = Ranks.of(process_group)
         config = HybridConfig() if hybrid is None else hybrid
         settings = Settings(
             config, max_grad_norm, master_weights, loss_scale, capturable, backend, accumulation
@@ -123,7 +125,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         defaults = {"lr": as_rate(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"maximize": maximize, "base": base, **OPTIONS, **options}
         check_group(defaults)
-        self._binding = Binding(settings, Ranks(process_group))
+        self._binding = Binding(settings, ranks)
         super().__init__(params, defaults)
         settings.warn_about_idle_gpu(first_device(self.param_groups))
 
@@ -155,10 +157,10 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         phase = self.phase  # Warmup, where the state was cleared
         with self._binding.undisturbed(engine):  # sees what others wrote, and obeys them
             if phase is Phase.PREDICT:
+                self._binding.meet(engine)
                 self._predict(engine)
-            elif engine.take_gradients():
+            elif self._binding.take_gradients(engine, scaler):
                 with self._binding.scaled(engine, self.param_groups, scaler):
-                    self._binding.agree(engine)
                     plan = self._binding.plan(engine)
                     if phase is Phase.CORRECT or plan.pairs:
                         engine.verify(plan.edge)  # accepts, corrects or rolls the prediction back
@@ -306,7 +308,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; phase and ledger lie in the groups."""
         self._binding.save(self.param_groups)
-        return self._with_predictions(super().state_dict())
+        return self._with_predictions(saved_parts(super().state_dict(), self.param_groups))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer, or one of torch's AdamW or Muon.
@@ -345,12 +347,13 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._binding.save(self.param_groups)
-        return {**super().__getstate__(), "_settings": self._settings}
+        return {**super().__getstate__(), **self._binding.kept()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpickled = "_settings" in state
         if unpickled:
-            self._binding = Binding(state.pop("_settings"), Ranks())
+            ranks = Ranks(state.pop("_alone", None))
+            self._binding = Binding(state.pop("_settings"), ranks)
         self._forget_swaps()
         rules = [] if unpickled else [group["base"] for group in self.param_groups]
         super().__setstate__(state)

@@ -7,12 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_hybrid.config import Settings
 from triton_hybrid.kernels.layout import dense_view
+from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import assembled, remainder_of
 from triton_hybrid.kernels.residue import moved_torch, recovered_torch
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
 from triton_hybrid.kernels.update_rule import UpdateRule
-from triton_hybrid.state import MASTER, MOVE, REMAINDER, RESIDUE, SNAPSHOT, Group, as_dense
+from triton_hybrid.shards import local
+from triton_hybrid.state import (
+    MASTER,
+    MOVE,
+    PREDICTION,
+    REMAINDER,
+    RESIDUE,
+    SNAPSHOT,
+    Group,
+    Member,
+    as_dense,
+    as_predicted,
+)
 
 
 def moved_again(entry: Group) -> bool:
@@ -50,3 +64,28 @@ def restore_weight(param: Tensor, entry: dict[str, Any], rule: UpdateRule) -> No
         entry[MASTER.name].copy_(before)
     if REMAINDER.name in entry:
         entry[REMAINDER.name].copy_(remainder_of(before, param.detach()))
+
+
+def continues(member: Member, entry: dict[str, Any], settings: Settings) -> bool:
+    """Whether what is needed to judge the prediction in a parameter is there."""
+    if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] == 0:
+        return True
+    again = moved_again(entry)
+    follows = settings.config.predictor in ("linear", "secant") or (MOVE.name in entry)
+    if not again:
+        return follows and SNAPSHOT.name in entry
+    sixteen_bit = member.param.dtype in (torch.float16, torch.bfloat16)
+    own = sixteen_bit and settings.master_weights == "auto"
+    return (MASTER.name if own else RESIDUE.name) in entry
+
+
+def leave(param: Tensor, entry: dict[str, Any], rule: UpdateRule, standing: bool) -> None:
+    """Ends what predictions have to do with a parameter that is frozen, or no longer ours."""
+    if PREDICTION.name not in entry:
+        return
+    part = local(param.detach())
+    tensors = {key: local(row) for key, row in entry.items() if isinstance(row, Tensor)}
+    if standing and as_predicted(part, tensors):
+        restore_weight(part, tensors, rule)
+    entry[PREDICTION.name] = entry[PREDICTION.name].clone()
+    entry[PREDICTION.name][PART_COLUMN.value :] = 0.0

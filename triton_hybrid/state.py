@@ -157,10 +157,12 @@ def as_predicted(param: Tensor, entry: Group) -> bool:
 class Member(NamedTuple):
     """A parameter, its group, which group that is, and its place in the group."""
 
-    param: Tensor
+    param: Tensor  # of a DTensor, this rank's part
     group: Group
     group_index: int
     place: int
+    whole: Tensor  # as it is in the group
+    share: float = 1.0  # one over the number of ranks that hold the same
 
 
 class Batch:
@@ -178,6 +180,7 @@ class Batch:
     Attributes:
         tensors: The rows, as the kernels take them.
         travelling: Rows that move between host memory and the device, with their tensors at home.
+        wholes: The parameters as they are in the groups.
         tables: Name of a small row to its tensor for the whole batch.
         copies: Parameters with gaps in memory, and dense tensors that stand for them in a step.
         aliased: Whether its parameters share memory with others.
@@ -196,6 +199,7 @@ class Batch:
         masters: str = "auto",
     ) -> None:
         self.params = [member.param for member in members]
+        self.members, self.wholes = members, [member.whole for member in members]
         self.travelling: list[tuple[StateRow, list[Tensor]]] = []
         self.tables: dict[str, Tensor] = {}
         sixteen_bit = self.params[0].dtype in (torch.float16, torch.bfloat16)
@@ -217,6 +221,7 @@ class Batch:
                 self.tensors.announce(row.name, memory[0].dtype)
             else:
                 self.tensors.set_row(row.name, memory)
+        self.tensors.share = members[0].share
         if rule.bind is not None:
             rule.bind(self.tensors, members)
 
@@ -348,7 +353,11 @@ def load_master(param: Tensor, entry: Group) -> Tensor:
         fresh.copy_(assembled(param.detach(), placed))
     else:
         return fresh
-    if not as_predicted(param, entry):
+    # Where a prediction may stand in the parameter alone, what others wrote is found element by
+    # element when it ends (`kernels.residue`).
+    move, prediction = entry.get(MOVE.name), entry.get(PREDICTION.name)
+    known = move is not None and move.shape == MOVE.shape
+    if move is None or prediction is None or not known or prediction[PART] == 0 or move[0].isnan():
         adopt_parameter(param, fresh)
     return fresh
 

@@ -19,6 +19,7 @@ from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import remainder_of
 from triton_hybrid.resume import put_back, with_predictions
 from triton_hybrid.rules import RULES
+from triton_hybrid.shards import is_dtensor, local
 from triton_hybrid.standing import moved_again, weight_before
 from triton_hybrid.state import MASTER, PREDICTION, REMAINDER
 
@@ -70,7 +71,9 @@ class VerifiedWeights:
 
     def _with_predictions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict that brings the prediction back which was put aside meanwhile."""
-        if not self._binding.swaps:
+        if not self._binding.swaps or any(
+            is_dtensor(p) for g in self.param_groups for p in g["params"]
+        ):
             return state_dict
         params = (param for group in self.param_groups for param in group["params"])
         held = {tensor.data_ptr(): value for tensor, value, _ in self._binding.swaps}
@@ -86,9 +89,10 @@ def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> 
         return []
     swaps = []
     for param, base in ((param, group["base"]) for group in groups for param in group["params"]):
-        entry = state.get(param, {})
+        entry = {key: local(row) for key, row in state.get(param, {}).items()}
         if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] <= 0:
             continue
+        param = local(param)
         verified = weight_before(param, entry, RULES[base].kernels)
         swaps.append(_swap(param.detach(), verified))
         if MASTER.name in entry and not moved_again(entry):

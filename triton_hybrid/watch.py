@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from triton_hybrid.kernels.likeness import likeness
 from triton_hybrid.rules import RULES
+from triton_hybrid.shards import is_dtensor, local
 from triton_hybrid.state import State
 
 Groups = Sequence[dict[str, Any]]
@@ -49,8 +50,9 @@ class Watch:
 
     def __init__(self, groups: Groups, state: State) -> None:
         self._params = _members(groups)
-        here = [param for param in self._params if not is_lazy(param)]
+        here = [local(param) for param in self._params if not is_lazy(param)]
         self._some_lazy = len(here) < len(self._params)
+        self._some_parts = any(map(is_dtensor, self._params))
         self._settings = _settings(groups)
         self._places = [*map(Tensor.data_ptr, here)]
         self._kinds, self._alike = _kinds(here), likeness(here)
@@ -71,6 +73,8 @@ class Watch:
             return True
         if self._some_lazy:
             params = [param for param in params if not is_lazy(param)]
+        if self._some_parts:
+            params = [*map(local, params)]
         if [*map(Tensor.data_ptr, params)] != self._places:
             return True
         if not self._alike(*params):

@@ -102,7 +102,7 @@ class Problem:
         self.set_gradients()
         if self.rule.bind is not None:
             params = enumerate(zip(self.rows["param"], indices))
-            self.rule.bind(self.tensors, [Member(p, group, g, i) for i, (p, g) in params])
+            self.rule.bind(self.tensors, [Member(p, group, g, i, p) for i, (p, g) in params])
         self.tensors.group = self.arena.put(self.tensors.group)
         self.tensors.steps = self.arena.put(torch.tensor([float(s.step) for s in self.specs]))
         self.scalars = self._guarded([self.tensors], kernel_specs.hyper_table(groups, rule))

@@ -104,9 +104,11 @@ def test_sparse_gradient_is_refused_before_any_weight_is_touched() -> None:
     assert_same_weights(weights(optimizer), before)
 
 
-def test_unbuilt_functions_name_themselves() -> None:
-    with pytest.raises(NotImplementedError, match="reshard"):
-        triton_hybrid.reshard(None)
+def test_reshard_leaves_other_modules_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    triton_hybrid.reshard(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_observe_loss_refuses_several_elements() -> None:

@@ -122,9 +122,11 @@ class Auto(Choice):
         engine = self._bound
         slopes = [
             engine.backend.base_slope(batch.tensors, engine.scalars, self._rates)
+            * (batch.tensors.share if engine.reduce is not None else 1.0)
             for batch in engine.batches
         ]
-        return torch.stack(slopes).sum()
+        total = torch.stack(slopes).sum(0, keepdim=True)
+        return (total if engine.reduce is None else engine.reduce(total)).squeeze(0)
 
     def before_step(self, followed: bool) -> None:
         ledger = self._bound.scalars.ledger

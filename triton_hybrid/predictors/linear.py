@@ -122,9 +122,11 @@ class Linear(Predictor):
         for batch in engine.batches:
             sums = torch.zeros(len(batch.params), 2, **wide)
             engine.backend.gram(batch.tensors, sums)
+            engine.over_ranks(sums, batch.tensors.share)
             if not begins:
                 motion += torch.stack(self._fit(batch, *sums.unbind(1)))
         if not begins:
+            engine.over_all(motion)
             explained, total = motion
             confidence = (explained / total.clamp(min=1e-300)).clamp(0.0, 1.0).sqrt()
             engine.scalars.ledger[INDEX["confidence"]].copy_(confidence)

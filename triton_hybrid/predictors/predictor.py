@@ -172,6 +172,7 @@ class Predictor(Choice):
         for batch in engine.batches:
             moved = self.again is None or not self.leaves(batch)
             engine.backend.slopes(batch.tensors, engine.scalars, self.again, moved)
+        engine.over_ranks(engine.scalars.sums)
         engine.backend.decide(engine.scalars, self.config.divergence_threshold, self.cooldown)
         for batch in engine.batches:
             if self.again is None or not self.leaves(batch):
@@ -218,3 +219,4 @@ class Predictor(Choice):
                 first=first,
                 with_slopes=not known,
             )
+        engine.over_ranks(sums[:, 1:] if known else sums)

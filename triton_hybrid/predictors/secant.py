@@ -112,6 +112,7 @@ class Secant(Predictor):
         engine, scalars, history = self.engine, self.engine.scalars, self.config.history
         for batch in engine.batches:
             engine.backend.slopes(batch.tensors, scalars)
+        engine.over_ranks(scalars.sums)
         orders = judge(
             scalars.ledger, self._trial, scalars.sums,
             last=last and self.ready, cooldown=float(self.config.full_steps), history=history,
@@ -122,11 +123,14 @@ class Secant(Predictor):
     def predict(self, in_row: int) -> None:
         engine, scalars, history = self.engine, self.engine.scalars, self.config.history
         self._products.zero_()
-        for batch in engine.batches:
-            engine.backend.products(batch.tensors, scalars, self._products, history)
+        engine.add_up(
+            lambda batch, own: engine.backend.products(batch.tensors, scalars, own, history),
+            self._products,
+        )
         solution = solve(self._products, self._trial, history)
         for batch in engine.batches:
             engine.backend.move(batch.tensors, scalars, solution, history)
+        engine.over_ranks(scalars.sums)
         cooldown = float(self.config.full_steps)
         orders = limit(scalars.ledger, self._trial, scalars.sums, self._products, cooldown)
         for batch in engine.batches:

@@ -34,9 +34,12 @@ from triton_hybrid.kernels.newton_schulz import QUINTIC, orthogonalise
 from triton_hybrid.kernels.newton_schulz_torch import orthogonalise_torch
 from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import Scalars
+from triton_hybrid.kernels.step_torch import Gradient
 from triton_hybrid.kernels.update_rule import Block, UpdateRule
 from triton_hybrid.rules.adamw import FIRST_MOMENT
 from triton_hybrid.rules.rule import Betas, Group, Option, Rule, no_denominator
+from triton_hybrid.rules.whole_matrices import WholeMatrices
+from triton_hybrid.shards import is_part
 from triton_hybrid.state import Member, StateRow
 
 SCALES = ("match_rms_adamw", "original")
@@ -95,7 +98,7 @@ def grid_of(group: Group, index: int) -> tuple[int, int]:
 
 def _scale(member: Member, grid: tuple[int, int]) -> float:
     transposed = member.group["transposed"]
-    outputs, inputs = (size // parts for size, parts in zip(member.param.shape, grid))
+    outputs, inputs = (size // parts for size, parts in zip(member.whole.shape, grid))
     if transposed if isinstance(transposed, bool) else transposed[member.place]:
         outputs, inputs = inputs, outputs
     return rate_scale(member.group["adjust_lr_fn"], outputs, max(inputs, 1))
@@ -103,7 +106,12 @@ def _scale(member: Member, grid: tuple[int, int]) -> float:
 
 def _bind(tensors: TensorSet, members: Sequence[Member]) -> None:
     grids = [grid_of(member.group, member.place) for member in members]
-    tensors.matrices = MatrixSet(tensors, grids, [schedule(member.group) for member in members])
+    schedules = [schedule(member.group) for member in members]
+    if is_part(members[0].whole):
+        dtype = scratch_dtype(members[0].param, members[0].group)
+        tensors.whole = WholeMatrices(tensors, members, grids, schedules, dtype)
+    else:
+        tensors.matrices = MatrixSet(tensors, grids, schedules)
     scales = [_scale(member, grid) for member, grid in zip(members, grids)]
     tensors.rate_factors = torch.tensor(scales, dtype=torch.float64, device=tensors.device)
 
@@ -198,11 +206,19 @@ class _Torch:
 
 
 def _prepare(tensors: TensorSet, scalars: Scalars, max_norm: float | None) -> None:
+    if tensors.whole is not None:
+        gradient = Gradient.of(scalars, max_norm)
+        clip = gradient.coefficient * gradient.unscale
+        tensors.whole.orthogonalise(scalars, clip, ~gradient.applied)
+        return
     assert tensors.matrices is not None
     orthogonalise(tensors.matrices, scalars, max_norm)
 
 
 def _prepare_torch(tensors: TensorSet, scalars: Scalars, clip: Tensor, skip: Tensor | None) -> None:
+    if tensors.whole is not None:
+        tensors.whole.orthogonalise(scalars, clip, skip)
+        return
     assert tensors.matrices is not None
     orthogonalise_torch(tensors.matrices, scalars, clip, skip)
 

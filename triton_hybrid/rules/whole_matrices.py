@@ -1,0 +1,98 @@
+"""Muon's matrices where the ranks hold parts of them: gathered, orthogonalised, cut again.
+
+A part of a matrix cannot be orthogonalised by itself. Every rank moves its part of the momentum,
+the parts are gathered, each matrix is orthogonalised on one rank, so that the work is spread, and
+every rank takes its part of the result. In plain torch on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from triton_hybrid.kernels.matrices import Coefficients
+from triton_hybrid.kernels.multi_tensor import TensorSet
+from triton_hybrid.kernels.newton_schulz_torch import momenta_torch, newton_schulz_torch
+from triton_hybrid.kernels.scalars import HYPER, Scalars
+from triton_hybrid.shards import like_whole, part_of
+from triton_hybrid.state import Member
+
+
+class WholeMatrices:
+    """The matrices of a tensor set of parts.
+
+    Args:
+        tensors: With rows ``grad``, ``exp_avg`` and ``update``.
+        members: Their parameters, DTensors on one mesh.
+        grids: For each, equal blocks along its rows and columns.
+        schedules: For each, the coefficients of Newton and Schulz's steps.
+        dtype: What matrices are multiplied in.
+    """
+
+    def __init__(
+        self,
+        tensors: TensorSet,
+        members: Sequence[Member],
+        grids: Sequence[tuple[int, int]],
+        schedules: Sequence[Coefficients],
+        dtype: torch.dtype,
+    ) -> None:
+        self._tensors, self._members = tensors, members
+        self._grids, self._schedules, self._dtype = grids, schedules, dtype
+        self._owners = _owners(members)
+
+    def orthogonalise(self, scalars: Scalars, clip: Tensor, skip: Tensor | None) -> None:
+        """Moves ``exp_avg`` and writes ``update``; arguments as of `orthogonalise_torch`."""
+        tensors = self._tensors
+        momenta = momenta_torch(tensors, scalars, clip, skip)
+        eps = scalars.hyperparameters[tensors.group.long(), HYPER["eps"]]
+        whole = {}
+        for index, mixed in momenta.items():
+            part, like = self._members[index].param, self._members[index].whole
+            mixed = mixed.as_strided(part.shape, part.stride()).to(self._dtype)
+            gathered: Any = like_whole(mixed.contiguous(), like)
+            whole[index] = gathered.full_tensor().contiguous()
+            if self._owners[index].mine:
+                whole[index] = self._orthogonal(whole[index], index, eps[index])
+        for index, matrix in whole.items():
+            owner = self._owners[index]
+            dist.broadcast(matrix, owner.rank, group=owner.group)
+            part = self._members[index].param
+            goal = tensors.flat["update"][index].as_strided(part.shape, part.stride())
+            goal.copy_(part_of(matrix, self._members[index].whole))
+
+    def _orthogonal(self, matrix: Tensor, index: int, eps: Tensor) -> Tensor:
+        """One matrix, block by block."""
+        (down, across), (rows, columns) = self._grids[index], matrix.shape
+        blocks = matrix.view(down, rows // down, across, columns // across).transpose(1, 2)
+        made = newton_schulz_torch(blocks, self._schedules[index], eps)
+        return made.transpose(1, 2).reshape(rows, columns)
+
+
+class _Owner(NamedTuple):
+    """Who orthogonalises a matrix, and who waits for it."""
+
+    rank: int
+    group: Any
+    mine: bool
+
+
+def _owners(members: Sequence[Member]) -> list[_Owner]:
+    """Along the first dimension of the mesh that cuts; the largest matrices are dealt out first."""
+    load: dict[int, float] = {}
+    found: dict[int, _Owner] = {}
+    by_size = sorted(range(len(members)), key=lambda index: -members[index].whole.numel())
+    for index in by_size:
+        whole: Any = members[index].whole
+        mesh = whole.device_mesh
+        dim = next(d for d, p in enumerate(whole.placements) if p.is_shard() and mesh.size(d) > 1)
+        group = mesh.get_group(dim)
+        ranks = dist.get_process_group_ranks(group)
+        owner = min(ranks, key=lambda rank: (load.get(rank, 0.0), rank))
+        load[owner] = load.get(owner, 0.0) + float(whole.numel()) * min(whole.shape)
+        found[index] = _Owner(owner, group, owner == dist.get_rank())
+    return [found[index] for index in range(len(members))]

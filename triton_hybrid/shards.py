@@ -1,0 +1,221 @@
+"""Parameters that are DTensors: each rank works on its own part of them.
+
+FSDP2 (``fully_shard``) and tensor parallel training hand the optimizer DTensors. The kernels work
+on what of them lies on this rank, and what they measure is summed over the ranks before anything
+is decided (`Ranks.reduce`). The optimizer's state holds DTensors like the parameters, so that
+distributed checkpoints save, load and reshard it.
+
+Nothing else knows of DTensors: here they are taken apart and put together again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_hybrid.distributed import Ranks
+from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN
+from triton_hybrid.state import DECLARED, PREDICTION, Member, State
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+@torch.no_grad()
+def local(tensor: Any) -> Any:
+    """What of a tensor lies on this rank, in the same memory; what is no DTensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+@torch.no_grad()
+def local_gradient(param: Any) -> Any:
+    """This rank's part of a parameter's gradient, laid out as the parameter."""
+    grad, to = param.grad, getattr(param, "placements", None)
+    if is_dtensor(grad) and grad.placements != to:
+        grad = grad.redistribute(param.device_mesh, to)
+    return local(grad)
+
+
+@torch.no_grad()
+def like_whole(part: Tensor, whole: Any) -> Tensor:
+    """A DTensor laid out as another, in the memory of this rank's part."""
+    from torch.distributed.tensor import DTensor
+
+    made: Tensor = DTensor.from_local(
+        part,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    return made
+
+
+@torch.no_grad()
+def part_of(tensor: Tensor, whole: Any) -> Tensor:
+    """What lies on this rank of a tensor that every rank has, laid out as a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = whole.device_mesh
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    part: Tensor = local(everywhere.redistribute(mesh, whole.placements))
+    return part
+
+
+@torch.no_grad()
+def placed(key: str, value: Tensor, param: Any, device: torch.device) -> Tensor:
+    """A copy of a checkpoint's tensor on a device, laid out as its parameter."""
+    row = DECLARED.get(key)
+    if is_dtensor(param) and not is_dtensor(value) and row is not None and row.shape is None:
+        return like_whole(part_of(value.to(device=device), param).clone(), param)
+    return value.detach().to(device=device, copy=True)
+
+
+def forget_fingerprints(param: Any, entry: dict[str, Any]) -> None:
+    """Of a saved or loaded DTensor: those of other parts of it would be those of other weights."""
+    if is_dtensor(param) and PREDICTION.name in entry:
+        entry[PREDICTION.name] = entry[PREDICTION.name].clone()
+        entry[PREDICTION.name][FINGERPRINT_COLUMN.value :] = 0.0
+
+
+def saved_parts(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A state dict that any number of ranks can load."""
+    params = [param for group in groups for param in group["params"]]
+    if not any(map(is_dtensor, params)):
+        return state_dict
+    state = dict(state_dict["state"])
+    for index, param in enumerate(params):
+        if index in state:
+            state[index] = dict(state[index])
+            forget_fingerprints(param, state[index])
+    return {**state_dict, "state": state}
+
+
+def check_dtensor(param: Any, index: int) -> None:
+    """Refuses a DTensor that cannot be updated part by part with a NotImplementedError."""
+    odd = [place for place in param.placements if not (place.is_replicate() or place.is_shard())]
+    if odd:
+        raise NotImplementedError(
+            f"params: parameter {index} has placements {tuple(param.placements)}: must be Shard or "
+            "Replicate"
+        )
+    device = local(param).device.type
+    if device != param.device_mesh.device_type:
+        raise NotImplementedError(
+            f"params: the parts of parameter {index} lie on {device}, and its mesh is of "
+            f"{param.device_mesh.device_type}: CPU offload of sharded parameters is not built; use "
+            "fully_shard without CPUOffloadPolicy"
+        )
+
+
+def is_part(param: Any) -> bool:
+    """Whether other ranks hold other parts of a parameter."""
+    if not is_dtensor(param):
+        return False
+    sizes = [param.device_mesh.size(dim) for dim in range(param.device_mesh.ndim)]
+    return any(place.is_shard() and size > 1 for place, size in zip(param.placements, sizes))
+
+
+def _share(param: Any, index: int, ranks: Ranks) -> float:
+    """One over the number of ranks that hold the same elements of a parameter."""
+    if not is_dtensor(param):
+        return 1.0 if ranks.apart else 1.0 / ranks.size
+    mesh = param.device_mesh
+    if mesh.size() != ranks.size:
+        raise NotImplementedError(
+            f"params: parameter {index} lies on {mesh.size()} ranks, and {ranks.size} decide "
+            "together: process_group must be the group of all ranks that hold the parameters"
+        )
+    same = [mesh.size(dim) for dim, place in enumerate(param.placements) if place.is_replicate()]
+    count = 1
+    for size in same:
+        count *= size
+    return 1.0 / count
+
+
+OTHERS = "others"
+
+
+def _others(member: Member) -> Member:
+    """A tensor without elements, for what is measured of the parameters of other ranks.
+
+    Tables of sums have a row for each tensor; in this one's stands what the other ranks have found.
+    """
+    nothing = member.param.new_empty(0)
+    group = {**member.group, "base": "adamw", OTHERS: True}
+    return member._replace(param=nothing, whole=nothing, group=group)
+
+
+class Shards:
+    """The parameters of an optimizer as this rank holds them, with their state.
+
+    Args:
+        members: Every parameter that may get a gradient.
+        state: The optimizer's state.
+        ranks: Who decides together.
+
+    Attributes:
+        members: The same, on what lies on this rank.
+        state: Their state; that of plain parameters is the optimizer's own.
+        some: Whether other ranks hold other parts of a parameter, or other parameters.
+
+    Raises:
+        NotImplementedError: Parameters that lie on other ranks than those that decide together.
+    """
+
+    def __init__(self, members: Sequence[Member], state: State, ranks: Ranks) -> None:
+        self._outer, self._whole = state, members
+        self.some = any(is_part(member.param) for member in members)
+        self.members: list[Member] = []
+        self.state: State = defaultdict(dict)
+        for member in members:
+            param, share = member.param, _share(member.param, member.place, ranks)
+            part = local(param)
+            self.members.append(member._replace(param=part, share=share))
+            # Asked for by key: a fresh optimizer makes the entry.
+            entry = state[param]
+            if is_dtensor(param):
+                entry = {
+                    key: local(value) if isinstance(value, Tensor) else value
+                    for key, value in entry.items()
+                }
+            self.state[part] = entry
+        if ranks.apart and ranks.together:
+            self.some = True
+            self.members.append(_others(members[0]))
+
+    def publish(self) -> None:
+        """Gives the optimizer's state DTensors in the memory of what the kernels work on."""
+        for member, whole in zip(self.members, self._whole):
+            if not is_dtensor(whole.param):
+                continue
+            entry, found = self._outer[whole.param], self.state[member.param]
+            for key in entry.keys() - found.keys():
+                del entry[key]
+            for key, value in found.items():
+                row = DECLARED.get(key)
+                like_param = row is not None and row.shape is None and isinstance(value, Tensor)
+                entry[key] = like_whole(value, whole.param) if like_param else value
+
+
+def reshard(module: Any) -> None:
+    """Lets every FSDP2 module in a module go back to its parts; nothing happens to other modules.
+
+    After a forward pass without a backward pass (an evaluation) the root module of ``fully_shard``
+    keeps its gathered weights, and the next forward pass would use them, whatever `step`,
+    `verified_weights` or `train` have made of the parts since.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
