@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks, Standing
 from triton_hybrid.engine import Engine
-from triton_hybrid.groups import check_parameter
+from triton_hybrid.groups import all_zero, check_parameter, every_parameter, has_gradients
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.phases import Phase, PhaseController
@@ -96,7 +96,7 @@ class Binding:
         assert self.engine is not None
         self.engine.refresh(groups)
         if self.windows is not None:
-            self.engine.scale_rates(self.windows.numbers(self.engine.device)[1])
+            self.engine.scales.scale_rates(self.windows.numbers(self.engine.device)[1])
         return self.engine
 
     def _only_initialises(self, members: Sequence[Member]) -> bool:
@@ -280,14 +280,18 @@ class Binding:
         ``scaler``: scale and flag of a GradScaler, or None. Returns whether any rank has gradients.
         """
         found = engine.take_gradients()
+        if found and self.windows is not None:
+            self.windows.require_count()  # before others wait for this rank
         if scaler and (found or self.ranks.together):
-            engine.borrow_scale(*scaler)
+            engine.scales.borrow(*scaler)
         if not self.ranks.together:
             return found
         engine.measure_gradients()
         if self.ranks.agree(engine.scalars, found, self._standing(engine), engine.signature):
             return True
         engine.forget_gradients()
+        if scaler:
+            engine.scales.give_back()
         return False
 
     def meet(self, engine: Engine) -> None:
@@ -331,15 +335,15 @@ class Binding:
         if windows is not None:
             windows.require_count()
         if scaler:
-            engine.borrow_scale(*scaler)
+            engine.scales.borrow(*scaler)
         if windows is not None:
-            engine.divide_gradient(windows.numbers(engine.device)[0])
+            engine.scales.divide_gradient(windows.numbers(engine.device)[0])
         yield
         if windows is not None:
-            engine.end_division(windows.numbers(engine.device)[0])
+            engine.scales.end_division(windows.numbers(engine.device)[0])
             windows.close(every_parameter(groups))
         if scaler:
-            engine.return_scale()
+            engine.scales.give_back()
 
     @contextmanager
     def undisturbed(self, engine: Engine) -> Iterator[None]:
@@ -385,19 +389,3 @@ class Binding:
             pairs=engine.predictor.keeps_pairs and phase is not Phase.WARMUP,
             followed=controller.base_step_follows,
         )
-
-
-def every_parameter(groups: Groups) -> list[Tensor]:
-    """The parameters of all groups."""
-    return [param for group in groups for param in group["params"]]
-
-
-def has_gradients(groups: Groups) -> bool:
-    """Whether a parameter has one."""
-    return any(param.grad is not None for group in groups for param in group["params"])
-
-
-def all_zero(params: Iterable[Tensor]) -> bool:
-    """Whether no parameter has a gradient that is not zero. Waits for the device."""
-    grads = (local(param.grad) for param in params if param.grad is not None)
-    return not any(bool(grad.any()) for grad in grads)

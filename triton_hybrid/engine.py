@@ -40,6 +40,7 @@ from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.predictors.slow_ema import is_other_run
 from triton_hybrid.rules import RULES
+from triton_hybrid.scales import Scales
 from triton_hybrid.shards import OTHERS, is_dtensor, is_part, local_gradient
 from triton_hybrid.state import Batch, Member, State, StepPlan
 
@@ -93,9 +94,10 @@ class Engine:
         self._sets = [batch.tensors for batch in self.batches]
         self.scalars = Scalars(self._sets, groups)
         # As the groups say; a window of fewer micro-batches takes part of the learning rates.
-        self._nominal = table = self.scalars.hyperparameters
+        table = self.scalars.hyperparameters
         if settings.accumulation is not None:
-            self._nominal = torch.zeros_like(table)
+            table = torch.zeros_like(table)
+        self.scales = Scales(self.scalars, table)
         self._written = self.scalars.ledger[INDEX["written"]]
         self._start = self.scalars.prediction[:, PART_COLUMN.value :].clone()
         self._start_of: Any = None  # what `_start` was made of: how stretches begin
@@ -278,41 +280,15 @@ class Engine:
         Does not wait for it. The ledger has what falls as training succeeds: minus an objective
         that is maximised, and nothing where some groups minimise and others maximise.
         """
-        if isinstance(loss, Tensor):
-            value = loss.detach().to(self.device, torch.float64).reshape(())
-        else:
-            value = torch.tensor(float(loss), dtype=torch.float64, device=self.device)
         if self._sign is None:
             return
+        known = loss.detach().reshape(()) if isinstance(loss, Tensor) else float(loss)
+        value = torch.as_tensor(known, dtype=torch.float64, device=self.device)
         # NaN in the ledger means "not observed"; an observed NaN is a divergence.
         value = torch.where(value.isnan(), torch.full_like(value, math.inf), self._sign * value)
         entry, seen = self.scalars.ledger[INDEX["loss"]], self._losses
         entry.copy_((entry * seen + value) / (seen + 1) if seen else value, non_blocking=True)
         self._losses += 1
-
-    def scale_rates(self, factor: Tensor) -> None:
-        """Takes the groups' learning rates times a factor on the device."""
-        self.scalars.hyperparameters.copy_(self._nominal)
-        self.scalars.hyperparameters[:, HYPER["lr"]].mul_(factor)
-
-    def divide_gradient(self, count: Tensor) -> None:
-        """Lets the step divide the gradient by a number on the device, beside the loss scale."""
-        self.scalars.ledger[INDEX["loss_scale"]].mul_(count)
-
-    def end_division(self, count: Tensor) -> None:
-        """Ends what `divide_gradient` began; the scale may have moved meanwhile."""
-        self.scalars.ledger[INDEX["loss_scale"]].div_(count)
-
-    def borrow_scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Takes over what a GradScaler says of the coming gradient."""
-        for name, value in (("loss_scale", grad_scale), ("found_inf", found_inf)):
-            if value is not None:
-                self.scalars.ledger[INDEX[name]].copy_(torch.as_tensor(value).reshape(()))
-
-    def return_scale(self) -> None:
-        """Ends what `borrow_scale` began."""
-        self.scalars.ledger[INDEX["loss_scale"]].fill_(1.0)
-        self.scalars.ledger[INDEX["found_inf"]].fill_(0.0)
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> None:
         """Brings learning rates, betas and so on to the device, if they changed.
@@ -322,7 +298,7 @@ class Engine:
         seen = [*map(numbers_of, groups)]
         if seen == self._seen:
             return
-        table, on_device = self._nominal, {}
+        table, on_device = self.scales.nominal, {}
         rows = []
         for index, group in enumerate(groups):
             RULES[group["base"]].follow_schedulers(group)
@@ -389,8 +365,7 @@ class Engine:
 
     def fingerprints(self) -> Tensor:
         """Of all parameters as they are, FP32 ``[tensors, 2]``."""
-        columns = self.scalars.prediction.shape[1] - FINGERPRINT_COLUMN.value
-        found = self.scalars.prediction.new_empty(len(self.params), columns)
+        found = torch.empty_like(self.scalars.prediction[:, FINGERPRINT_COLUMN.value :])
         for batch in self.batches:
             self.backend.fingerprint(batch.tensors, found[batch.tensors.place])
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from triton_hybrid.checks import check_choice, check_flag, check_number, require
 from triton_hybrid.kernels.rows import TRITON_DTYPES
 from triton_hybrid.rules import OPTIONS, RULES
-from triton_hybrid.shards import check_dtensor, is_dtensor
+from triton_hybrid.shards import check_dtensor, is_dtensor, local
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "unembed", "output_projection")
 """Last parts of a module's name that make it the output layer."""
@@ -265,3 +265,19 @@ def _parts(name: str, outputs: int, inputs: int, blocks: Mapping[str, int]) -> i
     if parts == 3:
         return parts if outputs == 3 * inputs else 1
     return parts if outputs % parts == 0 else 1
+
+
+def every_parameter(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """The parameters of all groups."""
+    return [param for group in groups for param in group["params"]]
+
+
+def has_gradients(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a parameter has one."""
+    return any(param.grad is not None for group in groups for param in group["params"])
+
+
+def all_zero(params: Iterable[Tensor]) -> bool:
+    """Whether no parameter has a gradient that is not zero. Waits for the device."""
+    grads = (local(param.grad) for param in params if param.grad is not None)
+    return not any(bool(grad.any()) for grad in grads)
