@@ -182,7 +182,7 @@ def test_memory_grows_once() -> None:
     assert sorted(sizes) == sizes
     assert set(sizes) == {first, last}
     elements = sum(param.numel() for param in task.model.parameters())
-    assert last - first == (2 * 4 + 1) * 4 * elements
+    assert last - first == (2 * 4 + 2) * 4 * elements
 
 
 def test_without_memory_for_the_pairs_it_goes_on_with_slow_ema(

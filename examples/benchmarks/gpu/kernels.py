@@ -137,12 +137,15 @@ class Buffers:
 
     def __init__(self, context: Context, lengths: tuple[int, ...], kind: Kind) -> None:
         base, name, dtype, masters = kind
-        engine = engine_of(context, lengths, dtype, "auto", base=base, master_weights=masters)
+        engine = engine_of(context, lengths, dtype, base=base, master_weights=masters)
         tensors, self.scalars = sets = engine.batches[0].tensors, engine.scalars
+        for row in ("snapshot", "displacement"):  # of `linear`
+            wide = [torch.zeros_like(p, dtype=torch.float32) for p in engine.batches[0].params]
+            tensors.set_row(row, wide)
         self._ledger = write_ledger({**START, **DECIDED}, context.device)
         numbers = torch.full((len(lengths),), 0.01, device=context.device)
         products = torch.zeros(len(lengths), 2, dtype=torch.float64, device=context.device)
-        move: dict[str, Any] = {"threshold": 0.0, "share": 1.0, "save": True}
+        move: dict[str, Any] = {"threshold": 0.0, "share": 1.0, "first": True}
         back: dict[str, Any] = {"threshold": 0.0, "limit": 0.0, "cooldown": 1.0, "last": True}
         words = f"{base} {name}, one launch, clip"
         step = partial(TRITON.step, [tensors], self.scalars)
@@ -156,9 +159,14 @@ class Buffers:
                 f"predict {name}, slow EMA": partial(TRITON.predict, *sets, slow, **move),
                 f"predict {name}, linear": partial(TRITON.predict, *sets, last, numbers, **move),
                 f"check {name} (when it rolls back)": partial(TRITON.check_move, *sets, **back),
+                f"check {name}, slow EMA": partial(TRITON.check_move, *sets, **back, again=slow),
                 f"slopes {name}": partial(TRITON.slopes, *sets),
+                f"slopes {name}, slow EMA": partial(TRITON.slopes, *sets, slow),
                 f"gram {name}": partial(TRITON.gram, tensors, products),
                 f"correct {name}, restart": partial(TRITON.correct, *sets, restart=True),
+                f"correct {name}, slow EMA": partial(
+                    TRITON.correct, *sets, restart=False, again=slow
+                ),
             }
 
     def ready(self) -> None:
