@@ -34,6 +34,8 @@ REGISTER_LIMIT = REGISTERS
 
 MOST_PARKED = 64
 """Bytes a thread may spill where nothing of it is in the loop over elements."""
+MOST_LANES = 4
+"""The same on AMD, of scalar registers, which go to the lanes of a vector register."""
 SHARED_LIMIT = 12 * 1024
 """Most shared memory, in bytes, of a program of a cooperative launch: eight fit everywhere."""
 
@@ -82,7 +84,11 @@ def moved_bytes(case: Case, accesses: Sequence[Access], elements: int) -> float:
     wide = [access for access in accesses if access.bits >= WIDE and not access.scratch]
     loaded = sum(access.bits for access in wide if not access.store) // 8
     stored = sum(access.bits for access in wide if access.store) // 8
-    reads, writes = sum(case.reads) * elements, sum(case.writes) * elements
+    # Of a row of bytes a thread with fewer than 16 elements has less than 128 bits.
+    reads, writes = (
+        sum(size for size in roles if size * elements * 8 >= WIDE) * elements
+        for roles in (case.reads, case.writes)
+    )
     first, inner = sum(case.first_pass) * elements, sum(case.inner) * elements
     for copies, unrolled in itertools.product(
         range(1, MOST_UNROLLED + 1), range(1, case.times + 1)
@@ -91,7 +97,7 @@ def moved_bytes(case: Case, accesses: Sequence[Access], elements: int) -> float:
             continue
         passes, left = divmod(loaded - copies * (reads + unrolled * inner), first or 1)
         if left == 0 and (1 <= passes <= MOST_UNROLLED if first else passes == 0):
-            return (first + reads + case.times * inner + writes) / elements
+            return first / elements + sum((*case.reads, *case.writes, *case.inner * case.times))
     raise ValueError(
         "the 128-bit accesses of full chunks do not add up: a thread loads "
         f"{loaded} and stores {stored} bytes by them, its roles are {reads} and {writes} bytes a "
@@ -132,7 +138,7 @@ def _inspect(case: Case, target: Target, launch: Launch, compiled: Any, finding:
     finding.widest_bits = max((access.bits for access in emitted), default=0)
     failures = finding.failures
     on_nvidia = target.gpu.backend == "cuda"
-    parked = MOST_PARKED if on_nvidia and case.may_park else 0
+    parked = (MOST_PARKED if on_nvidia else MOST_LANES) if case.may_park else 0
     if finding.spills > parked and not case.may_spill:
         unit = "bytes" if on_nvidia else "registers"
         failures.append(f"{finding.spills} {unit} spilled")
