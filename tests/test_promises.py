@@ -27,11 +27,11 @@ from training import (
     until,
     weights,
 )
-from triton_hybrid.kernels.residue import moved_torch
 
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 from triton_hybrid.engine import Engine
 from triton_hybrid.rules import RULES
+from triton_hybrid.standing import weight_after
 
 BACKENDS = ["torch", "triton"]
 NONE = HybridConfig(predictor="none")
@@ -114,9 +114,7 @@ def test_promise_2_parameter_is_the_rounded_master(
             point = master
             if predictor == "slow_ema" and optimizer._binding.progress.controller.stands:
                 # The prediction stands in the parameter alone.
-                entry = {key: row.flatten() for key, row in optimizer.state[param].items()}
-                moved = moved_torch(RULES["adamw"].kernels, entry, entry["move"])
-                point = master + moved.view_as(master) if entry["prediction"][3] > 0 else master
+                point = weight_after(param, optimizer.state[param], RULES["adamw"].kernels)
             assert torch.equal(param.detach(), point.to(dtype)), f"{phase} at step {step}"
         with optimizer.verified_weights():
             for param in model.parameters():

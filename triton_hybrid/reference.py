@@ -252,9 +252,11 @@ class Reference:
             if self.linear:
                 move = factor / config.full_steps * p.ratio * p.last * (p.slow != 0)
             else:
-                p.start = p.w.clone() if first else p.start
+                if first:
+                    p.start, p.moved = p.w.clone(), torch.zeros_like(p.w)
                 move = -factor * o.lr * (0.25 + 3.0 * decayed) * self.along(p, p.slow)
-            p.w += move
+                p.moved += move
+            p.w.copy_(p.w + move if self.linear else findable(p.start, p.moved))
             square += dot(move, move)
             slopes.append(dot(p.m, move) / (1.0 - decay ** max(p.steps, 1)))
         distance = math.sqrt(ledger.jump_square) + math.sqrt(square)
@@ -321,3 +323,14 @@ class Reference:
         ledger.cooldown = math.ceil(self.config.full_steps / 4) * 2.0 ** min(ledger.rejections, 10)
         ledger.horizon, ledger.rejections = 0.5 * ledger.horizon, ledger.rejections + 1
         ledger.blocked, ledger.rejected = 0, ledger.rejected + 1
+
+
+def findable(start: Tensor, moved: Tensor) -> Tensor:
+    """Weights after a displacement, but where one byte cannot tell what was there before.
+
+    It has room for 127 units in the last place by which a subtraction misses it.
+    """
+    bits = torch.int64 if start.dtype == torch.float64 else torch.int32
+    after = start + moved
+    lost = start.view(bits) - (after - moved).view(bits)
+    return torch.where(lost.abs() < 128, after, start)

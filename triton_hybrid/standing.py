@@ -56,6 +56,18 @@ def weight_before(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
     return found
 
 
+def weight_after(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
+    """What a 16-bit parameter with a master is the rounded value of, while a prediction stands."""
+    master: Tensor = entry[MASTER.name]
+    if not (moved_again(entry) and entry[PREDICTION.name][PART_COLUMN.value] > 0):
+        return master
+    found = torch.empty_like(master)
+    names = ("slow_ema", *rule.reads_along)
+    rows = {name: dense_view(entry[name]).to(param.device) for name in names}
+    dense_view(found).copy_(dense_view(master) + moved_torch(rule, rows, entry[MOVE.name]))
+    return found
+
+
 def restore_weight(param: Tensor, entry: dict[str, Any], rule: UpdateRule) -> None:
     """Puts a parameter, and what is kept of its weight, back to before the prediction."""
     before = weight_before(param, entry, rule)
@@ -74,6 +86,8 @@ def continues(member: Member, entry: dict[str, Any], settings: Settings) -> bool
     follows = settings.config.predictor in ("linear", "secant") or (MOVE.name in entry)
     if not again:
         return follows and SNAPSHOT.name in entry
+    if settings.config.predictor not in ("slow_ema", "auto"):
+        return False
     sixteen_bit = member.param.dtype in (torch.float16, torch.bfloat16)
     own = sixteen_bit and settings.master_weights == "auto"
     return (MASTER.name if own else RESIDUE.name) in entry

@@ -206,6 +206,9 @@ class Batch:
         kept = {"split": SPLIT, "none": NONE}.get(masters, OWN) if sixteen_bit else OWN
         rows = [row for row in rows if not (row.in_place and sixteen_bit and kept == OWN)]
         self._state, self._group, self._rows = state, members[0].group, rows
+        for row in {SNAPSHOT, RESIDUE, MOVE} - set(rows):  # of another predictor's checkpoint
+            for param in self.params:
+                state[param].pop(row.name, None)
         groups = [member.group_index for member in members]
         dense = list(map(as_dense, self.params))
         self.copies = [(p, copy) for p, copy in zip(self.params, dense) if copy is not p]

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import RANKS, on_ranks
+from ranks import of_all, run_on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+RANKS = 2
 SIZE, WINDOWS, NOISE = 50_000, 60, 100.0  # the noise scale is of a micro-batch of one rank
 
 
@@ -30,7 +31,7 @@ class Linear(nn.Module):
         return self.weight @ gradient
 
 
-def _train(rank: int) -> list[tuple[list[int], Tensor, float, int]]:
+def _train(rank: int, world: int) -> list[tuple[list[int], Tensor, float, int]]:
     results = []
     for reduces_once in (True, False):
         model: Any = DistributedDataParallel(Linear())
@@ -60,7 +61,7 @@ def _train(rank: int) -> list[tuple[list[int], Tensor, float, int]]:
 
 
 def test_ranks_choose_the_same_windows() -> None:
-    mine, theirs = on_ranks(_train)
+    mine, theirs = of_all(run_on_ranks(RANKS, [_train]), _train)
     for (lengths, weight, noise, count), (others, their_weight, their_noise, _) in zip(
         mine, theirs
     ):

@@ -198,12 +198,3 @@ def test_auto_leaves_alone_whoever_sets_a_low_beta1() -> None:
         counts[beta1, predictor] = optimizer.stats().predicted_steps
     assert counts.pop((0.5, "auto")) == 0
     assert min(counts.values()) > 5
-
-
-def test_a_grad_scaler_in_a_predict_step_is_told_why_not() -> None:
-    _, optimizer = at_predict("torch")
-    optimizer.zero_grad()
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    scaler.scale(torch.zeros(()))
-    with pytest.raises(RuntimeError, match="needs_backward"):
-        scaler.step(optimizer)

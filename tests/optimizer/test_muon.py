@@ -284,9 +284,11 @@ def test_parameter_is_the_rounded_master(dtype: torch.dtype) -> None:
     optimizer = make_optimizer(model, hybrid=fast_config(inline=False))
 
     def check(index: int, phase: Phase) -> None:
-        for param, state in optimizer.state.items():
-            assert state["master"].dtype == torch.float32
-            assert torch.equal(param.detach(), state["master"].to(dtype)), f"{phase}, step {index}"
+        with optimizer.verified_weights():
+            for param, state in optimizer.state.items():
+                master = state["master"]
+                assert master.dtype == torch.float32
+                assert torch.equal(param.detach(), master.to(dtype)), f"{phase}, step {index}"
 
     phases = train(model, optimizer, 40, after=check)
     assert set(phases) == set(Phase)

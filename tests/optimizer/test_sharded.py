@@ -188,11 +188,12 @@ def verified(rank: int, world: int) -> dict[str, Any]:
         assert checked
         for param in optimizer.param_groups[0]["params"]:
             entry = optimizer.state[param]
-            rows = [key for key in entry if key not in ("step", "prediction")]
+            rows = [key for key in entry if key not in ("step", "prediction", "move")]
             assert all(entry[key].placements == param.placements for key in rows)
             if dtype == torch.bfloat16:
-                held = entry["master"].to_local()
-                assert torch.equal(held.to(dtype), param.to_local())
+                with optimizer.verified_weights():
+                    held = entry["master"].to_local()
+                    assert torch.equal(held.to(dtype), param.to_local())
         # One rank's part of one parameter is overwritten while a prediction stands.
         while optimizer.phase is not Phase.CORRECT:
             train(model, optimizer, 1, True, rank, world)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from soak.measure import Kind, Sample, measure
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase, split_param_groups
+from triton_hybrid.rules import RULES
+from triton_hybrid.standing import weight_after
 
 HYBRID, ADAMW = "hybrid", "adamw"
 DRIVES = ("stepped", "inline")
@@ -263,6 +265,15 @@ class SoakRunner:
             if not bool(param.detach().isfinite().all()):
                 self._complain(f"{name} is not finite in phase {self.phase}")
             master = self.optimizer.state[param].get("master")
+            if master is not None and self.hybrid is not None:
+                # A prediction may stand in the parameter alone.
+                entry, binding = self.optimizer.state[param], self.hybrid._binding
+                if binding.progress.controller.stands:
+                    its = {
+                        id(p): g["base"] for g in self.optimizer.param_groups for p in g["params"]
+                    }
+                    rule = RULES[its[id(param)]].kernels
+                    master = weight_after(param.detach(), entry, rule)
             if master is not None and not torch.equal(param.detach(), master.to(param.dtype)):
                 self._complain(f"{name} is not its master, rounded, in phase {self.phase}")
 
