@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.fingerprint import INTEGERS
 from triton_hybrid.kernels.multi_tensor import TensorSet, assembled, remainder_of
 from triton_hybrid.kernels.rows import (
     NONE,
@@ -49,7 +50,6 @@ UNMOVED = -128
 _COLUMNS = tl.constexpr(MOVE_COLUMNS)
 NOT_MOVED = tl.constexpr(UNMOVED)
 _SPLIT = tl.constexpr(SPLIT)
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
@@ -262,7 +262,7 @@ def _kept_torch(weight: Tensor, kept: int, dtype: torch.dtype) -> tuple[Tensor, 
     if kept == SPLIT:
         rounded = weight.to(dtype)
         weight = assembled(rounded, remainder_of(weight, rounded))
-    return weight, weight.view(_INTEGERS[weight.element_size()])
+    return weight, weight.view(INTEGERS[weight.element_size()][0])
 
 
 def recovered_torch(

@@ -159,7 +159,7 @@ def solve(products: Tensor, trial: Tensor, history: int) -> Tensor:
     """
     gram = products[: 2 * history * (history + 1)].view(2, history, history + 1)
     rest = products[2 * history * (history + 1) :]
-    slot, pairs, *_, ready, _, _ = trial.unbind()
+    slot, pairs, ready = (trial[TRIAL.index(name)] for name in ("slot", "pairs", "ready"))
     places = torch.arange(history, device=trial.device)
     order = torch.remainder(slot.long() + places, history)
     along, against = gram[:, order].unbind()

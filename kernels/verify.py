@@ -206,13 +206,13 @@ def check_move_torch(
     too_far = (distance > limit * entries["update_square"].sqrt()) & ~nonfinite
     rejected = moving & (nonfinite | too_far)
     undone = rejected | (moving & (sums[:, 0].sum() > 0))
-    if ledger.device.type != "cpu" or bool(undone):
+    on_cpu = ledger.device.type == "cpu"
+    if not on_cpu or bool(undone):
         places = _Places(tensors, scalars, again)
         for index, part in enumerate(prediction[tensors.place, PART_COLUMN.value] > 0):
-            if ledger.device.type == "cpu" and not bool(part):
-                continue
-            for block in tensors.torch_blocks(index):
-                places.place(Part(tensors, index, block), index, 0.0, undone & part)
+            for block in tensors.torch_blocks(index) if not on_cpu or bool(part) else ():
+                where = True if on_cpu else undone & part
+                places.place(Part(tensors, index, block), index, 0.0, where)
     if not last:
         return
     slope = prediction[:, SLOPE_COLUMN.value]

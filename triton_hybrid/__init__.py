@@ -18,6 +18,7 @@ from triton_hybrid.optimizer import HybridOptimizer
 from triton_hybrid.phases import Phase
 from triton_hybrid.shards import reshard
 from triton_hybrid.stats import HybridStats
+from triton_hybrid.wrapped import find
 
 __all__ = [
     "AccumulationConfig",
@@ -39,8 +40,5 @@ def needs_backward(optimizer: Any) -> bool:
     For loops that hold a wrapper: looks through ``.optimizer`` (accelerate, Lightning) and
     ``.optim`` (ZeroRedundancyOptimizer) down to a HybridOptimizer. True for every other optimizer.
     """
-    for _ in range(10):
-        if isinstance(optimizer, HybridOptimizer):
-            return optimizer.needs_backward
-        optimizer = getattr(optimizer, "optimizer", None) or getattr(optimizer, "optim", None)
-    return True
+    found = find(optimizer)
+    return found is None or found.needs_backward

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_hybrid.checks import is_int, require
+from triton_hybrid.checks import Configuration, is_int, require
 from triton_hybrid.distributed import Ranks
 from triton_hybrid.noise_scale import NoiseScale, squared_norm
 
@@ -44,12 +44,12 @@ Marks = list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
-class AccumulationConfig:
+class AccumulationConfig(Configuration):
     """How many micro-batches a step may accumulate.
 
     The loop does not divide the loss: each ``backward()`` is of the mean loss of a micro-batch, and
     the optimizer averages over those that it really used. The learning rate is the one that suits
-    windows of ``maximum``; a window of k takes √(k / maximum) of it.
+    windows of ``maximum``; a shorter one takes the part of it that `rate_factor` says.
 
     Attributes:
         maximum: Micro-batches of the longest window. At least 1.
@@ -67,23 +67,6 @@ class AccumulationConfig:
         require(is_int(self.maximum, 1), "maximum", self.maximum, "an integer >= 1")
         allowed = f"an integer in [1, maximum={self.maximum}]"
         require(is_int(self.minimum, 1, self.maximum), "minimum", self.minimum, allowed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain Python values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AccumulationConfig:
-        """The inverse of `to_dict`; missing fields take their defaults.
-
-        Raises:
-            ValueError: An unknown field, or a value outside its range.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"{name}={values[name]!r}: unknown field, must be one of {known}")
-        return cls(**values)
 
 
 class Windows:
@@ -212,11 +195,11 @@ class Windows:
             self._count_one()
 
     def numbers(self, device: torch.device) -> Tensor:
-        """`count` and `rate`, FP64 on a device.
+        """`count`, at least 1, and `rate`, FP64 on a device.
 
         They lie in one place, so that a step captured in a graph reads those of the present window.
         """
-        now = float(self.count), self.rate
+        now = float(max(self.count, 1)), self.rate  # of several ranks, one may have no data
         if self._numbers is None or self._numbers.device != device:
             self._numbers, self._noted = torch.ones(2, dtype=torch.float64, device=device), None
         if now != self._noted:

@@ -123,11 +123,11 @@ class Binding:
         for param, rule in old:
             if id(param) not in present and param in state:
                 leave(param, state[param], rule, standing)
-        for member in members if standing else ():
-            if not continues(member, state.get(member.param, {}), self.settings):
+        predictor, masters = self._choice().active, self.settings.master_weights
+        for param, rule in self._params if standing else ():
+            if not continues(param, state.get(param, {}), predictor, masters):
                 # A checkpoint of another predictor, or with masters kept otherwise.
-                rule = RULES[member.group["base"]].kernels
-                leave(member.param, state[member.param], rule, standing)
+                leave(param, state[param], rule, standing)
                 ledger["written"] = 1.0
         if standing and old and known != present:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
@@ -278,6 +278,9 @@ class Binding:
         """Reads the gradients, and lets several ranks go on from the same numbers.
 
         ``scaler``: scale and flag of a GradScaler, or None. Returns whether any rank has gradients.
+
+        Raises:
+            RuntimeError: The micro-batches in the gradients were not counted.
         """
         found = engine.take_gradients()
         if found and self.windows is not None:
@@ -326,16 +329,11 @@ class Binding:
 
     @contextmanager
     def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> Iterator[None]:
-        """What surrounds a gradient step: a GradScaler's scale, and the length of a window.
+        """What surrounds a gradient step: the length of a window, and a GradScaler's scale.
 
-        Raises:
-            RuntimeError: The micro-batches in the gradients were not counted.
+        `take_gradients` has borrowed the scale already.
         """
         windows = self.windows
-        if windows is not None:
-            windows.require_count()
-        if scaler:
-            engine.scales.borrow(*scaler)
         if windows is not None:
             engine.scales.divide_gradient(windows.numbers(engine.device)[0])
         yield

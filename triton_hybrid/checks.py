@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+Its = TypeVar("Its", bound="Configuration")
+
+
+class Configuration:
+    """A frozen dataclass of plain values, which it checks when it is made."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain Python values."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_dict(cls: type[Its], values: Mapping[str, Any]) -> Its:
+        """The inverse of `to_dict`; missing fields take their defaults.
+
+        Raises:
+            ValueError: An unknown field, or a value outside its range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{name}={values[name]!r}: unknown field, must be one of {known}")
+        return cls(**values)
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from triton_hybrid.accumulation import AccumulationConfig
-from triton_hybrid.checks import check_choice, check_flag, check_number, is_int, require
+from triton_hybrid.checks import (
+    Configuration,
+    check_choice,
+    check_flag,
+    check_number,
+    is_int,
+    require,
+)
 from triton_hybrid.kernels.ledger import FIRST_SCALE
 
 OFFLOADS = ("none", "cpu", "pinned")
@@ -29,7 +34,7 @@ def predictor_names() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HybridConfig:
+class HybridConfig(Configuration):
     """When `HybridOptimizer` predicts, how far, and what it accepts.
 
     Attributes:
@@ -113,23 +118,6 @@ class HybridConfig:
             confidence_threshold=0.3,
             predictor="slow_ema",
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain Python values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> HybridConfig:
-        """The inverse of `to_dict`; missing fields take their defaults.
-
-        Raises:
-            ValueError: An unknown field, or a value outside its range.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"{name}={values[name]!r}: unknown field, must be one of {known}")
-        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.binding import Binding
+from triton_hybrid.groups import every_parameter
 
 
 class ScaledByOthers:
@@ -28,7 +29,7 @@ class ScaledByOthers:
         """
         self._binding.settings.refuse_grad_scaler()
         self._take_back()
-        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        params = [param for param in every_parameter(self.param_groups) if param.requires_grad]
         reads = self._binding.progress.controller.phase.needs_gradient
         if reads or any(param.grad is not None for param in params):
             return any(param.dtype == torch.float16 for param in params)

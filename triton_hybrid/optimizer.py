@@ -29,6 +29,7 @@ from triton_hybrid.groups import (
     check_group,
     check_parameter,
     complete_group,
+    every_parameter,
     first_device,
     own_options,
 )
@@ -62,7 +63,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         max_grad_norm: Global-norm clipping inside the fused step, or None.
         master_weights: ``"auto"``: FP32 masters behind 16-bit parameters. ``"split"``: beside a
             BF16 parameter the 16 bits that it lacks of its master, 2 bytes a parameter less; the
-            same results, but for ties in rounding (one weight in 2^17, one bit in 2^24). FP16 is
+            same results, but for ties in rounding (one weight in 2^17, one bit in 2^24) and weights
+            far smaller than their displacement, which predictions leave out. FP16 is
             refused. ``"none"``: no masters; each step is rounded to nearest, and steps below half
             a bit of the parameter are lost. There is no stochastic rounding.
         loss_scale: ``"dynamic"`` or a number: gradients are those of `scale_loss(loss)`, and the
@@ -342,8 +344,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         load_rows(self.state, self.param_groups, state_dict, self._binding.at_home_on_host)
         self._binding.unbind(save=False)
         self._binding.load(self.param_groups)
-        params = (param for group in self.param_groups for param in group["params"])
-        self._binding.pending = put_back(take_predictions(self.state, params))
+        found = take_predictions(self.state, every_parameter(self.param_groups))
+        self._binding.pending = put_back(found)
 
     def __getstate__(self) -> dict[str, Any]:
         self._binding.save(self.param_groups)

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_hybrid.kernels.fingerprint import fingerprint_of
-from triton_hybrid.kernels.layout import dense_view
-from triton_hybrid.state import MASTER, REMAINDER, State, as_dense
+from triton_hybrid.state import MASTER, REMAINDER, State, fingerprint
 
 PREDICTED = "predicted"
 """The parameter's entry; the entries of state are called ``predicted_master`` and so on."""
@@ -42,7 +40,7 @@ def with_predictions(
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     for number, param in zip(numbers, params):
         if param.data_ptr() in held and param.numel():
-            found = {PREDICTED: held[param.data_ptr()], VERIFIED: _fingerprint(param)}
+            found = {PREDICTED: held[param.data_ptr()], VERIFIED: fingerprint(param)}
             for name in MOVED:
                 place = state[param][name].data_ptr() if name in state[param] else None
                 if place in held:
@@ -69,14 +67,10 @@ def put_back(pending: Sequence[Pending]) -> list[Pending]:
     """Puts predictions back where the verified weights stand; returns those that have to wait."""
     waiting = []
     for item in pending:
-        param, entry, fingerprint, returns = item
-        if not torch.equal(_fingerprint(param), fingerprint.to(param.device)):
+        param, entry, known, returns = item
+        if not torch.equal(fingerprint(param), known.to(param.device)):
             waiting.append(item)
             continue
         for name, value in returns.items():
             (param if name == PREDICTED else entry[name]).copy_(value)
     return waiting
-
-
-def _fingerprint(param: Tensor) -> Tensor:
-    return fingerprint_of(dense_view(as_dense(param).detach()))

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_hybrid.config import Settings
 from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import assembled, remainder_of
 from triton_hybrid.kernels.residue import moved_torch, recovered_torch
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
 from triton_hybrid.kernels.update_rule import UpdateRule
+from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.shards import local
 from triton_hybrid.state import (
     MASTER,
@@ -23,16 +23,10 @@ from triton_hybrid.state import (
     RESIDUE,
     SNAPSHOT,
     Group,
-    Member,
     as_dense,
     as_predicted,
+    moved_again,
 )
-
-
-def moved_again(entry: Group) -> bool:
-    """Whether the displacement that stands in a parameter can be computed again."""
-    move = entry.get(MOVE.name)
-    return move is not None and move.shape == MOVE.shape and not bool(move[0].isnan())
 
 
 def weight_before(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
@@ -48,12 +42,17 @@ def weight_before(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
     kept, weight = NONE if dense.dtype != found.dtype else OWN, dense.to(found.dtype)
     if REMAINDER.name in entry:
         kept, weight = SPLIT, assembled(dense, dense_view(entry[REMAINDER.name]))
-    names = ("slow_ema", *rule.reads_along, RESIDUE.name)
-    rows = {name: dense_view(entry[name]).to(param.device) for name in names}
-    moved = moved_torch(rule, rows, entry[MOVE.name])
-    before = recovered_torch(weight, moved, rows[RESIDUE.name], kept, param.dtype)
-    dense_view(found).copy_(before)
+    residue = dense_view(entry[RESIDUE.name]).to(param.device)
+    moved = _moved(param, entry, rule)
+    dense_view(found).copy_(recovered_torch(weight, moved, residue, kept, param.dtype))
     return found
+
+
+def _moved(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
+    """The displacement that stands in a parameter, 1-D in the order of memory."""
+    names = ("slow_ema", *rule.reads_along)
+    rows = {name: dense_view(entry[name]).to(param.device) for name in names}
+    return moved_torch(rule, rows, entry[MOVE.name])
 
 
 def weight_after(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
@@ -62,9 +61,7 @@ def weight_after(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
     if not (moved_again(entry) and entry[PREDICTION.name][PART_COLUMN.value] > 0):
         return master
     found = torch.empty_like(master)
-    names = ("slow_ema", *rule.reads_along)
-    rows = {name: dense_view(entry[name]).to(param.device) for name in names}
-    dense_view(found).copy_(dense_view(master) + moved_torch(rule, rows, entry[MOVE.name]))
+    dense_view(found).copy_(dense_view(master) + _moved(param, entry, rule))
     return found
 
 
@@ -78,19 +75,19 @@ def restore_weight(param: Tensor, entry: dict[str, Any], rule: UpdateRule) -> No
         entry[REMAINDER.name].copy_(remainder_of(before, param.detach()))
 
 
-def continues(member: Member, entry: dict[str, Any], settings: Settings) -> bool:
-    """Whether what is needed to judge the prediction in a parameter is there."""
+def continues(param: Tensor, entry: Group, predictor: Predictor, masters: str) -> bool:
+    """Whether what a predictor needs to judge the prediction in a parameter is there.
+
+    ``masters``: how those of 16-bit parameters are kept, as in HybridOptimizer.
+    """
     if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] == 0:
         return True
     again = moved_again(entry)
-    follows = settings.config.predictor in ("linear", "secant") or (MOVE.name in entry)
-    if not again:
-        return follows and SNAPSHOT.name in entry
-    if settings.config.predictor not in ("slow_ema", "auto"):
+    if not predictor.predicts or again is (predictor.again is None):
         return False
-    sixteen_bit = member.param.dtype in (torch.float16, torch.bfloat16)
-    own = sixteen_bit and settings.master_weights == "auto"
-    return (MASTER.name if own else RESIDUE.name) in entry
+    own = masters == "auto" and param.dtype in (torch.float16, torch.bfloat16)
+    needed = (MASTER if own else RESIDUE) if again else SNAPSHOT
+    return needed.name in entry
 
 
 def leave(param: Tensor, entry: dict[str, Any], rule: UpdateRule, standing: bool) -> None:

@@ -144,6 +144,17 @@ def as_dense(param: Tensor) -> Tensor:
     return param
 
 
+def moved_again(entry: Group) -> bool:
+    """Whether the displacement that stands in a parameter can be computed again."""
+    move = entry.get(MOVE.name)
+    return move is not None and move.shape == MOVE.shape and not bool(move[0].isnan())
+
+
+def fingerprint(param: Tensor) -> Tensor:
+    """FP32 ``[2]``: of a parameter as it is now."""
+    return fingerprint_of(dense_view(as_dense(param).detach()))
+
+
 def as_predicted(param: Tensor, entry: Group) -> bool:
     """Whether a parameter is as a prediction left it."""
     if PREDICTION.name not in entry or entry[PREDICTION.name].shape != PREDICTION.shape:
@@ -151,7 +162,7 @@ def as_predicted(param: Tensor, entry: Group) -> bool:
     part, noted = entry[PREDICTION.name][PART], entry[PREDICTION.name][FINGERPRINT:]
     if not (part > 0 and bool(noted.any())):
         return False
-    return torch.equal(noted, fingerprint_of(dense_view(as_dense(param).detach())).to(noted.device))
+    return torch.equal(noted, fingerprint(param).to(noted.device))
 
 
 class Member(NamedTuple):
@@ -358,9 +369,8 @@ def load_master(param: Tensor, entry: Group) -> Tensor:
         return fresh
     # Where a prediction may stand in the parameter alone, what others wrote is found element by
     # element when it ends (`kernels.residue`).
-    move, prediction = entry.get(MOVE.name), entry.get(PREDICTION.name)
-    known = move is not None and move.shape == MOVE.shape
-    if move is None or prediction is None or not known or prediction[PART] == 0 or move[0].isnan():
+    prediction = entry.get(PREDICTION.name)
+    if prediction is None or prediction[PART] == 0 or not moved_again(entry):
         adopt_parameter(param, fresh)
     return fresh
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.binding import Binding
+from triton_hybrid.groups import every_parameter
 from triton_hybrid.kernels.fingerprint import INTEGERS
 from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import remainder_of
 from triton_hybrid.resume import put_back, with_predictions
 from triton_hybrid.rules import RULES
 from triton_hybrid.shards import is_dtensor, local
-from triton_hybrid.standing import moved_again, weight_before
-from triton_hybrid.state import MASTER, PREDICTION, REMAINDER
+from triton_hybrid.standing import weight_before
+from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, moved_again
 
 Swap = tuple[Tensor, Tensor, Tensor]
 """A tensor, what it held, and what it holds meanwhile."""
@@ -71,11 +72,9 @@ class VerifiedWeights:
 
     def _with_predictions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict that brings the prediction back which was put aside meanwhile."""
-        if not self._binding.swaps or any(
-            is_dtensor(p) for g in self.param_groups for p in g["params"]
-        ):
+        params = every_parameter(self.param_groups)
+        if not self._binding.swaps or any(map(is_dtensor, params)):
             return state_dict
-        params = (param for group in self.param_groups for param in group["params"])
         held = {tensor.data_ptr(): value for tensor, value, _ in self._binding.swaps}
         return with_predictions(state_dict, params, self.state, held)
 

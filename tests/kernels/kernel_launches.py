@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,18 +13,6 @@ import torch
 from kernel_memory import assert_same_bits
 from kernel_problems import Problem
 from torch import Tensor
-from triton_hybrid.kernels import (
-    fingerprint,
-    gram,
-    ledger,
-    newton_schulz,
-    predict,
-    slopes,
-    step,
-    sums,
-    trapezoid,
-    verify,
-)
 from triton_hybrid.kernels.backend import TORCH, TRITON, Backend
 from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet
@@ -33,6 +22,8 @@ from triton_hybrid.kernels.secant import products_size
 from triton_hybrid.predictors.linear import Linear
 from triton_hybrid.predictors.slow_ema import SlowEMA
 
+KERNELS_OF = "triton_hybrid.kernels."
+"""Modules that have some."""
 SLOW_EMA, LINEAR = SlowEMA.displacement, Linear.displacement
 LEFT = ("residue", "moves")
 """What a prediction along the slow EMA leaves behind when it is undone."""
@@ -184,18 +175,8 @@ def counted_launches() -> Iterator[list[str]]:
             return self.kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (
-            fingerprint,
-            gram,
-            ledger,
-            newton_schulz,
-            predict,
-            slopes,
-            step,
-            sums,
-            trapezoid,
-            verify,
-        ):
+        modules = [its for name, its in sys.modules.items() if name.startswith(KERNELS_OF)]
+        for module in modules:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Counted(getattr(module, name)))
         yield log

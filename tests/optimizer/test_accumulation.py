@@ -341,6 +341,17 @@ def test_what_a_closure_computes_is_a_window() -> None:
     assert optimizer.stats().micro_batches == 4
 
 
+def with_a_window() -> tuple[nn.Module, HybridOptimizer, Any]:
+    """A model whose gradients are those of a whole window; the batches that follow."""
+    model, optimizer = make(FIXED)
+    batches = make_batches()
+    for _ in range(3):
+        backward(model, next(batches))
+        complete = optimizer.window_complete
+    assert complete
+    return model, optimizer, batches
+
+
 def test_gradients_that_are_thrown_away_do_not_count() -> None:
     model, optimizer = make(FIXED)
     batches = make_batches()
@@ -351,12 +362,7 @@ def test_gradients_that_are_thrown_away_do_not_count() -> None:
 
 
 def test_clipping_outside_is_no_micro_batch() -> None:
-    model, optimizer = make(FIXED)
-    batches = make_batches()
-    for _ in range(3):
-        backward(model, next(batches))
-        complete = optimizer.window_complete
-    assert complete
+    model, optimizer, _ = with_a_window()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert optimizer.window_complete
     optimizer.step()
@@ -365,12 +371,7 @@ def test_clipping_outside_is_no_micro_batch() -> None:
 
 def test_a_step_that_a_scaler_left_out_ends_its_window() -> None:
     """FP32 gradients: the scaler does not call step, and the loop clears the model's gradients."""
-    model, optimizer = make(FIXED)
-    batches = make_batches()
-    for _ in range(3):
-        backward(model, next(batches))
-        complete = optimizer.window_complete
-    assert complete
+    model, optimizer, batches = with_a_window()
     kept = [param.grad for param in model.parameters()]  # nothing lands where they were
     model.zero_grad()
     assert train(model, optimizer, 3, batches) == [3]

@@ -60,8 +60,39 @@ def _train(rank: int, world: int) -> list[tuple[list[int], Tensor, float, int]]:
     return results
 
 
-def test_ranks_choose_the_same_windows() -> None:
-    mine, theirs = of_all(run_on_ranks(RANKS, [_train]), _train)
+def _one_has_no_data(rank: int, world: int) -> tuple[Tensor, Tensor, float]:
+    """The last step finds gradients on the first rank alone."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(5))
+    optimizer = HybridOptimizer(
+        [param],
+        hybrid=HybridConfig(predictor="none"),
+        accumulation=AccumulationConfig(2, minimum=2),
+        loss_scale=8.0,
+    )
+    for step in range(3):
+        before = param.detach().clone()
+        for _ in range(2 if step < 2 or rank == 0 else 0):
+            optimizer.scale_loss(param.square().sum()).backward()
+            assert optimizer.window_complete is (optimizer._binding.windows.count == 2)
+        optimizer.step()
+        optimizer.zero_grad()
+    return before, param.detach().clone(), optimizer.stats().loss_scale
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[Any]]:
+    return run_on_ranks(RANKS, [_train, _one_has_no_data])
+
+
+def test_a_rank_without_data_is_no_error_and_nobody_steps(results: dict[str, list[Any]]) -> None:
+    for before, after, loss_scale in of_all(results, _one_has_no_data):
+        assert torch.equal(before, after)
+        assert loss_scale == 8.0
+
+
+def test_ranks_choose_the_same_windows(results: dict[str, list[Any]]) -> None:
+    mine, theirs = of_all(results, _train)
     for (lengths, weight, noise, count), (others, their_weight, their_noise, _) in zip(
         mine, theirs
     ):

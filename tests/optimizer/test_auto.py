@@ -105,6 +105,27 @@ def test_noisy_training_is_that_of_slow_ema_bit_for_bit(noise: str) -> None:
     assert_same_state(ends[0][1], ends[1][1])
 
 
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear", "secant", "none"])
+def test_a_move_of_secant_under_another_predictor(predictor: str) -> None:
+    """It is judged by who keeps a snapshot too; else it is taken out, and nothing is blamed."""
+    task = Task()
+    optimizer = task.optimizer(inline=False)
+    run(task, optimizer, 90, until=takes(optimizer, "secant"))
+    run(task, optimizer, 20, until=lambda: optimizer.phase is Phase.CORRECT)
+    moved = weights(optimizer)
+    with optimizer.verified_weights():
+        verified = weights(optimizer)
+    other = task.optimizer(predictor=predictor, inline=False)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other._binding.bind(other.param_groups, other.state)
+    judged = predictor in ("linear", "secant")
+    assert_same_weights(weights(other), moved if judged else verified)
+    before = task.measured()
+    run(task, other, 40)
+    assert task.measured() < before
+    assert all(bool(row.isfinite().all()) for entry in state_copy(other) for row in entry.values())
+
+
 @pytest.mark.parametrize("noise", ["batch", "dropout"])
 def test_noise_that_begins_later_brings_slow_ema_back_without_harm(noise: str) -> None:
     task, other = Task(), Task()

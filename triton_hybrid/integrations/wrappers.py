@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from triton_hybrid import HybridOptimizer, HybridStats, Phase, needs_backward
+from triton_hybrid.wrapped import find
 
 __all__ = [
     "clip_inside",
@@ -20,22 +21,6 @@ __all__ = [
     "unwrap",
     "verified_weights",
 ]
-
-
-def find(optimizer: Any) -> HybridOptimizer | None:
-    """The HybridOptimizer behind ``.optimizer`` and ``.optim`` of wrappers, or None.
-
-    Looks to the end even where a wrapper calls itself one, as Fabric's and Lightning's do.
-    """
-    found = None
-    for _ in range(10):
-        if isinstance(optimizer, HybridOptimizer):
-            found = optimizer
-        inner = getattr(optimizer, "optimizer", None)
-        optimizer = getattr(optimizer, "optim", None) if inner is None else inner
-        if optimizer is None:
-            break
-    return found
 
 
 def unwrap(optimizer: Any) -> HybridOptimizer:

@@ -170,7 +170,8 @@ class Predictor(Choice):
         """
         engine = self.engine
         for batch in engine.batches:
-            moved = self.again is None or not self.leaves(batch)
+            # Where nothing predicts, a checkpoint may have brought what another one has moved.
+            moved = self.predicts and (self.again is None or not self.leaves(batch))
             engine.backend.slopes(batch.tensors, engine.scalars, self.again, moved)
         engine.over_ranks(engine.scalars.sums)
         engine.backend.decide(engine.scalars, self.config.divergence_threshold, self.cooldown)
