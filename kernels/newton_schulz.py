@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH, on_device, settle
+from triton_hybrid.kernels.ledger import SLOW_COUNT
 from triton_hybrid.kernels.matrices import (
     FIRST_TILE,
     TENSOR,
@@ -28,7 +29,7 @@ from triton_hybrid.kernels.matrices import (
     tile_at,
     tile_in_memory,
 )
-from triton_hybrid.kernels.newton_schulz_torch import SMALLEST_NORM
+from triton_hybrid.kernels.newton_schulz_torch import MIX_GRADIENTS, SMALLEST_NORM
 from triton_hybrid.kernels.rows import (
     EXP_AVG,
     GRAD,
@@ -70,6 +71,7 @@ spare for rounding). They end in 0.88 to 1.12."""
 SLOW_EMA = address_row("slow_ema")
 _UPDATE = address_row("update")
 _SMALLEST_NORM = tl.constexpr(SMALLEST_NORM)
+_MIX_GRADIENTS = tl.constexpr(MIX_GRADIENTS)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
@@ -89,7 +91,8 @@ def _gather_kernel(
     clip = (clip * unscale * tl.load(settings + SIGN)).to(STATE)
     rate = (1.0 - tl.load(settings + BETA1)).to(STATE)
     nesterov_mix = tl.load(settings + NESTEROV_MIX).to(STATE)
-    slow_mix = tl.load(settings + SLOW_MIX).to(STATE)
+    part = tl.minimum(tl.load(ledger + SLOW_COUNT) / _MIX_GRADIENTS, 1.0)
+    slow_mix = (part * tl.load(settings + SLOW_MIX)).to(STATE)
     for FULL in tl.static_range(2):
         if wanted & (whole == FULL):
             grad = row_pointer(addresses, GRAD, tensor, GRAD_TYPE, FULL)
@@ -229,8 +232,8 @@ def orthogonalise(matrices: MatrixSet, scalars: Scalars, max_norm: float | None)
     """Updates ``exp_avg`` with the gradient, and ``update`` with the orthogonalised momentum.
 
     Unless the step is skipped; tensors without a gradient are left out. Where there is a row
-    ``slow_ema``, a group's ``slow_mix`` of it takes part in the momentum. Launches: 2 + 3 · steps
-    for each wave.
+    ``slow_ema``, it takes part in the momentum: a group's ``slow_mix`` of it, and less where it has
+    seen fewer than `MIX_GRADIENTS` gradients. Launches: 2 + 3 · steps for each wave.
 
     Args:
         matrices: The matrices.

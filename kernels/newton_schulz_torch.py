@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.matrices import Block, Coefficients, MatrixSet
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 
 SMALLEST_NORM = 1e-30
 """Norms below it count as it, so that a matrix of zeros stays one also where eps is 0."""
+MIX_GRADIENTS = 1000.0
+"""Gradients until the slow EMA has its full part in the momentum; the part grows with their number.
+All of it at once costs short runs 0.02 of the loss (``examples/benchmarks/EXPERIMENTS.md``)."""
 
 
 def newton_schulz_torch(
@@ -61,7 +65,8 @@ def momenta_torch(
     flat, compute = tensors.flat, tensors.compute_dtype
     rows = scalars.hyperparameters[tensors.group.long()]
     factors, rates = clip * rows[:, HYPER["sign"]], 1.0 - rows[:, HYPER["beta1"]]
-    mixes = (rows[:, HYPER["slow_mix"]], rows[:, HYPER["nesterov_mix"]])
+    part = (scalars.ledger[INDEX["slow_count"]] / MIX_GRADIENTS).clamp(max=1.0)
+    mixes = (part * rows[:, HYPER["slow_mix"]], rows[:, HYPER["nesterov_mix"]])
     table = torch.stack([factors, rates, *mixes], dim=1).to(compute)
     mixed = {}
     for index, here in enumerate(tensors.present):

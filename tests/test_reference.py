@@ -17,8 +17,8 @@ from triton_hybrid.reference import Reference
 SHAPES = ((5, 9), (9,), (2, 3, 4), ())
 MATRICES = ((5, 9), (7, 7))
 CENTRE = 8.0
-"""Where the loss is least: no weight comes near zero. Whether a byte can tell what was there, where one
-is far smaller than its displacement, hangs on last bits, which FP32 factors change."""
+"""Where the loss is least: no weight comes near zero. Where one is far smaller than its
+displacement, last bits, which FP32 factors change, decide whether a byte tells what was there."""
 
 
 def training(

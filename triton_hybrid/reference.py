@@ -183,7 +183,8 @@ class Reference:
         (beta1, beta2), momentum = self.options.betas, self.options.momentum
         if self.base == "muon" and self.model == "slow_ema":
             p.m.lerp_(g, 1.0 - momentum**3)
-            return orthogonalised(torch.lerp(g, torch.lerp(p.m, p.slow, 0.6), momentum))
+            part = 0.6 * min(self.ledger.slow_count / 1000.0, 1.0)
+            return orthogonalised(torch.lerp(g, torch.lerp(p.m, p.slow, part), momentum))
         if self.base == "muon":
             p.m.lerp_(g, 1.0 - momentum)
             return orthogonalised(torch.lerp(g, p.m, momentum))

@@ -18,9 +18,14 @@ from kernel_memory import DEVICE, assert_same_bits
 from kernel_problems import Problem
 from kernel_specs import FP32, FP64, ON_GPU, Precision, fewer, plain, precisions
 from torch import Tensor
+from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.matrices import MatrixSet, MatrixTiling, blocks_of, matrix_tiling
 from triton_hybrid.kernels.newton_schulz import POLAR, QUINTIC, orthogonalise
-from triton_hybrid.kernels.newton_schulz_torch import newton_schulz_torch, orthogonalise_torch
+from triton_hybrid.kernels.newton_schulz_torch import (
+    MIX_GRADIENTS,
+    newton_schulz_torch,
+    orthogonalise_torch,
+)
 from triton_hybrid.kernels.rows import NONE
 from triton_hybrid.kernels.scalars import HYPER
 
@@ -243,6 +248,7 @@ def test_zeros_stay_zeros_and_scale_does_not_matter_above_eps(products: str) -> 
     sign=st.sampled_from((1.0, -1.0)),
     nesterov_mix=st.sampled_from((0.9, 1.0)),
     slow_mix=st.sampled_from((0.0, 0.6)),
+    gradients=st.sampled_from((0.0, 600.0, 2000.0)),
 )
 @fewer(4)
 def test_base_step_is_muon(
@@ -252,13 +258,15 @@ def test_base_step_is_muon(
     sign: float,
     nesterov_mix: float,
     slow_mix: float,
+    gradients: float,
 ) -> None:
     group = {**GROUP, "nesterov_mix": nesterov_mix, "sign": sign, "weight_decay": 0.1}
     group["slow_mix"] = slow_mix
     shapes = ((6, 20), (17, 3), *LARGE[:ON_GPU])
     problem = matrices(shapes, precision=precision, groups=(group,))
-    before = problem.snapshot()
-    backend.step(problem, max_norm=max_norm)
+    problem.scalars.ledger[INDEX["slow_count"]] = gradients
+    before, slow_beta = problem.snapshot(), 0.9
+    backend.step(problem, max_norm=max_norm, slow_beta=slow_beta)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in before["grad"]))
     clip = 1.0 if max_norm is None else min(max_norm / (norm + 1e-6), 1.0)
     near = 4e-6 if precision.kept != NONE else torch.finfo(precision.param).eps
@@ -266,7 +274,7 @@ def test_base_step_is_muon(
         old = {n: before[n][index].double() for n in ("grad", "exp_avg", "slow_ema", "weight")}
         g = sign * clip * old["grad"]
         m = old["exp_avg"] + 0.1 * (g - old["exp_avg"])
-        mixed = m + slow_mix * (old["slow_ema"] - m)
+        mixed = m + min(gradients / MIX_GRADIENTS, 1.0) * slow_mix * (old["slow_ema"] - m)
         momentum = oracle(g + nesterov_mix * (mixed - g)).to(DEVICE)
         update = 0.2 * math.sqrt(max(spec.shape)) * momentum
         weight = old["weight"] * (1 - 1e-2 * 0.1) - 1e-2 * update
@@ -275,7 +283,8 @@ def test_base_step_is_muon(
         # The first gradient in the slow EMA replaces it: its decay is 0. What is left of the old
         # one is its rounding, and clipping has made the gradient of large problems small beside it.
         left = 2.0**-24 * float(before["slow_ema"][index].double().norm() / g.norm())
-        assert distance(problem.rows["slow_ema"][index], g) < 4e-6 + left
+        slow = g.lerp(old["slow_ema"], slow_beta if gradients else 0.0)
+        assert distance(problem.rows["slow_ema"][index], slow) < 4e-6 + left
         assert problem.tensors.steps[index] == spec.step + 1
 
 

@@ -241,7 +241,10 @@ def test_auto_still_measures(backend: str) -> None:
 
 @pytest.mark.parametrize("predictor", MIXING)
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_slow_ema_takes_part_in_the_momentum(predictor: str, nesterov: bool) -> None:
+def test_slow_ema_takes_part_in_the_momentum(
+    predictor: str, nesterov: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton_hybrid.kernels.newton_schulz_torch.MIX_GRADIENTS", 20.0)
     (param,) = matrices(((6, 20),))
     weight, momentum, lr = param.detach().double(), 0.9, 1e-2
     fast, slow = torch.zeros_like(weight), torch.zeros_like(weight)
@@ -252,7 +255,7 @@ def test_slow_ema_takes_part_in_the_momentum(predictor: str, nesterov: bool) -> 
     for step in random_gradients([param], steps=30):
         g = param.grad.double()
         fast.lerp_(g, 1 - momentum**3)
-        mixed = fast + 0.6 * (slow - fast)
+        mixed = fast + 0.6 * min(step / 20, 1) * (slow - fast)
         mixed = g + momentum * (mixed - g) if nesterov else mixed
         slow.lerp_(g, 4 / (step + 4))
         weight -= lr * 0.2 * math.sqrt(20) * newton_schulz_torch(mixed, QUINTIC * 5)

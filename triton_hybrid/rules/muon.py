@@ -5,10 +5,11 @@
     weight  ← (1 - lr · weight_decay) · weight - lr · scale · update
 
 With a predicted gradient (``predictor="slow_ema"`` or ``"auto"``) the momentum is a mixture of two,
-one that forgets three times as fast, and the slow EMA as the step finds it:
+one that forgets three times as fast, and the slow EMA as the step finds it, more of it the more
+gradients it has seen:
 
     exp_avg ← momentum³ · exp_avg + (1 - momentum³) · gradient
-    mixed   = exp_avg + SLOW_MIX · (slow_ema - exp_avg)
+    mixed   = exp_avg + SLOW_MIX · min(gradients / MIX_GRADIENTS, 1) · (slow_ema - exp_avg)
     update  = Newton-Schulz(gradient + momentum · (mixed - gradient))
 
 The momenta of all matrices are orthogonalised together (``kernels/newton_schulz.py``), between the
