@@ -5,8 +5,8 @@
 
 Without --train: kernels, promises and single steps; what is worth most comes first, and in 5.5
 minutes every section gets its turn. With it, whole runs of GPT-2 small: the configurations of
-three_configurations.py on three seeds, then 16 x 1,024 tokens in BF16; finished runs are kept, and
-the same command goes on from there.
+three_configurations.py on three seeds, then 16 x 1,024 tokens in BF16; finished runs are kept
+(gpu_train/finished.jsonl beside gpu_train.json), and the same command goes on from there.
 
 It ends within --minutes, writes the JSON file after everything that it finds, also when a section
 fails, hangs or crashes, and prints tables last. The exit status is 0 when everything held, 1 when
@@ -56,9 +56,11 @@ class Section:
     target: str  # what runs it, ``module:function``
     required: bool = False  # does it always run?
     least: float = 0.0  # seconds that it gets anyhow: torch may come from a cold disk
+    ahead: str = ""  # what its process imports beside the target's module before its time begins
 
 
 BARRIER = "barrier"
+GPT2 = "transformers.models.gpt2.modeling_gpt2"
 ENVIRONMENT = Section("environment", "Environment", 0.02, "gpu.machine:environment", True, 30.0)
 # Device figures first, then what shows that the kernels are right (its compiling takes most of the
 # time), then what follows from both. What a section leaves over, the later ones get.
@@ -67,12 +69,12 @@ SUITE = (
     Section(BARRIER, "Grid barrier", 0.05, "gpu.kernels:barrier", True, 30.0),
     Section("bandwidth", "Bandwidth, every input and output once", 0.18, "gpu.kernels:bandwidth"),
     Section("steps", "A step, parameters of GPT-2 small", 0.07, "gpu.training:steps"),
-    Section("waiting", "Steps that do not wait, steps in graphs", 0.08, "gpu.promises:waiting"),
-    Section("correctness", "Tests on the device", 0.30, "gpu.machine:correctness", True),
-    Section("gpt2", "Training GPT-2 small, random tokens", 0.08, "gpu.training:gpt2"),
+    Section("waiting", "Steps that do not wait, steps in graphs", 0.10, "gpu.promises:waiting"),
+    Section("correctness", "Tests on the device", 0.28, "gpu.machine:correctness", True),
+    Section("gpt2", "Training GPT-2 small, random tokens", 0.08, "gpu.training:gpt2", ahead=GPT2),
     Section("ranks", "One rank of NCCL", 0.05, "gpu.ranks:ranks"),
     Section("memory", "Device memory", 0.05, "gpu.promises:memory"),
-    Section("offload", "State in host memory", 0.05, "gpu.promises:offload"),
+    Section("offload", "State in host memory", 0.05, "gpu.promises:offload", ahead=GPT2),
     Section("muon", "Muon's step for GPT-2's matrices", 0.07, "gpu.muon:muon"),
 )
 TRAINING = (
@@ -150,8 +152,8 @@ def run(sections: Sequence[Section], record: Record, seconds: float, device: str
             if left <= 0:
                 continue
             print(f"{section.title} ...", file=sys.stderr, flush=True)
-            worker = workers.pop() if workers else Worker(section.target)
-            workers = [worker, *([Worker(after.target)] if after else [])]
+            worker = workers.pop() if workers else Worker(section.target, section.ahead)
+            workers = [worker, *([Worker(after.target, after.ahead)] if after else [])]
             folder = str(record.output.with_suffix(""))
             task = Task(section.target, left, record.seed, cooperative, device, folder)
             grace = min(max(GRACE * seconds, 1.0), max(latest - time.monotonic() - left, 0.0))

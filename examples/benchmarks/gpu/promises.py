@@ -183,17 +183,13 @@ def guarded(context: Context, name: str, run: Callable[[Context], tuple[bool, st
     context.check(name, passed, detail=detail)
 
 
-def unwatched_steps(
-    predictor: str,
-    context: Context,
-    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
-) -> tuple[bool, str]:
+def unwatched_steps(predictor: str, context: Context) -> tuple[bool, str]:
     """Steps through every phase with changing rates; after the first, which compile, none waits."""
     config = HybridConfig(**QUICK, predictor=predictor)
     build = partial(HybridOptimizer, lr=1e-3, hybrid=config, capturable=True)
     seen: set[str] = set()
     try:
-        for number, optimizer in training(context, build, COMPILING + WATCHED, 32, 64, wrap):
+        for number, optimizer in training(context, build, COMPILING + WATCHED, 32, 64):
             if number == COMPILING:
                 context.synchronise()
                 seen.clear()
@@ -239,7 +235,7 @@ def replayed(
     )
     offsets, lengths = itertools.count(2), set[int]()
 
-    def both(second: Callable[[], object]) -> None:
+    def accumulate() -> None:
         for optimizer in (eager, captured):
             optimizer.zero_grad(set_to_none=False)
         length = 0
@@ -248,6 +244,9 @@ def replayed(
             torch._foreach_add_(gradients, torch._foreach_add(signal, noise))
             length += 1
         lengths.add(length)
+
+    def both(second: Callable[[], object]) -> None:
+        accumulate()
         eager.step()
         second()
 
@@ -260,6 +259,7 @@ def replayed(
             both(captured.step)
         while captured.phase is not Phase.FULL:
             both(captured.step)
+    accumulate()  # a whole window, without which there is no step to capture
     context.synchronise()
     if context.on_gpu:
         steps = [graph.replay for graph in graphs_of(captured)]

@@ -54,7 +54,7 @@ class Worker:
         # A file, not a pipe: what was printed before a deadlock stays readable.
         self._output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, str(COMMAND), "worker", *targets], stdin=subprocess.PIPE,
+            [sys.executable, str(COMMAND), "worker", *filter(None, targets)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._output, text=True, start_new_session=True,
         )  # fmt: skip
         self._messages: queue.Queue[str | None] = queue.Queue()
@@ -131,7 +131,7 @@ def serve(targets: Iterable[str] = ()) -> None:
         channel.flush()
 
     for target in targets:
-        with contextlib.suppress(Exception):  # it fails again as a section, and says so
+        with contextlib.suppress(Exception):  # it fails again in the section, and says so
             importlib.import_module(target.partition(":")[0])
     for line in sys.stdin:
         task = Task(**json.loads(line))
