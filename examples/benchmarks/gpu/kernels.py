@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -116,11 +117,11 @@ def too_many_programs(context: Context) -> None:
 # Triton compiles other code for such numbers, and each size would measure another kernel.
 SIZES: dict[str, tuple[int, ...]] = {
     "124M": tuple(torch.Size(shape).numel() for shape in gpt2_small_shapes()),
-    "1M": (87_380,) * 12,
+    "10M": (833_333,) * 12,
     "1B": (33_333_333,) * 30,
 }
 CHUNK = (1 << 16,)  # one full chunk of the interpreter
-ROUNDS = {"124M": 12, "1M": 20, "1B": 6}
+ROUNDS = {"124M": 12, "10M": 20, "1B": 6}
 Kind = tuple[str, str, torch.dtype, str]
 """Rule, precision as the audit calls it, dtype of parameters, ``master_weights``; ``secant``: the
 passes of that predictor beside AdamW."""
@@ -129,9 +130,10 @@ KINDS: tuple[Kind, ...] = (
     ("adamw", "bf16 split", torch.bfloat16, "split"), ("lion", "fp32", torch.float32, "auto"),
     ("secant", "fp32", torch.float32, "auto"),
 )  # fmt: skip
-BYTES = 40  # of a parameter with gradient and every row of state, and a little more
+BYTES = 56  # of a parameter with gradient and every row of state, also torch's, and a little more
 HISTORY = HybridConfig().history
 PAIRS = 8 * HISTORY  # bytes of a parameter beside them, of the pairs of `secant`
+TORCH = "torch AdamW fused, fp32"
 COPY, COPIED = "copy", 14  # bytes of a parameter that AdamW reads, and writes
 DECIDED = {"confidence": 0.9, "update_square": 1.0, "decision": 1.0}
 """Ledger entries: with a closed gate or without a decision a kernel would do nothing, very fast."""
@@ -156,11 +158,15 @@ class Buffers:
         words = f"{base} {name}, one launch, clip"
         step = partial(TRITON.step, [tensors], self.scalars)
         self.runs |= {
+            f"{base} {name}, one launch": partial(step, **BARE),
             words: partial(step, **{**BARE, "max_norm": 1.0}),
             f"{words}, slow EMA": partial(step, **FULL),
         }
         if base == "adamw":
             self.runs |= move_runs(name, sets)
+        if kind == KINDS[0]:
+            params = parameters(*(context.normal(lengths, 1.0, offset) for offset in range(2)))
+            self.runs[TORCH] = torch.optim.AdamW(params, fused=True).step
 
     def ready(self) -> None:
         """Everything that a decision rests on as before the first launch."""
@@ -227,6 +233,7 @@ def needed(kind: Kind) -> int:
 def bandwidth(context: Context) -> None:
     """Measures every kernel at every size that fits."""
     known = {case.name: case for case in cases()}
+    known[TORCH] = replace(known["adamw fp32, one launch"], name=TORCH, first_pass=())
     clock = Clock(context)
     for size, lengths in (SIZES if context.on_gpu else {"chunk": CHUNK}).items():
         for kind in KINDS:
