@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from triton_hybrid.kernels.launch import INTERPRETED, default_tiling
 from gpu import command, kernels, machine, muon, promises, runs
 from gpu.command import SUITE, TRAINING, Options, Section, main, run
 from gpu.context import Context, OutOfTimeError, different
+from gpu.kernels import KINDS
 from gpu.record import Record, SectionResult
 from gpu.timing import DROPPED, ratios, spread, turns
 from gpu.worker import Task, Worker
@@ -278,7 +280,7 @@ def counted_bytes(block: int) -> Iterator[dict[str, int]]:
 
 
 @interpreted
-@pytest.mark.parametrize("kind", kernels.KINDS, ids=lambda kind: " ".join(kind[:2]))
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind[:2]))
 def test_kernels_move_the_bytes_that_are_counted(kind: kernels.Kind) -> None:
     (block,) = kernels.CHUNK
     known = {case.name: case for case in cases()}
@@ -296,6 +298,15 @@ def test_kernels_move_the_bytes_that_are_counted(kind: kernels.Kind) -> None:
         assert count == {"load": read * block, "store": sum(case.writes) * block}, name
         moved = kernels.counted_bytes(case) + sum(case.first_pass)
         assert moved == case.bytes_per_element
+
+
+def test_every_kernel_of_a_kind_is_touched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    runs = {name: partial(seen.append, name) for name in "ab"}
+    fake = SimpleNamespace(ready=partial(seen.append, "ready"), runs=runs)
+    monkeypatch.setattr(kernels, "Buffers", lambda *given: (seen.append(given[1:]), fake)[1])
+    kernels.touch(3, "cpu", 5)
+    assert seen == [(kernels.CHUNK, KINDS[3]), "ready", "a", "b"]
 
 
 @interpreted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from dataclasses import replace
 from functools import partial
@@ -134,6 +135,7 @@ BYTES = 56  # of a parameter with gradient and every row of state, also torch's,
 HISTORY = HybridConfig().history
 PAIRS = 8 * HISTORY  # bytes of a parameter beside them, of the pairs of `secant`
 TORCH = "torch AdamW fused, fp32"
+PATIENCE = 60.0  # seconds, with what compiles in other processes
 COPY, COPIED = "copy", 14  # bytes of a parameter that AdamW reads, and writes
 DECIDED = {"confidence": 0.9, "update_square": 1.0, "decision": 1.0}
 """Ledger entries: with a closed gate or without a decision a kernel would do nothing, very fast."""
@@ -230,11 +232,34 @@ def needed(kind: Kind) -> int:
     return BYTES + PAIRS * (kind[0] == "secant")
 
 
+def touch(number: int, device: str, seed: int) -> None:
+    """Launches each kernel of a kind once, for its place in Triton's cache."""
+    context = Context(torch.device(device), lambda *_: None, seed)
+    buffers = Buffers(context, SIZES["10M"] if context.on_gpu else CHUNK, KINDS[number])
+    buffers.ready()
+    for run in buffers.runs.values():
+        run()
+    context.synchronise()
+
+
+def compiling(context: Context) -> list[Any]:
+    """Processes that compile the kernels of all kinds but the first, which is measured meanwhile.
+
+    A kernel takes a second, and there are 50: one after another they would take all the time.
+    """
+    spawn, given = multiprocessing.get_context("spawn"), (str(context.device), context.seed)
+    numbers = range(1, len(KINDS)) if context.on_gpu else ()
+    made = [spawn.Process(target=touch, args=(n, *given), daemon=True) for n in numbers]
+    for process in made:
+        process.start()
+    return made
+
+
 def bandwidth(context: Context) -> None:
     """Measures every kernel at every size that fits."""
     known = {case.name: case for case in cases()}
     known[TORCH] = replace(known["adamw fp32, one launch"], name=TORCH, first_pass=())
-    clock = Clock(context)
+    clock, others = Clock(context), compiling(context)
     for size, lengths in (SIZES if context.on_gpu else {"chunk": CHUNK}).items():
         for kind in KINDS:
             count = sum(lengths)
@@ -251,6 +276,8 @@ def bandwidth(context: Context) -> None:
             for name, found in times.items():
                 tell(context, known[name], size, count, found, copied)
             del buffers, runs, source
+            while others:
+                others.pop().join(min(max(context.left, 0.0), PATIENCE))
 
 
 def tell(
