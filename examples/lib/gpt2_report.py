@@ -241,6 +241,10 @@ def _milliseconds(seconds: Sequence[float]) -> str:
     return f"{1000 * sum(seconds) / len(seconds):.1f} ms" if seconds else UNKNOWN
 
 
+Column = tuple[str, str, Callable[[SeedRecord], float | None]]
+"""Heading, format and value."""
+
+
 def seeds_table(records: Sequence[SeedRecord]) -> Table:
     """Returns the table of several seeds: a row for each and their mean.
 
@@ -268,7 +272,11 @@ def seeds_table(records: Sequence[SeedRecord]) -> Table:
     ]
     left_out = ("AdamW\nseconds", "Hybrid\nseconds") if rule else ("\nheld-out", "Against\n")
     columns = [column for column in columns if column[0] not in left_out]
-    table = figures_table("All seeds", ["Seed", *(heading for heading, _, _ in columns)])
+    return _of_seeds("All seeds", columns, records)
+
+
+def _of_seeds(title: str, columns: Sequence[Column], records: Sequence[SeedRecord]) -> Table:
+    table = figures_table(title, ["Seed", *(heading for heading, _, _ in columns)])
     for record in records:
         table.add_row(str(record.seed), *(cell(value(record), form) for _, form, value in columns))
     table.add_section()
@@ -285,20 +293,13 @@ def to_loss_table(records: Sequence[SeedRecord]) -> Table:
             record.goal
         )
 
-    columns = []
+    columns: list[Column] = []
     for name in (BASELINE, ALONE, HYBRID):
         if (run := records[0].runs.get(name)) is not None:
             title = _heading(run).replace("\n", " ")
             columns.append((f"{title}\ngradients", "{:g}", of(name, "gradients_to")))
             columns.append(("seconds", "{:.2f}", of(name, "seconds_to")))
-    headings = ["Seed", *(heading for heading, _, _ in columns)]
-    table = figures_table("To AdamW's lowest held-out loss", headings)
-    for record in records:
-        table.add_row(str(record.seed), *(cell(value(record), form) for _, form, value in columns))
-    table.add_section()
-    means = (mean_cell([value(record) for record in records], form) for _, form, value in columns)
-    table.add_row("mean", *means)
-    return table
+    return _of_seeds("To AdamW's lowest held-out loss", columns, records)
 
 
 def write_plot(path: Path, records: Sequence[SeedRecord], title: str) -> None:

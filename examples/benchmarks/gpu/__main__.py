@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -36,4 +37,5 @@ if __name__ == "__main__":
     else:
         from gpu.command import main
 
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # else workers would live on
         raise SystemExit(main())

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -128,7 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record.write()
     except OSError as error:
         fail(f"argument --output: {output}: {error}; allowed: a file that can be written")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else workers would live on
     # Importing torch has taken many seconds of the time already.
     spent = time.time() - psutil.Process().create_time()
     return run(chosen, record, 60.0 * minutes - spent)

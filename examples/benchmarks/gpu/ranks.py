@@ -26,7 +26,7 @@ APART = 1e-5  # relative, of weights: sums are added up in another order
 
 def ranks(context: Context) -> None:
     """Trains under DDP and FSDP2 beside plain training, with every sum over the ranks made."""
-    alone = trained(context, plain, False)
+    alone = trained(context, lambda model: model, False)
     with group_of_one(context):
         for name, wrap in WRAPPERS.items():
             run = partial(beside, wrap, alone)
@@ -48,16 +48,6 @@ def group_of_one(context: Context) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """The model as it is."""
-    return model
-
-
-def distributed(model: nn.Module) -> nn.Module:
-    """Under DDP."""
-    return DistributedDataParallel(model)
-
-
 def sharded(model: nn.Module) -> nn.Module:
     """Under FSDP2."""
     from torch.distributed.fsdp import fully_shard
@@ -66,12 +56,11 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-WRAPPERS = {"DDP": distributed, "FSDP2": sharded}
+Wrap = Callable[[nn.Module], nn.Module]
+WRAPPERS: dict[str, Wrap] = {"DDP": DistributedDataParallel, "FSDP2": sharded}
 
 
-def trained(
-    context: Context, wrap: Callable[[nn.Module], nn.Module], group: Any = None
-) -> tuple[list[Tensor], dict[str, int]]:
+def trained(context: Context, wrap: Wrap, group: Any = None) -> tuple[list[Tensor], dict[str, int]]:
     """Weights after some training, and the steps of each phase."""
     config = HybridConfig(**QUICK, predictor="slow_ema")
     build = partial(HybridOptimizer, lr=1e-3, hybrid=config, process_group=group)
@@ -82,7 +71,7 @@ def trained(
 
 
 def beside(
-    wrap: Callable[[nn.Module], nn.Module],
+    wrap: Wrap,
     alone: tuple[list[Tensor], dict[str, int]],
     context: Context,
 ) -> tuple[bool, str]:
