@@ -188,10 +188,10 @@ MIXED = f"import pytest\n{PASSES}def test_two():\n    assert 1 == 2, 'of no use'
 MIXED += "@pytest.mark.skip\ndef test_three():\n    pass\n"
 
 
-def results_of(tmp_path: Path) -> SectionResult:
+def results_of(tmp_path: Path, **options: Any) -> SectionResult:
     result = SectionResult("correctness", "")
     names = [path.name for path in sorted(tmp_path.glob("test_*.py"))]
-    machine.correctness(context_for(result), names, tmp_path)
+    machine.correctness(context_for(result, **options), names, tmp_path)
     result.end()
     return result
 
@@ -205,6 +205,20 @@ def test_results_of_tests_are_taken_over(tmp_path: Path) -> None:
     (failure,) = result.failures
     assert failure["name"] == "test_mixed::test_two"
     assert "of no use" in failure["detail"]
+
+
+def test_where_the_barrier_does_not_hold_tests_do_not_wait_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(command: list[str], **_: Any) -> None:
+        raise OSError(" ".join(command))
+
+    monkeypatch.setattr(machine.subprocess, "Popen", refused)
+    with pytest.raises(OSError, match=r"-p gpu\.fallback -k not cooperative"):
+        results_of(tmp_path, cooperative=False)
+    with pytest.raises(OSError, match="pytest tests/kernels/test_verify") as found:
+        results_of(tmp_path)
+    assert "fallback" not in str(found.value)
 
 
 def test_tests_that_hang_or_cannot_be_found(
@@ -305,7 +319,7 @@ def test_every_kernel_of_a_kind_is_touched_once(monkeypatch: pytest.MonkeyPatch)
     runs = {name: partial(seen.append, name) for name in "ab"}
     fake = SimpleNamespace(ready=partial(seen.append, "ready"), runs=runs)
     monkeypatch.setattr(kernels, "Buffers", lambda *given: (seen.append(given[1:]), fake)[1])
-    kernels.touch(3, "cpu", 5)
+    kernels.touch(3, "cpu", 5, True)
     assert seen == [(kernels.CHUNK, KINDS[3]), "ready", "a", "b"]
 
 

@@ -34,6 +34,7 @@ class Context:
     seed: int = 0
     deadline: float = math.inf  # in `time.monotonic` seconds
     folder: Path = Path()  # for what is kept beside the results
+    cooperative: bool = True  # or `gpu.fallback` is in force, in processes of its own, too
 
     @property
     def on_gpu(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import time
 from dataclasses import replace
@@ -232,8 +233,10 @@ def needed(kind: Kind) -> int:
     return BYTES + PAIRS * (kind[0] == "secant")
 
 
-def touch(number: int, device: str, seed: int) -> None:
+def touch(number: int, device: str, seed: int, cooperative: bool) -> None:
     """Launches each kernel of a kind once, for its place in Triton's cache."""
+    if not cooperative:
+        importlib.import_module("gpu.fallback")
     context = Context(torch.device(device), lambda *_: None, seed)
     buffers = Buffers(context, SIZES["10M"] if context.on_gpu else CHUNK, KINDS[number])
     buffers.ready()
@@ -247,7 +250,8 @@ def compiling(context: Context) -> list[Any]:
 
     A kernel takes a second, and there are 50: one after another they would take all the time.
     """
-    spawn, given = multiprocessing.get_context("spawn"), (str(context.device), context.seed)
+    spawn = multiprocessing.get_context("spawn")
+    given = str(context.device), context.seed, context.cooperative
     numbers = range(1, len(KINDS)) if context.on_gpu else ()
     made = [spawn.Process(target=touch, args=(n, *given), daemon=True) for n in numbers]
     for process in made:

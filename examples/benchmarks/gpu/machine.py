@@ -21,6 +21,7 @@ from gpu.context import Context, OutOfTimeError
 from lib.environment import environment as surroundings
 
 ROOT = Path(__file__).resolve().parents[3]
+BENCHMARKS = ROOT / "examples" / "benchmarks"
 
 
 def environment(context: Context) -> None:
@@ -89,22 +90,19 @@ def correctness(context: Context, tests: Sequence[str] = (), folder: Path = ROOT
         raise RuntimeError(f"{' and '.join(missing)} not installed: nothing was tested")
     with tempfile.TemporaryDirectory() as temporary:
         report, log = Path(temporary, "report.xml"), Path(temporary, "log")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            *(tests or paths()),
-            f"--junit-xml={report}",
-            "-v",
-        ]
-        command += ["-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *(tests or paths()), "-v"]
+        command += ["-p", "no:cacheprovider", f"--junit-xml={report}"]
+        if not context.cooperative:
+            command += ["-p", "gpu.fallback", "-k", "not cooperative"]
+        found = filter(None, (str(BENCHMARKS), os.environ.get("PYTHONPATH")))
+        variables = {**os.environ, "CI": "true", "PYTHONPATH": os.pathsep.join(found)}
         if importlib.util.find_spec("xdist") is not None:
             processes = min(MOST_PROCESSES, os.cpu_count() or 1)
             # Tests begin in their order, a few at a time to each process.
             command += ["-n", str(processes), "--dist", "load", "--maxschedchunk", "2"]
         with log.open("w") as output:
             process = subprocess.Popen(
-                command, cwd=folder, stdout=output, stderr=output, env={**os.environ, "CI": "true"}
+                command, cwd=folder, stdout=output, stderr=output, env=variables
             )
             left = max(context.deadline - FAREWELL - time.monotonic(), 0.0)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -84,6 +84,8 @@ class Worker:
             if kind != "end":
                 result.take(kind, content)
                 told()
+        if str(content["error"]).startswith("SystemExit"):  # an example has said why
+            content["error"] += f"; last output: {self._tail()}"
         result.end(**content)
         result.seconds = time.monotonic() - started
         return result.error is None and result.status != "timeout"
@@ -98,7 +100,7 @@ class Worker:
         if line is None:
             self.stop()
             died = f"its process ended with status {self._process.returncode}"
-            return "end", {"error": f"{died}; last output: {self._tail()}"}
+            return "end", {"late": False, "error": f"{died}; last output: {self._tail()}"}
         kind, content = json.loads(line)
         return kind, content
 
@@ -145,16 +147,18 @@ def _outcome(task: Task, deadline: float, tell: Callable[..., None]) -> dict[str
     try:
         # Imported here: what cannot be imported fails as a section.
         import torch
-        from triton_hybrid.kernels import step
 
         from gpu.context import Context, OutOfTimeError
 
         if not task.cooperative:
-            step.cooperative_launches = lambda device: False  # type: ignore[assignment]
+            importlib.import_module("gpu.fallback")
         module, _, function = task.target.partition(":")
-        context = Context(
-            torch.device(task.device), tell, task.seed, deadline, folder=Path(task.folder)
-        )
+        given: dict[str, Any] = {
+            "seed": task.seed,
+            "deadline": deadline,
+            "folder": Path(task.folder),
+        }
+        context = Context(torch.device(task.device), tell, cooperative=task.cooperative, **given)
         try:
             getattr(importlib.import_module(module), function)(context)
         except OutOfTimeError:
