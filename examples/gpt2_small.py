@@ -10,10 +10,17 @@ table counts the gradients and seconds that each run needs for AdamW's final one
 --accumulation 4 every gradient is a mean over 4 batches; with --adaptive, HybridOptimizer takes as
 many of them as the noise asks for, and the plot shows it.
 
+Under torchrun (gloo on CPUs, NCCL on GPUs) the processes share each batch: all draw the same one
+from the seed and each takes its part, under DistributedDataParallel. So weights at the start, order
+of batches, tokens a step and held-out text are those of one process, and losses differ by rounding
+alone; dropout, if any, is each process's own. The first process shows and writes results; it then
+runs the same by itself, for the table.
+
     python examples/gpt2_small.py
     python examples/gpt2_small.py --model tiny --steps 200 --seeds 0 1 2
     python examples/gpt2_small.py --base muon --to-loss
     python examples/gpt2_small.py --accumulation 4 --adaptive
+    torchrun --nproc-per-node 2 examples/gpt2_small.py
 """
 
 from __future__ import annotations
@@ -27,13 +34,24 @@ from typing import Annotated, Any, Literal
 # Where Python is told not to add a script's folder to the path, its neighbours are not found.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 from rich.console import Console
 from tyro import conf
 
 from lib.files import write_json
 from lib.flags import INTERRUPTED, LARGEST_SEED, parse, refuse, several_seeds, whole_number
 from lib.gpt2_options import Options, resolved
-from lib.gpt2_records import ADAMW, ALONE, BASELINE, BASES, CONTROL, HYBRID, HYBRIDS, RunRecord
+from lib.gpt2_records import (
+    ADAMW,
+    ALONE,
+    BASELINE,
+    BASES,
+    CONTROL,
+    HYBRID,
+    HYBRIDS,
+    ONE_PROCESS,
+    RunRecord,
+)
 from lib.gpt2_report import (
     SeedRecord,
     result_table,
@@ -43,6 +61,8 @@ from lib.gpt2_report import (
     write_plot,
 )
 from lib.gpt2_training import follow, prepare, train
+from lib.processes import ALONE as THIS_PROCESS
+from lib.processes import Processes
 from lib.progress import progress
 from lib.text_data import TokenizedText
 
@@ -71,6 +91,17 @@ class Flags(Options):
     controls: bool = False
     to_loss: bool = False
 
+    def of_process(self, processes: Processes) -> Flags:
+        """The flags with a process's own device; what cannot be shared ends the program."""
+        if self.batch % processes.count:
+            refuse("--batch", self.batch, f"multiples of {processes.count}, the processes")
+        if not processes.several or self.device.type != "cuda":
+            return self
+        if processes.local >= torch.cuda.device_count():
+            found = f"{torch.cuda.device_count()}, the GPUs, or --device cpu"
+            refuse("--nproc-per-node", processes.local + 1, f"up to {found}")
+        return replace(self, device=torch.device("cuda", processes.local))
+
 
 def parse_options(arguments: Sequence[str] | None = None) -> Flags:
     """Reads the command line; a bad flag ends the program with a message that names it."""
@@ -86,22 +117,33 @@ def parse_options(arguments: Sequence[str] | None = None) -> Flags:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the example with some flags, or those of this process, and returns the exit status."""
-    options = parse_options(arguments)
-    console = Console()
+    processes = Processes.started()
+    options = parse_options(arguments).of_process(processes)
+    with processes.connected(options.device):
+        return run_all(options, processes)
+
+
+def run_all(options: Flags, processes: Processes) -> int:
+    """Runs everything; returns the exit status. The first of several processes shows it."""
+    console = Console(quiet=not processes.first)
+    options = replace(options, output=Path(processes.said_by_first(str(options.output))))
     records: list[SeedRecord] = []
     interrupted = False
     try:
-        text, content = prepare("gpt2_small", options)
+        with processes.first_before_others():  # they find the tokenizer that it has made
+            text, content = prepare("gpt2_small", options)
         content["options"] = options.to_dict()
+        content["processes"] = processes.count
         introduce(console, options, content)
         for seed in options.seeds:
             records.append(SeedRecord(seed))
             try:
-                run_seed(records, options, text, console, content)
+                run_seed(records, options, text, console, content, processes)
             finally:
                 if any(run.steps for run in records[-1].runs.values()):
                     console.print(result_table(records[-1], options.device))
-        save(content, records, options, complete=True)
+        if processes.first:
+            save(content, records, options, complete=True)
     except KeyboardInterrupt:
         interrupted = True
     if len(records) > 1:
@@ -140,6 +182,7 @@ def run_seed(
     text: TokenizedText,
     console: Console,
     content: dict[str, Any],
+    processes: Processes,
 ) -> None:
     """Runs everything for one seed; files are written after every run, also one cut short.
 
@@ -151,10 +194,13 @@ def run_seed(
         text: What to train on.
         console: Where to show progress.
         content: What the JSON file says beside the runs.
+        processes: Which share each batch.
     """
     record = records[-1]
 
-    def run(name: str, steps: int, evaluate_after: Collection[int] = ()) -> RunRecord:
+    def run(
+        name: str, steps: int, evaluate_after: Collection[int] = (), who: Processes = processes
+    ) -> RunRecord:
         base = options.base if name in HYBRIDS else ADAMW
         found = RunRecord(name, record.seed, steps, options.batch * options.length, base)
         title = f"Seed {record.seed}: {title_of(record.add(found))}"
@@ -162,14 +208,15 @@ def run_seed(
             with progress(console, steps, "steps") as show:
                 report = follow(show, title)
                 every = range(1, steps + 1) if options.to_loss else evaluate_after
-                train(found, options, text, evaluate_after=every, report=report)
+                train(found, options, text, evaluate_after=every, report=report, processes=who)
         finally:
             if name == BASELINE and gradients is not None and not options.controls and stops_alike:
                 control = found.stopped_after(gradients)
                 if control is not None:
                     record.control_source = "baseline on its way"
                     record.add(control)
-            save(content, records, options, complete=False)
+            if processes.first:
+                save(content, records, options, complete=False)
         return found
 
     gradients, stops_alike = None, False
@@ -178,14 +225,18 @@ def run_seed(
         # A run of all steps, stopped on its way, is one planned for so few, unless its learning
         # rate has not decayed yet where it stops.
         stops_alike = options.schedule == "constant" or gradients == options.steps
-    if options.only == HYBRID:
-        return
-    run(BASELINE, options.steps, () if gradients is None else {gradients})
+    if options.only != HYBRID:
+        run(BASELINE, options.steps, () if gradients is None else {gradients})
     if options.controls and gradients is not None:
         record.control_source = "own run"
         run(CONTROL, gradients)
-    if options.base != ADAMW:
+    if options.base != ADAMW and options.only != HYBRID:
         run(ALONE, options.steps, {gradients} if gradients is not None and stops_alike else ())
+    if processes.several:
+        if processes.first:
+            for name in [name for name in ONE_PROCESS if name in record.runs]:
+                run(ONE_PROCESS[name], options.steps, who=THIS_PROCESS)
+        processes.wait()
 
 
 def save(

@@ -168,9 +168,10 @@ class Ranks:
         if device.type == "cpu":
             sent = torch.tensor([*own, *known], dtype=torch.float64)
         else:
-            said = torch.tensor(known, dtype=torch.float64, device="cpu").to(device)
-            numbers = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in own]
-            sent = torch.cat([torch.stack(numbers), said])
+            # Filled in on the device: a copy from pageable memory would wait for it.
+            wide: Any = {"dtype": torch.float64, "device": device}
+            said = [x if isinstance(x, Tensor) else torch.full((), x, **wide) for x in own + known]
+            sent = torch.stack([x.double() for x in said])
         # NaN is a loss that was not observed, or a norm of gradients that are not finite anyway.
         sums = self.reduce(sent.nan_to_num_(0.0, math.inf, -math.inf))
         found = _numbers(sums)

@@ -4,7 +4,7 @@
 
 Needs no GPU: what the kernels compute is written in the tables of their launches, and torch's
 operations are counted on tensors without memory. It is a count and no measurement: how fast a
-multiplication is, and how long a launch takes, is for ``gpu_suite.py`` to tell.
+multiplication is, and how long a launch takes, is for ``gpu/`` to tell.
 """
 
 from __future__ import annotations

@@ -14,8 +14,11 @@ from lib.run_store import RunStore
 
 BASELINE, HYBRID, CONTROL, ALONE = "baseline", "hybrid", "control", "base_alone"
 MEMORY_OPTIMISED, SIXTEEN_BIT = "memory_optimised", "baseline_16bit"
+# Under torchrun: the same once more, in one process.
+BASELINE_ONE, HYBRID_ONE = "baseline_one_process", "hybrid_one_process"
+ONE_PROCESS = {BASELINE: BASELINE_ONE, HYBRID: HYBRID_ONE}
 # Runs of HybridOptimizer, with predictions or without; the others are of torch's AdamW.
-HYBRIDS = (HYBRID, ALONE, MEMORY_OPTIMISED, SIXTEEN_BIT)
+HYBRIDS = (HYBRID, ALONE, HYBRID_ONE, MEMORY_OPTIMISED, SIXTEEN_BIT)
 ADAMW, MUON = "adamw", "muon"
 BASES = {ADAMW: "AdamW", MUON: "Muon"}
 FINAL_LOSSES = 5  # the last few batches' mean: the loss of one batch is mostly the batch's own
@@ -58,6 +61,7 @@ class RunRecord:
         tokens_per_batch: Tokens a gradient evaluation consumes.
         base: Base rule of hidden matrices, "adamw" or "muon"; all else is AdamW's.
         device: Type of the device it ran on.
+        processes: That shared each batch.
         optimizer: Which optimizer exactly.
         held_out_start: Held-out loss before the first step.
         held_out_end: Held-out loss after the last; None where it was not reached.
@@ -79,6 +83,7 @@ class RunRecord:
     tokens_per_batch: int
     base: str = ADAMW
     device: str = "cpu"
+    processes: int = 1
     optimizer: str = ""
     held_out_start: float | None = None
     held_out_end: float | None = None

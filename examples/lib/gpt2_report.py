@@ -16,12 +16,26 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lib.files import save_figure
-from lib.gpt2_records import ADAMW, ALONE, BASELINE, BASES, CONTROL, FINAL_LOSSES, HYBRID, RunRecord
+from lib.gpt2_records import (
+    ADAMW,
+    ALONE,
+    BASELINE,
+    BASELINE_ONE,
+    BASES,
+    CONTROL,
+    FINAL_LOSSES,
+    HYBRID,
+    HYBRID_ONE,
+    ONE_PROCESS,
+    RunRecord,
+)
 from lib.tables import UNKNOWN, cell, figures_table, mean_cell
 
 GIBIBYTE = 2**30
 NAMES = {BASELINE: "AdamW", HYBRID: "HybridOptimizer", CONTROL: "AdamW, as many gradients"}
+NAMES |= {one: f"{NAMES[name]}, one process" for name, one in ONE_PROCESS.items()}
 RUN_COLOURS = {BASELINE: "0.45", ALONE: "tab:cyan", HYBRID: "tab:purple", CONTROL: "black"}
+RUN_COLOURS |= {BASELINE_ONE: "tab:olive", HYBRID_ONE: "tab:pink"}
 PHASE_COLOURS = {"warmup": "tab:orange", "full": "tab:blue", "predict": "tab:green",
                  "correct": "tab:red"}  # fmt: skip
 LOSS, PERCENT, FACTOR, SECONDS, SHARE = "{:.4f}", "{:+.2f} %", "{:.2f}x", "{:.2f} s", "{:.0%}"
@@ -35,7 +49,8 @@ class SeedRecord:
         seed: The seed.
         runs: By their names, in the order of the tables: "baseline" is AdamW for all steps,
             "base_alone" the base rule without prediction (only where it is not AdamW), "hybrid"
-            HybridOptimizer, and "control" AdamW for as many gradients as that used.
+            HybridOptimizer, and "control" AdamW for as many gradients as that used. Under torchrun
+            "baseline_one_process" and "hybrid_one_process" are those in one process.
         control_source: Where the control comes from: "own run", "baseline on its way" or "none".
     """
 
@@ -53,6 +68,10 @@ class SeedRecord:
         """How much higher HybridOptimizer's final held-out loss is than a run's, in percent."""
         hybrid = self.runs.get(HYBRID)
         return hybrid.percent_above(self.runs.get(name)) if hybrid else None
+
+    def of_one_process(self, run: RunRecord) -> RunRecord | None:
+        """The same run in one process, where that was made, too."""
+        return self.runs.get(ONE_PROCESS.get(run.name, ""))
 
     @property
     def above_alone_on_its_way(self) -> float | None:
@@ -105,6 +124,7 @@ def _summary(run: RunRecord) -> dict[str, Any]:
         "optimizer": run.optimizer,
         "base": run.base,
         "complete": run.complete,
+        "processes": run.processes,
         "planned_steps": run.planned_steps,
         "steps_taken": len(run.steps),
         "gradient_evaluations": run.gradients,
@@ -146,6 +166,12 @@ def result_table(record: SeedRecord, device: torch.device) -> Table:
     def hybrid_only(label: str, value: float | None) -> None:
         row(label, PERCENT, lambda run: value if run is hybrid else None)
 
+    def beside_one(label: str, form: str, value: Callable[[RunRecord, RunRecord], Any]) -> None:
+        pairs = [(run, record.of_one_process(run)) for run in runs]
+        if any(one for _, one in pairs):
+            found = (cell(value(run, one) if one else None, form) for run, one in pairs)
+            table.add_row(f"  {label} one process", *found)
+
     table.add_row("Steps", *map(_steps, runs))
     row("Gradient evaluations", "{}", lambda run: run.gradients)
     if any(sum(run.windows) > run.gradients for run in runs):
@@ -159,6 +185,7 @@ def result_table(record: SeedRecord, device: torch.device) -> Table:
         cells = (shown if run is hybrid else UNKNOWN for run in runs)
         table.add_row(f"  {phase.capitalize()}", *cells)
     row("Tokens per second", "{:,.0f}", lambda run: run.tokens_per_second)
+    beside_one("times", FACTOR, lambda x, one: x.tokens_per_second / one.tokens_per_second)
     memory = "GPU" if device.type == "cuda" else "whole process"
     row(f"Peak memory ({memory})", "{:.2f} GiB", lambda run: run.memory_peak / GIBIBYTE)
     row("  above that before the model", "{:.2f} GiB", _above_before)
@@ -168,6 +195,7 @@ def result_table(record: SeedRecord, device: torch.device) -> Table:
     row("Held-out loss, end", LOSS, lambda run: run.held_out_end)
     others = [run for run in runs if run is not baseline]
     row("  against AdamW", PERCENT, lambda x: x.percent_above(baseline) if x in others else None)
+    beside_one("against", "{:+.4f} %", lambda run, one: run.percent_above(one))
     if alone is not None and hybrid is not None:
         # What tells the base rule's share from prediction's.
         rule, gradients = BASES[alone.base], hybrid.gradients
@@ -189,7 +217,10 @@ def _heading(run: RunRecord) -> str:
     if run.name == CONTROL:
         return f"AdamW after\n{run.planned_steps} gradients"
     hybrid = "Hybrid" if run.base == ADAMW else f"Hybrid\non {BASES[run.base]}"
-    return {BASELINE: "AdamW", ALONE: f"{BASES[run.base]}\nalone", HYBRID: hybrid}[run.name]
+    names = {BASELINE: "AdamW", ALONE: f"{BASES[run.base]}\nalone", HYBRID: hybrid}
+    if run.processes > 1:
+        names = {name: f"{title}\nx {run.processes}" for name, title in names.items()}
+    return {**names, BASELINE_ONE: "AdamW\nx 1", HYBRID_ONE: f"{hybrid}\nx 1"}[run.name]
 
 
 def _above_before(run: RunRecord) -> float | None:
@@ -208,6 +239,10 @@ def _predicted(run: RunRecord) -> str:
 
 def _milliseconds(seconds: Sequence[float]) -> str:
     return f"{1000 * sum(seconds) / len(seconds):.1f} ms" if seconds else UNKNOWN
+
+
+Column = tuple[str, str, Callable[[SeedRecord], float | None]]
+"""Heading, format and value."""
 
 
 def seeds_table(records: Sequence[SeedRecord]) -> Table:
@@ -237,7 +272,11 @@ def seeds_table(records: Sequence[SeedRecord]) -> Table:
     ]
     left_out = ("AdamW\nseconds", "Hybrid\nseconds") if rule else ("\nheld-out", "Against\n")
     columns = [column for column in columns if column[0] not in left_out]
-    table = figures_table("All seeds", ["Seed", *(heading for heading, _, _ in columns)])
+    return _of_seeds("All seeds", columns, records)
+
+
+def _of_seeds(title: str, columns: Sequence[Column], records: Sequence[SeedRecord]) -> Table:
+    table = figures_table(title, ["Seed", *(heading for heading, _, _ in columns)])
     for record in records:
         table.add_row(str(record.seed), *(cell(value(record), form) for _, form, value in columns))
     table.add_section()
@@ -254,20 +293,13 @@ def to_loss_table(records: Sequence[SeedRecord]) -> Table:
             record.goal
         )
 
-    columns = []
+    columns: list[Column] = []
     for name in (BASELINE, ALONE, HYBRID):
         if (run := records[0].runs.get(name)) is not None:
             title = _heading(run).replace("\n", " ")
             columns.append((f"{title}\ngradients", "{:g}", of(name, "gradients_to")))
             columns.append(("seconds", "{:.2f}", of(name, "seconds_to")))
-    headings = ["Seed", *(heading for heading, _, _ in columns)]
-    table = figures_table("To AdamW's lowest held-out loss", headings)
-    for record in records:
-        table.add_row(str(record.seed), *(cell(value(record), form) for _, form, value in columns))
-    table.add_section()
-    means = (mean_cell([value(record) for record in records], form) for _, form, value in columns)
-    table.add_row("mean", *means)
-    return table
+    return _of_seeds("To AdamW's lowest held-out loss", columns, records)
 
 
 def write_plot(path: Path, records: Sequence[SeedRecord], title: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,6 +19,8 @@ from lib.flags import fail
 from lib.gpt2_options import GPT2_VOCABULARY, MODEL_SHAPES, PARAMETERS, Options
 from lib.gpt2_records import ALONE, BASELINE, BASES, HYBRIDS, MUON, RunRecord, StepRecord
 from lib.memory import PeakMemory, keep_freed_memory, release_memory
+from lib.processes import ALONE as THIS_PROCESS
+from lib.processes import Processes
 from lib.text_data import TokenizedText, WindowSampler, held_out_windows, load_corpus, tokenize
 from triton_hybrid import HybridOptimizer, split_param_groups
 
@@ -103,7 +106,11 @@ def parameter_groups(name: str, model: torch.nn.Module, options: Options) -> lis
 
 
 def build_optimizer(
-    name: str, groups: list[dict[str, Any]], options: Options, loss_scale: LossScale = None
+    name: str,
+    groups: list[dict[str, Any]],
+    options: Options,
+    loss_scale: LossScale = None,
+    several: bool = False,
 ) -> tuple[torch.optim.Optimizer, str]:
     """Builds the optimizer of a run, and says which one it is.
 
@@ -112,6 +119,7 @@ def build_optimizer(
         groups: What it trains.
         options: Its settings.
         loss_scale: Loss scaling of HybridOptimizer; AdamW has none.
+        several: Whether several processes decide together.
     """
     settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if name in HYBRIDS:
@@ -119,6 +127,7 @@ def build_optimizer(
         config = still if name == ALONE else options.hybrid
         drive = "no prediction" if name == ALONE else options.drive
         settings |= {"loss_scale": loss_scale, "accumulation": options.windows()}
+        settings["process_group"] = None if several else False
         optimizer = HybridOptimizer(groups, hybrid=config, **settings)
         rule = f", {BASES[MUON]} for hidden matrices" if options.base == MUON else ""
         return optimizer, f"HybridOptimizer, {drive}{rule}"
@@ -142,8 +151,10 @@ class Trainee:
         text: TokenizedText,
         micro_batches: int,
         loss_scale: LossScale,
+        processes: Processes,
     ) -> None:
         self.device, self.micro_batches = options.device, micro_batches
+        self.processes = processes
         self.accumulation, self.record = options.accumulation, record
         torch.manual_seed(record.seed)
         # Random weights, made on the CPU and in FP32 so that every device starts from the same.
@@ -160,9 +171,15 @@ class Trainee:
         self.windows = held_out_windows(text.held_out, options.held_out_windows, options.length)
         record.held_out_start = self.held_out_loss()
 
-        self.forward = torch.compile(self.model) if options.compile == "yes" else self.model
+        self.forward: Any = self.model
+        if processes.several:
+            self.forward = DistributedDataParallel(self.model)
+        if options.compile == "yes":
+            self.forward = torch.compile(self.forward)
         groups = parameter_groups(record.name, self.model, options)
-        self.optimizer, record.optimizer = build_optimizer(record.name, groups, options, loss_scale)
+        self.optimizer, record.optimizer = build_optimizer(
+            record.name, groups, options, loss_scale, processes.several
+        )
         linear = options.schedule == "linear"
         self.scheduler = LambdaLR(
             self.optimizer,
@@ -191,9 +208,12 @@ class Trainee:
             return evaluate(self.model, self.windows.to(self.device))
 
     def compute_gradient(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Accumulates the gradient of a batch; returns its loss, which is not synchronised."""
+        """Accumulates the gradient of a batch; returns its loss, which is not synchronised.
+
+        Of several processes each takes its part, and has the loss of that.
+        """
         losses = []
-        for part in inputs.chunk(self.micro_batches):
+        for part in self.processes.part(inputs).chunk(self.micro_batches):
             with self.autocast:
                 loss: torch.Tensor = self.forward(input_ids=part, labels=part).loss
             if self.micro_batches > 1:
@@ -249,6 +269,7 @@ def train(
     report: Callable[[RunRecord], None] = lambda record: None,
     micro_batches: int = 1,
     loss_scale: LossScale = None,
+    processes: Processes = THIS_PROCESS,
 ) -> None:
     """Trains once and fills in the record as it goes, so that an interruption loses nothing.
 
@@ -262,11 +283,13 @@ def train(
         report: Called after every step.
         micro_batches: Parts that each batch is divided into; their gradients are accumulated.
         loss_scale: Loss scaling of HybridOptimizer; AdamW has none.
+        processes: Which share each batch, under DistributedDataParallel.
     """
     release_memory()  # so that every run starts with what the last one left
     device, memory = options.device, PeakMemory(options.device)
     record.device, record.memory_before = device.type, memory.used()
-    trainee = Trainee(record, options, text, micro_batches, loss_scale)
+    record.processes = processes.count
+    trainee = Trainee(record, options, text, micro_batches, loss_scale, processes)
     gradients = 0
     with memory.sampler():
         try:
@@ -279,7 +302,7 @@ def train(
                     _synchronize(device)
                     times = time.perf_counter() - started, time.process_time() - processor_started
                 gradients += loss is not None
-                known = None if loss is None else float(loss)
+                known = None if loss is None else processes.mean(loss)
                 record.steps.append(StepRecord(phase, *times, memory.last, gradients, known))
                 if options.adaptive and trainee.hybrid is not None:
                     record.noise_scales.append(trainee.hybrid.stats().noise_scale)

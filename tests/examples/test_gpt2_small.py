@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from rich.console import Console
 from transformers import GPT2LMHeadModel
 
@@ -99,6 +102,53 @@ def test_both_runs_see_the_same_batches_and_leave_results(
     for words in ("Gradient evaluations", "Held-out loss, end", "Rollbacks", "Speed-up", "Predict"):
         assert words in printed
     assert len(printed.splitlines()) < 60
+
+
+WHAT = ("phase", "loss")
+
+
+def as_process(rank: int, port: int, arguments: list[str]) -> None:
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in started.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    assert gpt2_small.main(arguments) == 0
+
+
+def test_processes_share_a_batch_and_train_as_one(
+    text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What torchrun starts, without importing everything twice more."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    given = port, flags(text_folder, tmp_path / "TIME")
+    mp.start_processes(as_process, given, 2, start_method=method)  # type: ignore[no-untyped-call]
+    printed = capfd.readouterr().out
+    assert printed.count("Gradient evaluations") == printed.count("Results:") == 1
+    (folder,) = tmp_path.iterdir()
+    content = results(folder)
+    assert (content["complete"], content["processes"]) == (True, 2)
+    (seed,) = content["seeds"]
+    for name in ("baseline", "hybrid"):
+        several, one = seed["runs"][name], seed["runs"][f"{name}_one_process"]
+        assert (several["processes"], one["processes"]) == (2, 1)
+        assert several["optimizer"] == one["optimizer"]
+        assert several["held_out_loss_end"] == pytest.approx(one["held_out_loss_end"], rel=1e-5)
+        phases, losses = ([[s[x] for s in r["steps"]] for r in (several, one)] for x in WHAT)
+        assert phases[0] == phases[1]
+        # A predicted step has none on either side.
+        assert [x or 0.0 for x in losses[0]] == pytest.approx([x or 0.0 for x in losses[1]], 1e-5)
+    assert seed["runs"]["hybrid"]["stats"]["predicted_steps"] > 0
+    for words in ("times one process", "against one process", "x 1", "x 2"):
+        assert words in printed
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: Patch, refusal: Any) -> None:
+    for name, number in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(number))
+    message = refusal(lambda: gpt2_small.main(["--device", "cpu"]))
+    assert "argument --batch: 4 is not possible; allowed: multiples of 3, the processes" in message
 
 
 def test_the_baseline_on_its_way_is_the_control(text_folder: Path, tmp_path: Path) -> None:

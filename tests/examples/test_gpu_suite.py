@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +19,17 @@ import torch
 from triton_hybrid.kernels.audit.cases import cases
 from triton_hybrid.kernels.launch import INTERPRETED, default_tiling
 
-from gpu import command, kernels, machine, muon, promises
-from gpu.command import OPTIONAL, SECTIONS, Options, Section, main, run
+from gpu import command, kernels, machine, muon, promises, runs
+from gpu.command import SUITE, TRAINING, Options, Section, main, run
 from gpu.context import Context, OutOfTimeError, different
+from gpu.kernels import KINDS
 from gpu.record import Record, SectionResult
 from gpu.timing import DROPPED, ratios, spread, turns
 from gpu.worker import Task, Worker
 from lib.gpt2_shapes import PARAMETERS, gpt2_small_shapes
 from triton_hybrid import offload
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the suite itself runs there")
 CPU = torch.device("cpu")
 Capture = pytest.CaptureFixture[str]
@@ -73,19 +76,20 @@ def test_without_a_gpu_or_interpreted_nothing_is_measured(
     [
         "--minutes 0", "--minutes -1", "--minutes nan", "--minutes inf", "--minutes soon",
         "--minutes 200", "--only barrier", "--only", "--seed 1.5", "--seed -1", "--unknown",
-        "--output /dev/null/suite.json",
+        "--output /dev/null/suite.json", "--only source", "--train --only muon",
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("with_gpu")
 def test_wrong_flags_are_refused(flags: str, capsys: Capture) -> None:
     refused(flags.split())
-    assert flags.split()[0] in capsys.readouterr().err
+    assert flags.split()[-2 if len(flags.split()) > 1 else 0] in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("with_gpu")
 def test_the_chosen_sections_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fake(sections: Any, record: Record, seconds: float) -> int:
         names = ["environment", "barrier", "correctness", "memory", "muon"]
+        names = ["environment", "source"] if record.benchmark == "gpu_train" else names
         assert [section.name for section in sections] == names
         assert [section.name for section in record.sections] == names
         assert seconds < 60.0 * record.minutes == 180.0
@@ -93,15 +97,17 @@ def test_the_chosen_sections_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setattr(command, "run", fake)
     output = tmp_path / "suite.json"
-    assert main([*["--minutes", "3", "--only", "muon", "memory", "--output"], str(output)]) == 0
+    flags = ["--minutes", "3", "--output", str(output), "--only"]
+    assert main([*flags, "source", "--train"]) == 0
+    assert main([*flags, "muon", "memory"]) == 0
     assert {section["status"] for section in read(output)["sections"]} == {"not run"}
 
 
-def test_sections_have_the_whole_time_and_can_be_imported() -> None:
-    assert sum(section.share for section in SECTIONS) == pytest.approx(1.0)
-    assert Options().only == OPTIONAL
-    assert Options().seed != Options().seed, "fresh data each time"
-    for section in SECTIONS:
+@pytest.mark.parametrize("sections", [SUITE, TRAINING])
+def test_sections_have_the_whole_time_and_can_be_imported(sections: tuple[Section, ...]) -> None:
+    assert sum(section.share for section in sections) == pytest.approx(1.0)
+    assert Options().seed is None, "fresh data each time"
+    for section in sections:
         module, _, function = section.target.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
 
@@ -142,8 +148,9 @@ def test_what_crashes_or_fails_is_in_the_file_and_the_rest_runs(
     written, write = [], Record.write
     monkeypatch.setattr(Record, "write", lambda self: (written.append(1), write(self))[1])
     assert run(sections, record, 120.0, "cpu") == 1
-    assert len(written) == len(names) + 1
     content = read(record.output)
+    told = sum(len(s["rows"]) + len(s["checks"]) for s in content["sections"])
+    assert len(written) == told + len(names) + 1, "what a section tells is in the file at once"
     assert [s["status"] for s in content["sections"]] == ["failed", "failed", "passed"]
     crash, bad, good = content["sections"]
     assert "status -11" in crash["error"]
@@ -181,10 +188,10 @@ MIXED = f"import pytest\n{PASSES}def test_two():\n    assert 1 == 2, 'of no use'
 MIXED += "@pytest.mark.skip\ndef test_three():\n    pass\n"
 
 
-def results_of(tmp_path: Path) -> SectionResult:
+def results_of(tmp_path: Path, **options: Any) -> SectionResult:
     result = SectionResult("correctness", "")
     names = [path.name for path in sorted(tmp_path.glob("test_*.py"))]
-    machine.correctness(context_for(result), names, tmp_path)
+    machine.correctness(context_for(result, **options), names, tmp_path)
     result.end()
     return result
 
@@ -200,6 +207,20 @@ def test_results_of_tests_are_taken_over(tmp_path: Path) -> None:
     assert "of no use" in failure["detail"]
 
 
+def test_where_the_barrier_does_not_hold_tests_do_not_wait_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(command: list[str], **_: Any) -> None:
+        raise OSError(" ".join(command))
+
+    monkeypatch.setattr(machine.subprocess, "Popen", refused)
+    with pytest.raises(OSError, match=r"-p gpu\.fallback -k not cooperative"):
+        results_of(tmp_path, cooperative=False)
+    with pytest.raises(OSError, match="pytest tests/kernels/test_verify") as found:
+        results_of(tmp_path)
+    assert "fallback" not in str(found.value)
+
+
 def test_tests_that_hang_or_cannot_be_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,9 +229,9 @@ def test_tests_that_hang_or_cannot_be_found(
     slow = f"import time\n{PASSES}def test_two():\n    time.sleep(600)\n"
     (tmp_path / "test_slow.py").write_text(slow)
     # On a busy machine an interrupted pytest takes over 5 s to write its report.
-    monkeypatch.setattr(machine, "FAREWELL", 30.0)
+    monkeypatch.setattr(machine, "FAREWELL", 20.0)
     result = SectionResult("correctness", "")
-    context = context_for(result, deadline=time.monotonic() + 70.0)
+    context = context_for(result, deadline=time.monotonic() + 32.0)
     with pytest.raises(OutOfTimeError):
         machine.correctness(context, ["test_slow.py"], tmp_path)
     assert [row["passed"] for row in result.rows] == [1]
@@ -273,27 +294,38 @@ def counted_bytes(block: int) -> Iterator[dict[str, int]]:
 
 
 @interpreted
-@pytest.mark.parametrize("kind", kernels.KINDS, ids=lambda kind: " ".join(kind[:2]))
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind[:2]))
 def test_kernels_move_the_bytes_that_are_counted(kind: kernels.Kind) -> None:
     (block,) = kernels.CHUNK
     known = {case.name: case for case in cases()}
     buffers = kernels.Buffers(context_for(SectionResult("", "")), (block,), kind)
-    names = [name for name in buffers.runs if name in known]
-    assert len(names) >= (7 if kind[0] == "adamw" else 2)
+    names = [n for n in buffers.runs if n in known and known[n].bytes_per_element]
+    assert len(names) >= (14 if kind[0] == "adamw" else 2)
     for name in names:
         case = known[name]
         buffers.ready()
         with counted_bytes(block) as count:
             buffers.runs[name]()
-        read = sum(case.reads) + sum(case.first_pass)
+        read = sum((*case.reads, *case.first_pass, *case.inner * case.times))
+        # A second look at exp_avg_sq, which a compiled kernel has at hand.
+        read += 4 * (name == "secant move fp32")
         assert count == {"load": read * block, "store": sum(case.writes) * block}, name
         moved = kernels.counted_bytes(case) + sum(case.first_pass)
         assert moved == case.bytes_per_element
 
 
+def test_every_kernel_of_a_kind_is_touched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    runs = {name: partial(seen.append, name) for name in "ab"}
+    fake = SimpleNamespace(ready=partial(seen.append, "ready"), runs=runs)
+    monkeypatch.setattr(kernels, "Buffers", lambda *given: (seen.append(given[1:]), fake)[1])
+    kernels.touch(3, "cpu", 5, True)
+    assert seen == [(kernels.CHUNK, KINDS[3]), "ready", "a", "b"]
+
+
 @interpreted
 @pytest.mark.parametrize(
-    "section", [s for s in SECTIONS if s.name != "correctness"], ids=lambda s: s.name
+    "section", [s for s in (*SUITE, TRAINING[1]) if s.name != "correctness"], ids=lambda s: s.name
 )
 def test_a_section_runs(
     section: Section, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
@@ -302,13 +334,33 @@ def test_a_section_runs(
     monkeypatch.setattr(promises, "MOST_BYTES", 0.5)  # small matrices
     module, _, function = section.target.partition(":")
     result = SectionResult(section.name, section.title)
-    getattr(importlib.import_module(module), function)(context_for(result))
+    context = context_for(result, folder=tmp_path / "kept")
+    getattr(importlib.import_module(module), function)(context)
     result.end()
     assert (result.failures, result.status) == ([], "passed")
     record = record_of(tmp_path, result)
     record.write()
     record.show()
-    assert (section.title.split()[0] in capsys.readouterr().out) == (section.name != "waiting")
+    assert (section.title.split()[0] in capsys.readouterr().out) == bool(result.rows)
+
+
+def test_runs_that_time_does_not_allow_are_named_and_made_the_next_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runs, "SLOWER", 1e9)
+    cut = SectionResult("large", "")
+    with pytest.raises(OutOfTimeError):
+        runs.large(context_for(cut, folder=tmp_path, deadline=time.monotonic() + 1e6))
+    assert [row["run"] for row in cut.rows] == ["AdamW fused"]
+    names = [f"{name}, seed 0" for name in runs.CONTENDERS]
+    assert [skipped["what"] for skipped in cut.skipped] == names[1:]
+    whole = SectionResult("large", "")
+    runs.large(context_for(whole, folder=tmp_path))
+    whole.end()
+    assert whole.status == "passed"
+    assert [row["from_before"] for row in whole.rows] == [True, False, False, False]
+    assert whole.rows[0] == {**cut.rows[0], "from_before": True}
+    assert whole.rows[2]["predicted"] > 0
 
 
 @interpreted

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class Context:
     tell: Callable[[str, dict[str, Any]], None]
     seed: int = 0
     deadline: float = math.inf  # in `time.monotonic` seconds
+    folder: Path = Path()  # for what is kept beside the results
+    cooperative: bool = True  # or `gpu.fallback` is in force, in processes of its own, too
 
     @property
     def on_gpu(self) -> bool:
@@ -40,8 +43,13 @@ class Context:
 
     def check_time(self) -> None:
         """Ends the section by an OutOfTimeError where its time is up."""
-        if time.monotonic() > self.deadline:
+        if self.left < 0:
             raise OutOfTimeError
+
+    @property
+    def left(self) -> float:
+        """Seconds until then."""
+        return self.deadline - time.monotonic()
 
     def row(self, **cells: Any) -> None:
         """Tells a line of a table; lines with the same cells make one."""

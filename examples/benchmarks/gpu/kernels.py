@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +17,7 @@ from triton_hybrid.kernels.launch import MAX_PROGRAMS, Tiling
 from triton_hybrid.kernels.ledger import FRACTION_COLUMN, PART_COLUMN, START, write_ledger
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.scalars import Scalars
+from triton_hybrid.kernels.secant import products_size
 from triton_hybrid.kernels.step import cooperative_launches
 
 from gpu.context import Context, different, parameters
@@ -115,18 +119,24 @@ def too_many_programs(context: Context) -> None:
 # Triton compiles other code for such numbers, and each size would measure another kernel.
 SIZES: dict[str, tuple[int, ...]] = {
     "124M": tuple(torch.Size(shape).numel() for shape in gpt2_small_shapes()),
-    "1M": (87_380,) * 12,
+    "10M": (833_333,) * 12,
     "1B": (33_333_333,) * 30,
 }
 CHUNK = (1 << 16,)  # one full chunk of the interpreter
-ROUNDS = {"124M": 12, "1M": 20, "1B": 6}
+ROUNDS = {"124M": 12, "10M": 20, "1B": 6}
 Kind = tuple[str, str, torch.dtype, str]
-"""Rule, precision as the audit calls it, dtype of parameters, ``master_weights``."""
+"""Rule, precision as the audit calls it, dtype of parameters, ``master_weights``; ``secant``: the
+passes of that predictor beside AdamW."""
 KINDS: tuple[Kind, ...] = (
     ("adamw", "fp32", torch.float32, "auto"), ("adamw", "bf16", torch.bfloat16, "auto"),
     ("adamw", "bf16 split", torch.bfloat16, "split"), ("lion", "fp32", torch.float32, "auto"),
+    ("secant", "fp32", torch.float32, "auto"),
 )  # fmt: skip
-BYTES = 40  # of a parameter with gradient and every row of state, and a little more
+BYTES = 56  # of a parameter with gradient and every row of state, also torch's, and a little more
+HISTORY = HybridConfig().history
+PAIRS = 8 * HISTORY  # bytes of a parameter beside them, of the pairs of `secant`
+TORCH = "torch AdamW fused, fp32"
+PATIENCE = 60.0  # seconds, with what compiles in other processes
 COPY, COPIED = "copy", 14  # bytes of a parameter that AdamW reads, and writes
 DECIDED = {"confidence": 0.9, "update_square": 1.0, "decision": 1.0}
 """Ledger entries: with a closed gate or without a decision a kernel would do nothing, very fast."""
@@ -137,37 +147,29 @@ class Buffers:
 
     def __init__(self, context: Context, lengths: tuple[int, ...], kind: Kind) -> None:
         base, name, dtype, masters = kind
-        engine = engine_of(context, lengths, dtype, base=base, master_weights=masters)
+        pairs = base == "secant"
+        chosen = {"predictor": base} if pairs else {"base": base}
+        engine = engine_of(context, lengths, dtype, master_weights=masters, **chosen)
         tensors, self.scalars = sets = engine.batches[0].tensors, engine.scalars
+        self._ledger = write_ledger({**START, **DECIDED}, context.device)
+        self.runs: dict[str, Run] = secant_runs(sets) if pairs else {}
+        if pairs:
+            return
         for row in ("snapshot", "displacement"):  # of `linear`
             wide = [torch.zeros_like(p, dtype=torch.float32) for p in engine.batches[0].params]
             tensors.set_row(row, wide)
-        self._ledger = write_ledger({**START, **DECIDED}, context.device)
-        numbers = torch.full((len(lengths),), 0.01, device=context.device)
-        products = torch.zeros(len(lengths), 2, dtype=torch.float64, device=context.device)
-        move: dict[str, Any] = {"threshold": 0.0, "share": 1.0, "first": True}
-        back: dict[str, Any] = {"threshold": 0.0, "limit": 0.0, "cooldown": 1.0, "last": True}
         words = f"{base} {name}, one launch, clip"
         step = partial(TRITON.step, [tensors], self.scalars)
-        slow, last = SlowEMA.displacement, Linear.displacement
-        self.runs: dict[str, Run] = {
+        self.runs |= {
+            f"{base} {name}, one launch": partial(step, **BARE),
             words: partial(step, **{**BARE, "max_norm": 1.0}),
             f"{words}, slow EMA": partial(step, **FULL),
         }
         if base == "adamw":
-            self.runs |= {
-                f"predict {name}, slow EMA": partial(TRITON.predict, *sets, slow, **move),
-                f"predict {name}, linear": partial(TRITON.predict, *sets, last, numbers, **move),
-                f"check {name} (when it rolls back)": partial(TRITON.check_move, *sets, **back),
-                f"check {name}, slow EMA": partial(TRITON.check_move, *sets, **back, again=slow),
-                f"slopes {name}": partial(TRITON.slopes, *sets),
-                f"slopes {name}, slow EMA": partial(TRITON.slopes, *sets, slow),
-                f"gram {name}": partial(TRITON.gram, tensors, products),
-                f"correct {name}, restart": partial(TRITON.correct, *sets, restart=True),
-                f"correct {name}, slow EMA": partial(
-                    TRITON.correct, *sets, restart=False, again=slow
-                ),
-            }
+            self.runs |= move_runs(name, sets)
+        if kind == KINDS[0]:
+            params = parameters(*(context.normal(lengths, 1.0, offset) for offset in range(2)))
+            self.runs[TORCH] = torch.optim.AdamW(params, fused=True).step
 
     def ready(self) -> None:
         """Everything that a decision rests on as before the first launch."""
@@ -177,19 +179,95 @@ class Buffers:
         self.scalars.prediction[:, PART_COLUMN.value] = 1.0
 
 
+def move_runs(name: str, sets: tuple[TensorSet, Scalars]) -> dict[str, Run]:
+    """What moves weights ahead, judges the move, and looks at what others wrote."""
+    tensors, scalars = sets
+    slow, last = SlowEMA.displacement, Linear.displacement
+    numbers = torch.full((len(tensors),), 0.01, device=tensors.device)
+    products = torch.zeros(len(tensors), 2, dtype=torch.float64, device=tensors.device)
+    move: dict[str, Any] = {"threshold": 0.0, "share": 1.0}
+    back: dict[str, Any] = {"threshold": 0.0, "limit": 0.0, "cooldown": 1.0, "last": True}
+    along = partial(TRITON.predict, *sets, slow, **move)
+    linear = partial(TRITON.predict, *sets, last, numbers, **move)
+    return {
+        f"predict {name}, slow EMA": partial(along, first=True),
+        f"predict {name}, slow EMA again": partial(along, first=False),
+        f"predict {name}, linear": partial(linear, first=True),
+        f"predict {name}, linear again": partial(linear, first=False, with_slopes=False),
+        f"check {name} (when it rolls back)": partial(TRITON.check_move, *sets, **back),
+        f"check {name}, slow EMA": partial(TRITON.check_move, *sets, **back, again=slow),
+        f"slopes {name}": partial(TRITON.slopes, *sets),
+        f"slopes {name}, slow EMA": partial(TRITON.slopes, *sets, slow),
+        f"correct {name}, restart": partial(TRITON.correct, *sets, restart=True),
+        f"correct {name}, slow EMA": partial(TRITON.correct, *sets, restart=False, again=slow),
+        f"gram {name}": partial(TRITON.gram, tensors, products),
+        f"base slope {name}": partial(TRITON.base_slope, *sets, scalars.hyperparameters),
+        f"fingerprint {name}": partial(TRITON.fingerprint, tensors, scalars.prediction[:, 4:]),
+    }
+
+
+def secant_runs(sets: tuple[TensorSet, Scalars]) -> dict[str, Run]:
+    """The passes of a quasi-Newton move: everything is ordered, and every pair takes part."""
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": sets[0].device}
+    orders = torch.tensor([1.0, 1.0, 0.5, 0.0], **wide)
+    solution = torch.full((3 + 2 * HISTORY,), 1e-3, **wide)
+    products = torch.zeros(products_size(HISTORY), **wide)
+    return {
+        "secant settle fp32": partial(TRITON.settle, *sets, orders, HISTORY),
+        "secant products fp32": partial(TRITON.products, *sets, products, HISTORY),
+        "secant move fp32": partial(TRITON.move, *sets, solution, HISTORY),
+    }
+
+
+PRODUCTS = 16 + PAIRS
+"""Bytes that `products` says it reads of an FP32 parameter; the audit does not count its tiles."""
+
+
 def counted_bytes(case: Case) -> int:
     """Bytes of a parameter, each input and each output once."""
-    return sum(case.reads + case.writes)
+    return sum((*case.reads, *case.writes, *case.inner * case.times)) or PRODUCTS
+
+
+def needed(kind: Kind) -> int:
+    """Bytes of a parameter."""
+    return BYTES + PAIRS * (kind[0] == "secant")
+
+
+def touch(number: int, device: str, seed: int, cooperative: bool) -> None:
+    """Launches each kernel of a kind once, for its place in Triton's cache."""
+    if not cooperative:
+        importlib.import_module("gpu.fallback")
+    context = Context(torch.device(device), lambda *_: None, seed)
+    buffers = Buffers(context, SIZES["10M"] if context.on_gpu else CHUNK, KINDS[number])
+    buffers.ready()
+    for run in buffers.runs.values():
+        run()
+    context.synchronise()
+
+
+def compiling(context: Context) -> list[Any]:
+    """Processes that compile the kernels of all kinds but the first, which is measured meanwhile.
+
+    A kernel takes a second, and there are 50: one after another they would take all the time.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    given = str(context.device), context.seed, context.cooperative
+    numbers = range(1, len(KINDS)) if context.on_gpu else ()
+    made = [spawn.Process(target=touch, args=(n, *given), daemon=True) for n in numbers]
+    for process in made:
+        process.start()
+    return made
 
 
 def bandwidth(context: Context) -> None:
     """Measures every kernel at every size that fits."""
     known = {case.name: case for case in cases()}
-    clock = Clock(context)
+    known[TORCH] = replace(known["adamw fp32, one launch"], name=TORCH, first_pass=())
+    clock, others = Clock(context), compiling(context)
     for size, lengths in (SIZES if context.on_gpu else {"chunk": CHUNK}).items():
         for kind in KINDS:
             count = sum(lengths)
-            if not context.has_room(f"{size}, {kind[:2]}", BYTES * count):
+            if not context.has_room(f"{size}, {kind[:2]}", needed(kind) * count):
                 continue
             buffers = Buffers(context, lengths, kind)
             free = torch.cuda.mem_get_info()[0] if context.on_gpu else 1 << 40
@@ -202,6 +280,8 @@ def bandwidth(context: Context) -> None:
             for name, found in times.items():
                 tell(context, known[name], size, count, found, copied)
             del buffers, runs, source
+            while others:
+                others.pop().join(min(max(context.left, 0.0), PATIENCE))
 
 
 def tell(

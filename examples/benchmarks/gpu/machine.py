@@ -21,6 +21,7 @@ from gpu.context import Context, OutOfTimeError
 from lib.environment import environment as surroundings
 
 ROOT = Path(__file__).resolve().parents[3]
+BENCHMARKS = ROOT / "examples" / "benchmarks"
 
 
 def environment(context: Context) -> None:
@@ -52,14 +53,33 @@ def output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-PATHS = ("tests/kernels", "tests/test_promises.py")
+FIRST = ("verify", "predict", "secant_passes", "trapezoid", "step")
+"""Of the kernels, what has changed since a GPU ran it: time may not last for all."""
+OPTIMIZER = ("secant", "auto", "accumulation")
+
+
+def paths(root: Path = ROOT) -> list[str]:
+    """The files of tests, in their order."""
+    found = {path.stem: path for path in sorted(root.glob("tests/kernels/test_*.py"))}
+    del found["test_audit"]  # which compiles, and needs no device
+    first = [found.pop(f"test_{name}") for name in FIRST]
+    others = [root / "tests" / "optimizer" / f"test_{name}.py" for name in OPTIMIZER]
+    files = [*first, root / "tests" / "test_promises.py", *others, *found.values()]
+    return [str(path.relative_to(root)) for path in files]
+
+
 NEEDED = ("pytest", "hypothesis")
 MOST_PROCESSES = 16  # compiling takes most of the time
 FAREWELL = 10.0  # seconds in which pytest, interrupted, writes what it has found so far
 
 
-def correctness(context: Context, paths: Sequence[str] = PATHS, folder: Path = ROOT) -> None:
+def correctness(context: Context, tests: Sequence[str] = (), folder: Path = ROOT) -> None:
     """Runs pytest in a process of its own until time is up, and takes over what it reports.
+
+    Args:
+        context: Where it runs, and until when.
+        tests: Files; none: those of `paths`.
+        folder: Where they lie.
 
     Raises:
         RuntimeError: Something else went wrong than a test.
@@ -70,28 +90,33 @@ def correctness(context: Context, paths: Sequence[str] = PATHS, folder: Path = R
         raise RuntimeError(f"{' and '.join(missing)} not installed: nothing was tested")
     with tempfile.TemporaryDirectory() as temporary:
         report, log = Path(temporary, "report.xml"), Path(temporary, "log")
-        command = [sys.executable, "-m", "pytest", *paths, f"--junit-xml={report}", "-v"]
-        command += ["-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *(tests or paths()), "-v"]
+        command += ["-p", "no:cacheprovider", f"--junit-xml={report}"]
+        if not context.cooperative:
+            command += ["-p", "gpu.fallback", "-k", "not cooperative"]
+        found = filter(None, (str(BENCHMARKS), os.environ.get("PYTHONPATH")))
+        variables = {**os.environ, "CI": "true", "PYTHONPATH": os.pathsep.join(found)}
         if importlib.util.find_spec("xdist") is not None:
             processes = min(MOST_PROCESSES, os.cpu_count() or 1)
-            command += ["-n", str(processes), "--dist", "worksteal"]
+            # Tests begin in their order, a few at a time to each process.
+            command += ["-n", str(processes), "--dist", "load", "--maxschedchunk", "2"]
         with log.open("w") as output:
-            tests = subprocess.Popen(
-                command, cwd=folder, stdout=output, stderr=output, env={**os.environ, "CI": "true"}
+            process = subprocess.Popen(
+                command, cwd=folder, stdout=output, stderr=output, env=variables
             )
             left = max(context.deadline - FAREWELL - time.monotonic(), 0.0)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                tests.wait(left)
-            late = tests.poll() is None
+                process.wait(left)
+            late = process.poll() is None
             if late:
                 # Its workers too: it waits for them, and a hanging one would cost the report.
-                pytest = psutil.Process(tests.pid)
-                for process in (*pytest.children(recursive=True), pytest):
+                pytest = psutil.Process(process.pid)
+                for each in (*pytest.children(recursive=True), pytest):
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        process.send_signal(signal.SIGINT)
+                        each.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    tests.wait(FAREWELL - 1.0)
-                tests.kill()
+                    process.wait(FAREWELL - 1.0)
+                process.kill()
         tail = " / ".join(log.read_text(errors="replace").splitlines()[-4:])[-600:]
         context.tell("fact", {"command": command[1:], "output": tail})
         if report.exists():
@@ -99,8 +124,8 @@ def correctness(context: Context, paths: Sequence[str] = PATHS, folder: Path = R
     if late:
         raise OutOfTimeError
     # 0: all passed; 1: some failed, and are checks of their own.
-    if tests.returncode not in (0, 1):
-        raise RuntimeError(f"pytest ended with status {tests.returncode}: {tail}")
+    if process.returncode not in (0, 1):
+        raise RuntimeError(f"pytest ended with status {process.returncode}: {tail}")
 
 
 def take(context: Context, report: Path) -> None:

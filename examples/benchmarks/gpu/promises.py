@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +15,19 @@ from torch import Tensor, nn
 
 from gpu.context import Context, different, parameters
 from gpu.timing import ratios, spread
-from gpu.training import REFERENCE, Build, Training, Workload, adamw, hybrid, in_turn, room
+from gpu.training import (
+    REFERENCE,
+    STEPPED,
+    Build,
+    Training,
+    Workload,
+    adamw,
+    hybrid,
+    in_turn,
+    room,
+)
 from lib.gpt2_shapes import PARAMETERS
-from triton_hybrid import HybridConfig, HybridOptimizer
+from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer, Phase
 from triton_hybrid.config import OFFLOADS
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.rules import OPTIONS, RULES
@@ -81,7 +93,12 @@ def allocated(context: Context) -> tuple[int, int]:
 
 
 def training(
-    context: Context, build: Callable[..., HybridOptimizer], steps: int, width: int, rows: int
+    context: Context,
+    build: Callable[..., HybridOptimizer],
+    steps: int,
+    width: int,
+    rows: int,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Iterator[tuple[int, HybridOptimizer]]:
     """Trains two layers on one batch, in windows of one or two backward passes.
 
@@ -91,11 +108,12 @@ def training(
     with context.device:
         model = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, width))
         inputs, targets = torch.randn(rows, width), torch.randn(rows, width)
-    optimizer = build(model.parameters())
+    wrapped = wrap(model)
+    optimizer = build(wrapped.parameters())
     for number in range(1, steps + 1):
         if optimizer.needs_backward:
             for _ in range(1 + number // 7 % 2):
-                loss = nn.functional.mse_loss(model(inputs), targets)
+                loss = nn.functional.mse_loss(wrapped(inputs), targets)
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.observe_loss(loss.detach())
             del loss
@@ -127,16 +145,25 @@ def watch(context: Context, config: HybridConfig) -> None:
 
 
 SHAPES = ((300, 40), (300,), (40, 257), (1,))
-EAGER, REPLAYED = 3, 5  # steps before a capture, and after it
+EAGER, REPLAYED = 12, 6  # steps before a capture, in which every phase is seen, and after it
 COMPILING, WATCHED = 24, 48  # steps that may wait, and that may not
+CAPTURED = ("slow_ema", "linear")
+STILL = HybridConfig(warmup_steps=0, predictor="none")
 
 
 def waiting(context: Context) -> None:
-    """Lets torch raise where a step waits for the device; then captures and replays a step."""
+    """Lets torch raise where a step waits for the device; then captures and replays steps."""
     for predictor in PREDICTORS:
         guarded(context, f"no synchronisation, {predictor}", partial(unwatched_steps, predictor))
     for dtype in (torch.float32, torch.bfloat16):
-        guarded(context, f"a graph's replay is the eager step, {dtype}", partial(replayed, dtype))
+        name = str(dtype).removeprefix("torch.")
+        for what, config, windows in (
+            ("a step", STILL, None),
+            ("a step of adaptive windows", STILL, AccumulationConfig(4)),
+            *((f"every phase, {p}", replace(STEPPED, predictor=p), None) for p in CAPTURED),
+        ):
+            run = partial(replayed, dtype, config, windows)
+            guarded(context, f"a graph's replay is the eager step, {name}, {what}", run)
 
 
 def guarded(context: Context, name: str, run: Callable[[Context], tuple[bool, str]]) -> None:
@@ -189,39 +216,77 @@ def everything(optimizer: HybridOptimizer) -> list[Tensor]:
     return [*params, *(value for value in entries if isinstance(value, Tensor))]
 
 
-def replayed(dtype: torch.dtype, context: Context) -> tuple[bool, str]:
-    """Captures a step and replays it beside an optimizer that steps eagerly, as both do on CPUs."""
-    gradients = context.normal(SHAPES, 1.0, 1, dtype)
+def replayed(
+    dtype: torch.dtype,
+    config: HybridConfig,
+    windows: AccumulationConfig | None,
+    context: Context,
+) -> tuple[bool, str]:
+    """Captures a step of each phase, and replays them beside an optimizer that steps eagerly.
+
+    On the CPU both do.
+    """
+    signal = context.normal(SHAPES, 1.0, 1, dtype)
+    gradients = [torch.zeros_like(each) for each in signal]
     left, right = (parameters(context.normal(SHAPES, 1.0, 0, dtype), gradients) for _ in range(2))
-    config = HybridConfig(warmup_steps=0, predictor="none")
+    settings: dict[str, Any] = {"lr": 1e-3, "hybrid": config, "accumulation": windows}
     eager, captured = (
-        HybridOptimizer(params, lr=1e-3, hybrid=config, capturable=True) for params in (left, right)
+        HybridOptimizer(params, capturable=True, **settings) for params in (left, right)
     )
+    offsets, lengths = itertools.count(2), set[int]()
 
-    def both(steps: int, second: Callable[[], object], offset: int) -> None:
-        for number in range(steps):
-            torch._foreach_copy_(gradients, context.normal(SHAPES, 1.0, offset + number, dtype))
-            eager.step()
-            second()
+    def accumulate() -> None:
+        for optimizer in (eager, captured):
+            optimizer.zero_grad(set_to_none=False)
+        length = 0
+        while not length or not all([o.window_complete for o in (eager, captured)]):
+            noise = context.normal(SHAPES, 0.2, next(offsets), dtype)
+            torch._foreach_add_(gradients, torch._foreach_add(signal, noise))
+            length += 1
+        lengths.add(length)
 
-    again: Callable[[], object] = captured.step
-    if context.on_gpu:
-        # Eagerly on a side stream first, as torch asks for before a capture.
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def both(second: Callable[[], object]) -> None:
+        accumulate()
+        eager.step()
+        second()
+
+    steps: list[Callable[[], object]] = [captured.step]
+    side = torch.cuda.Stream() if context.on_gpu else None  # type: ignore[no-untyped-call]
+    if side is not None:  # as torch asks for before a capture
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            both(EAGER, captured.step, 1)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured.step()
-        again = graph.replay
-    both(REPLAYED, again, 1 + EAGER)
+    with torch.cuda.stream(side):
+        for _ in range(EAGER):
+            both(captured.step)
+        while captured.phase is not Phase.FULL:
+            both(captured.step)
+    accumulate()  # a whole window, without which there is no step to capture
+    context.synchronise()
+    if context.on_gpu:
+        steps = [graph.replay for graph in graphs_of(captured)]
+    seen, replays = set[str](), REPLAYED * len(steps)
+    for number in range(replays):
+        seen.add(eager.phase.value)
+        both(steps[number % len(steps)])
     context.synchronise()
     apart = different(everything(eager), everything(captured))
     counted, taken = (float(everything(o)[-1]) for o in (captured, eager))
-    passed = apart == 0 and counted == taken
-    return passed, f"{apart} tensors differ, {counted:.0f} of {taken:.0f} steps counted"
+    expected = {"full"} if config.predictor == "none" else {"full", "predict", "correct"}
+    detail = f"{apart} tensors differ, {counted:.0f} of {taken:.0f} steps counted, {len(steps)} "
+    detail += f"graphs, phases {', '.join(sorted(seen))}, windows of {sorted(lengths)}"
+    return apart == 0 and counted == taken and expected <= seen, detail
+
+
+def graphs_of(optimizer: HybridOptimizer) -> list[torch.cuda.CUDAGraph]:
+    """A graph for each step from this Full step up to the next.
+
+    Capturing runs nothing on the device: the first replay goes on from where the last step was.
+    """
+    graphs: list[torch.cuda.CUDAGraph] = []
+    while not graphs or optimizer.phase is not Phase.FULL:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            optimizer.step()
+    return graphs
 
 
 LONG = {**QUICK, "full_steps": 2, "max_predict_steps": 7, "correction_interval": 7}

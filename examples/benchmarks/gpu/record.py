@@ -26,7 +26,7 @@ class SectionResult:
 
     name: str
     title: str
-    status: str = "not run"  # or passed, failed, skipped, timeout
+    status: str = "not run"  # or unfinished, passed, failed, skipped, timeout
     seconds: float = 0.0
     rows: Found = field(default_factory=list)
     checks: Found = field(default_factory=list)
@@ -62,6 +62,7 @@ class Record:
     seed: int
     minutes: float
     sections: list[SectionResult]
+    benchmark: str = "gpu_suite"
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
     @property
@@ -71,7 +72,8 @@ class Record:
 
     def write(self) -> None:
         """Writes the file, whole or not at all: a run that is killed leaves the last version."""
-        content = {"benchmark": "gpu_suite", "held": self.held, "hardware": None, "versions": None}
+        content: dict[str, Any] = {"benchmark": self.benchmark, "held": self.held}
+        content |= {"hardware": None, "versions": None}
         for section in self.sections:
             if section.name == "environment":
                 content |= section.facts

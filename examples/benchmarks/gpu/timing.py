@@ -80,7 +80,7 @@ def turns(names: Sequence[str], rounds: int, context: Context) -> Iterator[tuple
     Each round begins with another, and a machine that slows down slows all of them; ratios are of
     the same round. On the CPU there is one round.
     """
-    for number in range(-DROPPED, rounds) if context.on_gpu else (-1, 0):
+    for number in range(-DROPPED, rounds) if context.on_gpu else (0,):
         if number < ENOUGH:
             context.check_time()
         elif time.monotonic() > context.deadline:

@@ -20,7 +20,11 @@ REFERENCE = "AdamW fused"
 WAITS = "hybrid slow_ema, host decides"  # once a cycle, so the host cannot get ahead
 ROUNDS = 12
 MOST_STEPS = 8  # in which every phase must have been seen
-BYTES = 7 * 36  # of a parameter: seven optimizers, each with parameters of its own
+BYTES = 9 * 36  # of a parameter: nine optimizers, each with parameters of its own
+CHAIN = "unscale, clip, AdamW fused"
+SCALED = "hybrid none, unscaled, clipped"
+LIMIT_OF_CHAIN = 0.6  # what the latter may take of the former, in 16 bits with masters
+SCALE = 1024.0
 SMALL = ((24, 16), (24,), (16, 7))
 PLAIN = HybridConfig(warmup_steps=0, predictor="none")
 STEPPED = HybridConfig(
@@ -32,20 +36,31 @@ roll-backs."""
 
 
 class MasterAdamW:
-    """What AdamW needs to keep the promise of FP32 masters, as it is usually written."""
+    """What AdamW needs to keep the promise of FP32 masters, as it is usually written.
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = list(params)
+    Args:
+        params: Parameters with gradients, in 16 bits.
+        scaled: Whether gradients are unscaled and clipped, too, as a GradScaler and torch do it.
+    """
+
+    def __init__(self, params: Sequence[Tensor], scaled: bool = False) -> None:
+        self._params, self._scaled = list(params), scaled
         self._masters = [nn.Parameter(param.detach().float()) for param in params]
         self._adamw = torch.optim.AdamW(self._masters, lr=1e-4, fused=True)
         for master in self._masters:
             master.grad = torch.empty_like(master)
+        self._found, self._inverse = (
+            torch.full((), value, device=params[0].device) for value in (0.0, 1.0 / SCALE)
+        )
 
     @torch.no_grad()
     def step(self) -> None:
         """Gradients to the masters, one step, masters to the parameters."""
         wide = [master.grad for master in self._masters if master.grad is not None]
         torch._foreach_copy_(wide, [p.grad for p in self._params if p.grad is not None])
+        if self._scaled:
+            torch._amp_foreach_non_finite_check_and_unscale_(wide, self._found, self._inverse)
+            nn.utils.clip_grad_norm_(self._masters, 1.0)
         self._adamw.step()
         torch._foreach_copy_(self._params, [master.detach() for master in self._masters])
 
@@ -89,8 +104,13 @@ def contenders(work: Workload, masters: bool) -> dict[str, Any]:
         return HybridOptimizer(work.parameters(), **options)
 
     extra = ", no masters" * masters
+    usual: dict[str, Any] = {}
+    if masters:
+        usual[REFERENCE] = MasterAdamW(work.parameters())
+        usual[CHAIN] = MasterAdamW(work.parameters(), scaled=True)
+        usual[SCALED] = hybrid(PLAIN, capturable=True, max_grad_norm=1.0, loss_scale=SCALE)
     return {
-        **({REFERENCE: MasterAdamW(work.parameters())} if masters else {}),
+        **usual,
         f"{REFERENCE}{extra}": torch.optim.AdamW(work.parameters(), lr=1e-4, fused=True),
         f"AdamW foreach{extra}": torch.optim.AdamW(work.parameters(), lr=1e-4, foreach=True),
         "hybrid none": hybrid(PLAIN, capturable=True),
@@ -127,6 +147,13 @@ def measure(context: Context, work: Workload, dtype: str, optimizers: dict[str, 
         times = {"device_ms": spread(device), "host_ms": spread(host)}
         ratio = {f"of_{REFERENCE}": ratios(device, reference)}
         context.row(dtype=dtype, optimizer=name, phase=phase, **times, **ratio)
+    if CHAIN in optimizers:
+        chain, ours = (
+            [sample[0] for sample in counted[key]] for key in ((CHAIN, "step"), (SCALED, "full"))
+        )
+        share = ratios(ours, chain)["median"]
+        held = share <= LIMIT_OF_CHAIN or not context.on_gpu
+        context.check(f"{dtype}: {SCALED}, of {CHAIN}", held, share, LIMIT_OF_CHAIN)
     for name, optimizer in optimizers.items():
         if predicts(optimizer):
             stats = optimizer.stats()

@@ -1,7 +1,8 @@
-"""Sections run in another process: what hangs there or crashes the device harms nobody else.
+"""Sections run in other processes: what hangs there or crashes the device harms nobody else.
 
-The worker takes sections one after another, so that torch is imported once; after one that hung,
-crashed or failed it is replaced. What it tells arrives at once, and outlives it.
+A worker imports what its section needs before it is given one: that of the next section is started
+while another runs, or torch, from a cold disk, would take 8 seconds of each. What a worker tells
+arrives at once, and outlives it.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpu.record import SectionResult
 
-COMMAND = Path(__file__).resolve().parents[1] / "gpu_suite.py"
+COMMAND = Path(__file__).resolve().parent
 LINES = 8  # of a dead worker's output, which are kept
 REAP = 5.0  # seconds that a killed process gets: the driver may need a while to stop a kernel
 
@@ -39,27 +40,39 @@ class Task:
     seed: int = 0
     cooperative: bool = True  # may the launch with the grid barrier be used?
     device: str = "cuda"
+    folder: str = ""  # for what it keeps beside the results
 
 
 class Worker:
-    """The process, seen from the one that survives."""
+    """A process, seen from the one that survives.
 
-    def __init__(self) -> None:
+    Args:
+        targets: What it will run: their modules are imported ahead.
+    """
+
+    def __init__(self, *targets: str) -> None:
         # A file, not a pipe: what was printed before a deadlock stays readable.
         self._output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, str(COMMAND), "worker"], stdin=subprocess.PIPE,
+            [sys.executable, str(COMMAND), "worker", *filter(None, targets)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._output, text=True, start_new_session=True,
         )  # fmt: skip
         self._messages: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def run(self, task: Task, result: SectionResult, grace: float) -> bool:
+    def run(
+        self,
+        task: Task,
+        result: SectionResult,
+        grace: float,
+        told: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Runs a section into a result; whether the process may be used again.
 
-        It is killed `grace` seconds after the task's own time.
+        It is killed `grace` seconds after the task's own time. `told` is called after everything
+        that it tells.
         """
-        started = time.monotonic()
+        started, result.status = time.monotonic(), "unfinished"
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(vars(task)) + "\n")
@@ -70,6 +83,9 @@ class Worker:
             kind, content = self._next(max(left, 0.0))
             if kind != "end":
                 result.take(kind, content)
+                told()
+        if str(content["error"]).startswith("SystemExit"):  # an example has said why
+            content["error"] += f"; last output: {self._tail()}"
         result.end(**content)
         result.seconds = time.monotonic() - started
         return result.error is None and result.status != "timeout"
@@ -84,7 +100,7 @@ class Worker:
         if line is None:
             self.stop()
             died = f"its process ended with status {self._process.returncode}"
-            return "end", {"error": f"{died}; last output: {self._tail()}"}
+            return "end", {"late": False, "error": f"{died}; last output: {self._tail()}"}
         kind, content = json.loads(line)
         return kind, content
 
@@ -107,8 +123,8 @@ class Worker:
         return " / ".join(self._output.read().splitlines()[-LINES:])[-1500:]
 
 
-def serve(before: Callable[[], None]) -> None:
-    """What the process does: calls `before`, then runs sections that come by standard input."""
+def serve(targets: Iterable[str] = ()) -> None:
+    """What the process does: imports targets, then runs sections that come by standard input."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no message
 
@@ -116,7 +132,9 @@ def serve(before: Callable[[], None]) -> None:
         channel.write(json.dumps([kind, content], default=str) + "\n")
         channel.flush()
 
-    before()
+    for target in targets:
+        with contextlib.suppress(Exception):  # it fails again in the section, and says so
+            importlib.import_module(target.partition(":")[0])
     for line in sys.stdin:
         task = Task(**json.loads(line))
         deadline = time.monotonic() + task.seconds
@@ -129,14 +147,18 @@ def _outcome(task: Task, deadline: float, tell: Callable[..., None]) -> dict[str
     try:
         # Imported here: what cannot be imported fails as a section.
         import torch
-        from triton_hybrid.kernels import step
 
         from gpu.context import Context, OutOfTimeError
 
         if not task.cooperative:
-            step.cooperative_launches = lambda device: False  # type: ignore[assignment]
+            importlib.import_module("gpu.fallback")
         module, _, function = task.target.partition(":")
-        context = Context(torch.device(task.device), tell, task.seed, deadline)
+        given: dict[str, Any] = {
+            "seed": task.seed,
+            "deadline": deadline,
+            "folder": Path(task.folder),
+        }
+        context = Context(torch.device(task.device), tell, cooperative=task.cooperative, **given)
         try:
             getattr(importlib.import_module(module), function)(context)
         except OutOfTimeError:
@@ -144,7 +166,7 @@ def _outcome(task: Task, deadline: float, tell: Callable[..., None]) -> dict[str
         # Raises where the section has broken the device for this process.
         context.synchronise()
         context.release_memory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # of an example that refuses to go on
         traceback.print_exc()
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
