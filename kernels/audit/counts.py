@@ -156,3 +156,20 @@ def counted(ir: str, times: int = 1) -> Counts | None:
     """
     found = _per_element(_parsed(ir), times)
     return found if found.bytes else None
+
+
+_ADDED = re.compile(r"^(%[\w#]+) = tt\.addptr .*>, tensor<(?:\d+x)+(i\d+)>$")
+
+
+def short_offsets(ir: str) -> int:
+    """Whole blocks that are reached by offsets of 32 bits, beyond which tensors go on."""
+    short, found = set(), 0
+    for raw in ir.splitlines():
+        line = _LOCATION.sub("", raw.strip())
+        added = _ADDED.match(line)
+        if added and added[2] == "i32":
+            short.add(added[1])
+        operands = re.search(r"tt\.(?:load|store) (%[\w#]+)", line)
+        if operands and _whole(line):
+            found += operands[1] in short
+    return found

@@ -20,7 +20,7 @@ from triton_hybrid.kernels.audit.assembly import (
     ptx_accesses,
 )
 from triton_hybrid.kernels.audit.cases import Case, cases
-from triton_hybrid.kernels.audit.counts import counted
+from triton_hybrid.kernels.audit.counts import counted, short_offsets
 from triton_hybrid.kernels.audit.mix import disassembled, gcn_mix, sass_mix
 from triton_hybrid.kernels.audit.occupancy import resident_programs
 from triton_hybrid.kernels.audit.targets import (
@@ -167,6 +167,10 @@ def _inspect(case: Case, target: Target, launch: Launch, compiled: Any, finding:
         flops = (counts.flops, counts.fp64_flops, counts.tensor_flops)
         finding.flops, finding.fp64_flops, finding.tensor_flops = map(round, flops)
         finding.ir_bytes = round(counts.bytes, 3)
+    # A scratch matrix is reached by a long offset and a short one in its row.
+    short = 0 if case.products or case.on_paper else short_offsets(compiled.asm["ttir"])
+    if short:
+        failures.append(f"{short} blocks are reached by 32-bit offsets: tensors may be longer")
     parked = (MOST_PARKED if on_nvidia else MOST_LANES) if case.may_park else 0
     if finding.spills > parked and not case.may_spill:
         unit = "bytes" if on_nvidia else "registers"

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 import triton
 from triton_hybrid.kernels.audit.cases import cases
-from triton_hybrid.kernels.audit.counts import Counts, counted
+from triton_hybrid.kernels.audit.counts import Counts, counted, short_offsets
 from triton_hybrid.kernels.audit.findings import Finding
 from triton_hybrid.kernels.audit.golden import FILE, Golden
 from triton_hybrid.kernels.audit.mix import gcn_mix, sass_mix
@@ -102,6 +102,21 @@ scf.for %begin = %c0_i64 to %8 step %c64_i64 iter_args(%t = %z) -> (tensor<128x1
 def test_matrix_products_count_for_an_element_of_an_operand() -> None:
     assert counted(DOT.format(dtype="bf16")) == Counts(4, 0, 0, 256)
     assert counted(DOT.format(dtype="f32")) == Counts(8, 256, 0, 0)
+
+
+OFFSETS = """
+%near = tt.addptr %base, %offsets : tensor<1024x!tt.ptr<f32>>, tensor<1024xi32> loc(#loc2)
+%far = tt.addptr %base, %offsets : tensor<1024x!tt.ptr<f32>>, tensor<1024xi64> loc(#loc2)
+%a = tt.load %near : tensor<1024x!tt.ptr<f32>> loc(#loc2)
+%b = tt.load %far : tensor<1024x!tt.ptr<f32>> loc(#loc2)
+%c = tt.load %near, %mask, %zero : tensor<1024x!tt.ptr<f32>> loc(#loc2)
+tt.store %near, %a : tensor<1024x!tt.ptr<f32>> loc(#loc2)
+"""
+
+
+def test_offsets_of_32_bits_are_seen() -> None:
+    assert short_offsets(OFFSETS) == 2
+    assert short_offsets(OFFSETS.replace("xi32>", "xi64>")) == 0
 
 
 # ------------------------------------------------------------------------------ the golden file
