@@ -85,7 +85,8 @@ def _whole(line: str) -> tuple[int, int] | None:
     """Elements and bytes of a block that a line loads or stores without a mask."""
     operation = re.search(r"tt\.(load|store) ([^:{]*)", line)
     blocks = _blocks(line.rpartition(":")[2])
-    if operation is None or not blocks or "cache_modifier = cg" in line:
+    # Around the first-level cache come the partial sums of other programs.
+    if operation is None or not blocks or re.search(r"[mM]odifier = (cg|3)\b", line):
         return None
     kind, operands = operation.groups()
     elements, element, bits = blocks[0]
