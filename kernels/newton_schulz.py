@@ -5,7 +5,8 @@
 An odd polynomial of the singular values for each step, which the steps together push towards
 one (Muon: K. Jordan, 2024; the iteration is in Björck and Bowie, 1971). A and A A are
 symmetric: one triangle of tiles is computed and mirrored, which saves 15 to 28% of the
-multiplications.
+multiplications. Iterating on A alone would save more for wide matrices, but diverges in BF16, and
+with restarts it no longer rounds as ``torch.optim.Muon`` does (EXPERIMENTS.md, entry 21).
 
 A step is three launches for all matrices of a wave, whatever their shapes. Two more gather the
 matrices, with the momentum on the way, and divide them by their norms; the last product writes

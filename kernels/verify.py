@@ -288,7 +288,9 @@ def _correct_kernel(
         own = prediction + PREDICTION_COLUMNS * tensor
         fraction = tl.load(own + FRACTION_COLUMN).to(STATE)
         part = tl.load(own + PART_COLUMN)
-        if AGAIN and KEPT == OWN_WEIGHTS and PARAM_TYPE != STATE:
+        if AGAIN and (
+            KEPT == OWN_WEIGHTS and PARAM_TYPE != STATE
+        ):  # Triton 3.2 takes two at a time
             # The masters behind have not moved yet.
             here = decided & (part != 0)
         else:

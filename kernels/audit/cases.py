@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+from triton_hybrid.kernels.audit.case import Case
 from triton_hybrid.kernels.audit.problems import (
     FP32,
     FP64,
@@ -43,42 +44,9 @@ from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules import RULES
 from triton_hybrid.rules.rule import Rule
 
+__all__ = ["Case", "cases"]
+
 ADAMW, MUON = RULES["adamw"], RULES["muon"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A launch to audit, and what it is known to move.
-
-    The byte counts are those of one element in a full chunk, one entry a row.
-    """
-
-    name: str
-    launch: Callable[[Target], Launch]
-    reads: tuple[int, ...] = ()  # item sizes of the rows that a block reads
-    writes: tuple[int, ...] = ()  # and of those that it writes
-    inner: tuple[int, ...] = ()  # and of those that it reads in a loop of its own
-    times: int = 1  # how often that loop runs
-    first_pass: tuple[int, ...] = ()  # and of those that a pass of its own reads before
-    floor: int | None = None
-    """Bytes that the bare operation has to move; None where elements are not moved."""
-    may_spill: bool = False
-    """True for FP64, which nobody trains with: it has to run, not to be fast."""
-    may_park: bool = False
-    """Whether `MOST_PARKED` bytes a thread may spill (on AMD `MOST_LANES`): what only the loop over
-    chunks needs, stored once in 8192 elements. Without and with, an H200 ran at the same speed."""
-    products: bool = False
-    """Whether it multiplies matrices; then all its tiles must come by accesses of 128 bits."""
-
-    @property
-    def kernel(self) -> str:
-        """Which kernel, as on the command line."""
-        return self.name.split()[0].rstrip(",")
-
-    @property
-    def bytes_per_element(self) -> int | None:
-        """Bytes that the kernel moves for an element; None where it moves none."""
-        return sum((*self.reads, *self.writes, *self.first_pass, *self.inner * self.times)) or None
 
 
 def _launch(
@@ -265,6 +233,7 @@ def _secant_cases(precision: Precision) -> list[Case]:
         reads: tuple[int, ...] = (),
         writes: tuple[int, ...] = (),
         inner: tuple[int, ...] = (),
+        **counted: Any,
     ) -> Case:
         def call(problem: Problem) -> None:
             numbers = torch.zeros(size, dtype=torch.float64)
@@ -273,11 +242,16 @@ def _secant_cases(precision: Precision) -> list[Case]:
         launch = _launch(0, call, precision, ADAMW)
         floor = sum(reads + writes + inner * history) or None
         name = f"secant {name} {precision.name}"
-        return Case(name, launch, reads, writes, inner, times=history, floor=floor)
+        return Case(name, launch, reads, writes, inner, times=history, floor=floor, **counted)
 
+    # Every pair once, the gradient and what its metric and the slopes need; in a cache after that
+    # the changes, for each column of the products, and the rows that fill up a power of two.
+    pairs: dict[str, Any] = {"on_paper": sum(weights) + 3 * wide + 2 * wide * history}
+    padding = 2 * (triton.next_power_of_2(history) - history)
+    pairs["repeats"] = wide * (padding + history + 1)
     return [
         case("settle", settle, 4, (*weights, wide, narrow, wide), (*(wide,) * 4, *weights)),
-        case("products", pair_products, products_size(history)),
+        case("products", pair_products, products_size(history), **pairs),
         case("move", move, 3 + 2 * history, (*weights, wide, wide), weights, (wide, wide)),
     ]
 
@@ -294,7 +268,11 @@ def _orthogonalise_case(
         orthogonalise(problem.tensors.matrices, problem.scalars, 1.0)
 
     launch = _launch(number, call, precision, MUON, products=products)
-    return Case(f"muon {words}", launch, products=number > 1)
+    size, wide = getattr(torch, products).itemsize, precision.weight.itemsize
+    # Gathered: the gradient, exp_avg read and written, the matrix. Divided, or of two operands: it.
+    gathered = precision.param.itemsize + (2 + slow) * wide + size
+    moved = 2 * size if number else gathered
+    return Case(f"muon {words}", launch, products=number > 1, on_paper=moved)
 
 
 # Launches of `orthogonalise` by number: gather, normalise, then three for each of three steps.

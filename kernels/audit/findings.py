@@ -20,6 +20,9 @@ from triton_hybrid.kernels.audit.assembly import (
     ptx_accesses,
 )
 from triton_hybrid.kernels.audit.cases import Case, cases
+from triton_hybrid.kernels.audit.counts import counted, short_offsets
+from triton_hybrid.kernels.audit.mix import disassembled, gcn_mix, sass_mix
+from triton_hybrid.kernels.audit.occupancy import resident_programs
 from triton_hybrid.kernels.audit.targets import (
     COOPERATIVE,
     TARGETS,
@@ -60,7 +63,16 @@ class Finding:
     widest_bits: int | None = None  # of a global access
     bytes_per_element: float | None = None  # moved in a full chunk, by its accesses
     known_bytes: int | None = None  # the same by the roles it reads and writes
+    ir_bytes: float | None = None  # the same in Triton's IR, repeated ones among them
+    flops: int | None = None  # FP32 operations on an element, see ``counts.py``
+    fp64_flops: int | None = None
+    tensor_flops: int | None = None
     floor_bytes: int | None = None  # what the bare operation has to move
+    loads: tuple[int, int] = (0, 0)  # global accesses of 128 bits and more, and narrower ones
+    stores: tuple[int, int] = (0, 0)
+    warps: int = 0  # of a program
+    resident: int | None = None  # programs on a multiprocessor
+    mix: dict[str, int] = field(default_factory=dict)  # instructions by kind, where asked for
     seconds: float = 0.0  # to compile
     skipped: str = ""  # why nothing was compiled
     failures: list[str] = field(default_factory=list)
@@ -106,7 +118,7 @@ def moved_bytes(case: Case, accesses: Sequence[Access], elements: int) -> float:
     )
 
 
-def audit(case: Case, target: Target) -> Finding:
+def audit(case: Case, target: Target, with_mix: bool = False) -> Finding:
     """Compiles a case for a target and looks at what came out."""
     finding = Finding(case.name, case.kernel, target.name)
     finding.known_bytes, finding.floor_bytes = case.bytes_per_element, case.floor
@@ -120,6 +132,11 @@ def audit(case: Case, target: Target) -> Finding:
         compiled = compile_launch(launch, target)
         finding.seconds = time.perf_counter() - begin
         _inspect(case, target, launch, compiled, finding)
+        _check_paper(case, finding)
+        if with_mix:
+            nvidia = target.gpu.backend == "cuda"
+            code = disassembled(compiled.asm["cubin"]) if nvidia else compiled.asm["amdgcn"]
+            finding.mix = sass_mix(code) if nvidia else gcn_mix(code)
     except Exception as error:  # a compiler may raise anything; every case gets its line
         finding.failures.append(f"{type(error).__name__}: {error}")
     return finding
@@ -136,8 +153,24 @@ def _inspect(case: Case, target: Target, launch: Launch, compiled: Any, finding:
     finding.registers, finding.spills = resources.registers, resources.spills
     finding.shared_bytes = int(compiled.metadata.shared)
     finding.widest_bits = max((access.bits for access in emitted), default=0)
+    finding.warps = int(compiled.metadata.num_warps)
+    sizes = (finding.registers, finding.shared_bytes, finding.warps)
+    finding.resident = resident_programs(target.name, *sizes)
     failures = finding.failures
     on_nvidia = target.gpu.backend == "cuda"
+    # Tiles come by asynchronous copies where the target has them, scalars never do.
+    copies = async_copies(compiled.asm["ptx"]) if on_nvidia else []
+    finding.loads = _by_width([*copies, *(a.bits for a in emitted if not a.store)])
+    finding.stores = _by_width([a.bits for a in emitted if a.store])
+    counts = counted(compiled.asm["ttir"], case.times)
+    if counts is not None:
+        flops = (counts.flops, counts.fp64_flops, counts.tensor_flops)
+        finding.flops, finding.fp64_flops, finding.tensor_flops = map(round, flops)
+        finding.ir_bytes = round(counts.bytes, 3)
+    # A scratch matrix is reached by a long offset and a short one in its row.
+    short = 0 if case.products or case.on_paper else short_offsets(compiled.asm["ttir"])
+    if short:
+        failures.append(f"{short} blocks are reached by 32-bit offsets: tensors may be longer")
     parked = (MOST_PARKED if on_nvidia else MOST_LANES) if case.may_park else 0
     if finding.spills > parked and not case.may_spill:
         unit = "bytes" if on_nvidia else "registers"
@@ -152,37 +185,58 @@ def _inspect(case: Case, target: Target, launch: Launch, compiled: Any, finding:
                 "all be resident together"
             )
     if case.products:
-        # Tiles come by asynchronous copies where the target has them, scalars never do.
-        tiles = async_copies(compiled.asm["ptx"]) if target.gpu.backend == "cuda" else []
-        tiles = tiles or [a.bits for a in emitted if not a.store and a.bits >= WIDE]
+        tiles = copies or [a.bits for a in emitted if not a.store and a.bits >= WIDE]
         if not tiles or min(tiles) < WIDE:
             failures.append(
                 f"tiles are loaded by accesses of {sorted(set(tiles))} bits: must be 128"
             )
-    if case.bytes_per_element is None:
+    if case.bytes_per_element is None or case.on_paper is not None:
         return
     for store, kind in ((False, "loads"), (True, "stores")):
         meant = sum(a.store is store and a.bits >= WIDE for a in accesses if not a.scratch)
         found = sum(a.store is store and a.bits >= WIDE for a in emitted)
         if found < meant:
             failures.append(f"{meant} 128-bit {kind} were meant, {found} are in the assembly")
-    threads = int(compiled.metadata.num_warps) * target.gpu.warp_size
+    threads = finding.warps * target.gpu.warp_size
     elements = int(launch.arguments["BLOCK"]) // threads
     finding.bytes_per_element = moved_bytes(case, accesses, elements)
 
 
-def _audit_named(case: str, target: str) -> Finding:
-    return audit({c.name: c for c in cases()}[case], TARGETS[target])
+def _by_width(widths: Sequence[int]) -> tuple[int, int]:
+    wide = sum(bits >= WIDE for bits in widths)
+    return wide, len(widths) - wide
+
+
+def _check_paper(case: Case, finding: Finding) -> None:
+    """Compares the bytes in Triton's IR with those on paper."""
+    known = case.bytes_per_element
+    if known is None and finding.ir_bytes is None:
+        return
+    if known is None or finding.ir_bytes != known + case.repeats:
+        counted_ones = "none" if finding.ir_bytes is None else f"{finding.ir_bytes:g}"
+        again = f" and {case.repeats} once more" if case.repeats else ""
+        failure = f"its IR moves {counted_ones} bytes an element, on paper it is {known}{again}"
+        finding.failures.append(failure)
+    elif case.on_paper is not None:
+        finding.bytes_per_element = finding.ir_bytes - case.repeats
+
+
+def _audit_named(case: str, target: str, with_mix: bool) -> Finding:
+    return audit({c.name: c for c in cases()}[case], TARGETS[target], with_mix)
 
 
 def run(
-    chosen: Sequence[Case], targets: Sequence[Target], jobs: int, log: Callable[[str], None]
+    chosen: Sequence[Case],
+    targets: Sequence[Target],
+    jobs: int,
+    log: Callable[[str], None],
+    with_mix: bool = False,
 ) -> list[Finding]:
     """Audits cases for targets, in ``jobs`` processes; in this one when there is one job."""
     pairs = [(case, target) for case in chosen for target in targets]
     if jobs <= 1:
-        return [audit(case, target) for case, target in pairs]
-    names = zip(*((case.name, target.name) for case, target in pairs))
+        return [audit(case, target, with_mix) for case, target in pairs]
+    names = zip(*((case.name, target.name, with_mix) for case, target in pairs))
     # Spawned, not forked: torch and LLVM have started threads by now.
     context = multiprocessing.get_context("spawn")
     findings: list[Finding] = []

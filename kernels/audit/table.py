@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import triton
 from triton_hybrid.kernels.audit.findings import REGISTER_LIMIT, Finding
+from triton_hybrid.kernels.audit.mix import KINDS
+from triton_hybrid.kernels.audit.occupancy import occupancy
 
 
 def _cells(finding: Finding) -> dict[str, str]:
@@ -37,7 +39,22 @@ def _cells(finding: Finding) -> dict[str, str]:
 def table(findings: Sequence[Finding]) -> str:
     """The findings as a plain-text table."""
     cells = [_cells(finding) for finding in findings]
-    rows = [list(cells[0]), *(list(row.values()) for row in cells)]
+    return aligned([list(cells[0]), *(list(row.values()) for row in cells)], "<<>>>>>><")
+
+
+def mix_table(findings: Sequence[Finding]) -> str:
+    """Programs and share of warps on a multiprocessor, then instructions by kind."""
+    rows = [["launch", "target", "programs", "warps", *KINDS, "all"]]
+    for finding in findings:
+        if finding.resident is not None:
+            share = occupancy(finding.target, finding.resident, finding.warps)
+            cells = [finding.case, finding.target, str(finding.resident), f"{share:.0%}"]
+            rows.append([*cells, *(str(finding.mix.get(kind, "-")) for kind in rows[0][4:])])
+    return aligned(rows, "<<" + ">" * (len(rows[0]) - 2))
+
+
+def aligned(rows: list[list[str]], sides: str) -> str:
+    """Rows as text, the first as the head; a launch is named in its first row only."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     lines = []
@@ -45,8 +62,8 @@ def table(findings: Sequence[Finding]) -> str:
     for launch, *rest in rows:
         shown = ["" if launch == previous else launch, *rest]
         previous = launch
-        aligned = [f"{c:{a}{w}}" for c, a, w in zip(shown, "<<>>>>>><", widths)]
-        lines.append("  ".join(aligned).rstrip())
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(shown, sides, widths)]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
