@@ -60,6 +60,7 @@ class Case:
     inner: tuple[int, ...] = ()  # and of those that it reads in a loop of its own
     times: int = 1  # how often that loop runs
     first_pass: tuple[int, ...] = ()  # and of those that a pass of its own reads before
+    pieces: int = 1  # parts of a block that all but that pass work on one after the other
     floor: int | None = None
     """Bytes that the bare operation has to move; None where elements are not moved."""
     may_spill: bool = False
@@ -96,13 +97,16 @@ def _step_case(
     clip: bool = False,
     slow: bool = False,
     measured: bool = True,
+    accepting: bool = False,
     shapes: Shapes | None = None,
 ) -> Case:
-    """One launch of `step`, or its part ``statistics`` or ``update``."""
+    """One launch of `step` or a part of it; ``accepting``: where masters follow a prediction."""
+    slow, measured = slow or accepting, measured and not accepting
     wide, narrow = precision.weight.itemsize, precision.param.itemsize
     kernels = rule.kernels
     words = [precision.name, part]
-    words += ["clip"] * clip + ["slow EMA"] * slow + ["unmeasured"] * (slow and not measured)
+    words += ["clip"] * clip + ["slow EMA"] * slow
+    words += ["accepting" if accepting else "unmeasured"] * (slow and not measured)
     words += ["one chunk"] * (shapes is SINGLE)
     name = f"{rule.name} {', '.join(words)}"
 
@@ -115,6 +119,7 @@ def _step_case(
             observed=True,
             measured=measured,
             cooperative=part == "one launch",
+            again=SlowEMA.displacement if accepting else None,
         )
 
     launch = _launch(-1 if part == "update" else 0, call, precision, rule, shapes)
@@ -134,6 +139,7 @@ def _step_case(
         floor=sum(bare) + narrow * kernels.uses_gradient,
         may_spill=precision == FP64,
         may_park=slow,
+        pieces=2 if accepting else 1,
     )
 
 
@@ -355,6 +361,8 @@ def _rule_cases(rule: Rule) -> list[Case]:
     for precision in (FP32, *HALVES):
         for slow in (False, True):
             found.append(_step_case(rule, precision, clip=True, slow=slow))
+        if precision in HALVES:
+            found.append(_step_case(rule, precision, clip=True, accepting=True))
         name = f"{rule.name} predict {precision.name}"
         found.append(_predict_case(rule, precision, SlowEMA.displacement, name))
     return found
@@ -369,6 +377,8 @@ def cases() -> list[Case]:
                 found.append(_step_case(ADAMW, precision, clip=clip, slow=slow))
         found.append(_step_case(ADAMW, precision, clip=True, slow=True, measured=False))
         found.append(_step_case(ADAMW, precision, "statistics"))
+        for part in ("one launch", "update") if precision in HALVES else ():
+            found.append(_step_case(ADAMW, precision, part, clip=True, accepting=True))
         for slow in (False, True):
             found.append(_step_case(ADAMW, precision, "update", clip=True, slow=slow))
     found.append(_step_case(ADAMW, FP32, clip=True, slow=True, shapes=SINGLE))
