@@ -265,9 +265,9 @@ def correct(
             keeps every bit. Without a decision in the ledger nothing happens.
         restart: Whether the weights become the new snapshot.
         again: The displacement, to be computed again; None: there is a snapshot.
-        deferred: Whether the base update of this step, given ``again`` too, places the masters of an
-            accepted prediction (`placed_by_update`). Those of tensors that it leaves out, without a
-            gradient, are placed here, and so is what was rolled back.
+        deferred: Whether the base update of this step, given ``again`` too, places the masters of
+            an accepted prediction (`placed_by_update`). Those of tensors that it leaves out,
+            without a gradient, are placed here, and so is what was rolled back.
     """
     tensors.launch(
         _correct_kernel, own(scalars.prediction, tensors), own(scalars.moves, tensors),
