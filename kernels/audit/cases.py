@@ -246,6 +246,7 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
             (*weights, *along),
             weights,
             restart=False,
+            deferred=True,
             **placed,
         ),
         _predict_case(ADAMW, precision, last, linear, shapes=shapes),
