@@ -8,7 +8,8 @@ clipping; a non-finite gradient must change nothing), so between them lies eithe
 What an update does is the rule's (`UpdateRule`); clipping, weight decay, masters, the slow EMA and
 the measurements are the same for every rule, and written here once. With AdamW the
 update moves 28 bytes a parameter, in FP32 and in 16 bit with FP32 masters; the first part reads
-the gradient once more, the slow EMA adds 8 bytes.
+the gradient once more, the slow EMA adds 8 bytes, and masters that follow an accepted prediction
+(`placement`) none.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.displacement import Displacement, computed_again
 from triton_hybrid.kernels.launch import INTERPRETED, RESIDENT_LAUNCH
 from triton_hybrid.kernels.ledger import close_gradient, observe, slow_decay, slow_share
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.placement import accepted_move, load_placed, placed_by_update
 from triton_hybrid.kernels.rows import (
     GRAD,
     TAIL_SHARE,
@@ -40,6 +43,7 @@ from triton_hybrid.kernels.scalars import (
     WEIGHT_DECAY,
     Scalars,
     gradient_norm,
+    own,
 )
 from triton_hybrid.kernels.step_torch import Gradient, averaging_rates, close_step_torch
 from triton_hybrid.kernels.sums import fold, no_sums
@@ -66,7 +70,9 @@ def _gradient_sums(
 @triton.jit
 def _update_chunk(
     addresses, tensor, start, length, row, step, factor, clip, slow_rate, share, uu, us, ss, ee,
+    ledger, prediction, moves,
     CONSTANTS: tl.constexpr, DIRECTION: tl.constexpr, ALONG: tl.constexpr,
+    DISPLACEMENT: tl.constexpr, DENOMINATOR: tl.constexpr, AGAIN: tl.constexpr,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     SLOW: tl.constexpr, COMPARE: tl.constexpr,
@@ -76,9 +82,21 @@ def _update_chunk(
     lr = tl.load(row + LR)
     keep = (1.0 - lr * tl.load(row + WEIGHT_DECAY)).to(STATE)
     size, a, b, c, d = CONSTANTS(row, step, lr * factor, STATE)
+    if AGAIN:
+        fraction, written, moved, p, q, r, t = accepted_move(
+            ledger, prediction, moves, tensor, STATE
+        )
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
-        w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
+        if AGAIN:
+            # Before anything is stored: then the compiler takes the rows that it reads as loaded.
+            s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+            w = load_placed(
+                addresses, tensor, begin, length, fraction, written, moved, p, q, r, t, moves,
+                DISPLACEMENT, DENOMINATOR, ALONG, PARAM_TYPE, STATE, KEPT, BLOCK, FULL,
+            )  # fmt: skip
+        else:
+            w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL) * clip
         direction, denominator = DIRECTION(
             addresses, tensor, begin, length, g, a, b, c, d, STATE, UPDATE_TYPE, BLOCK, FULL
@@ -89,7 +107,8 @@ def _update_chunk(
             addresses, tensor, begin, length, w, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL
         )
         if SLOW:
-            s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+            if not AGAIN:
+                s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
             if COMPARE:
                 ahead = size * ALONG(
                     addresses, tensor, begin, length, s, denominator, STATE, BLOCK, FULL
@@ -98,7 +117,8 @@ def _update_chunk(
                 us += fold(update * ahead, BLOCK, FULL)
                 ss += fold(ahead * ahead, BLOCK, FULL)
             s = s + slow_rate * (share * g - s)
-            ee += fold(s * s, BLOCK, FULL)
+            if not AGAIN:
+                ee += fold(s * s, BLOCK, FULL)
             store_row(addresses, SLOW_EMA, tensor, begin, length, s, STATE, STATE, BLOCK, FULL)
     return uu, us, ss, ee
 
@@ -131,9 +151,10 @@ def _close_step(
 @triton.jit
 def _step_kernel(
     addresses, extents, places, n_chunks,
-    present, n_tensors, group, hyperparameters, steps, rate_factors,
+    present, n_tensors, group, hyperparameters, steps, rate_factors, prediction, moves,
     partials, first_column, arrivals, ledger, max_norm, slow_beta,
     CONSTANTS: tl.constexpr, DIRECTION: tl.constexpr, ALONG: tl.constexpr, FACTORED: tl.constexpr,
+    DISPLACEMENT: tl.constexpr, DENOMINATOR: tl.constexpr, AGAIN: tl.constexpr,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     SLOW: tl.constexpr, COMPARE: tl.constexpr,
@@ -182,6 +203,8 @@ def _step_kernel(
             slow_rate = (1.0 - slow_decay(ledger, slow_beta)).to(STATE)
             share = slow_share(ledger, norm, coefficient).to(STATE)
 
+        # Placing takes registers: half of a block at a time leaves enough of them.
+        PIECE: tl.constexpr = BLOCK // 2 if AGAIN else BLOCK
         uu = no_sums(BLOCK, True)
         us = no_sums(BLOCK, True)
         ss = no_sums(BLOCK, True)
@@ -196,9 +219,10 @@ def _step_kernel(
                 if full == FULL:
                     uu, us, ss, ee = _update_chunk(
                         addresses, tensor, start, length, row, step, factor,
-                        clip, slow_rate, share, uu, us, ss, ee, CONSTANTS, DIRECTION, ALONG,
+                        clip, slow_rate, share, uu, us, ss, ee, ledger, prediction, moves,
+                        CONSTANTS, DIRECTION, ALONG, DISPLACEMENT, DENOMINATOR, AGAIN,
                         PARAM_TYPE, GRAD_TYPE, STATE, UPDATE_TYPE, MASTER, KEPT, SLOW,
-                        COMPARE, BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                        COMPARE, PIECE if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
         if SLOW:
             tl.store(own + 2 * COLUMNS, tl.sum(uu, axis=0))
@@ -245,6 +269,7 @@ def step(
     cooperative: bool | None = None,
     known: bool = False,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    again: Displacement | None = None,
 ) -> None:
     """One base step over tensor sets of different dtypes and rules on one device.
 
@@ -265,6 +290,8 @@ def step(
         known: Whether ``scalars.gradient`` holds what `measure` found, here or on all processes.
         reduce: Adds FP64 sums up over the processes that hold the other parts of these tensors;
             None where there are none.
+        again: In the step of a verification, the displacement that was left to it by `correct`:
+            masters of an accepted prediction begin where it puts them. Not with ``measured``.
 
     Raises:
         ValueError: A cooperative launch of several programs in the interpreter.
@@ -281,17 +308,20 @@ def step(
     assert len(rules) == len(sets), "a tensor set without a rule cannot be updated"
     options: dict[str, Any] = {"max_norm": max_norm, "slow_beta": slow_beta, "observed": observed}
     options |= {"measured": measured and slow_beta > 0}
+    assert again is None or (slow_beta > 0 and not measured), "again: such a step places nothing"
     if known:
         # The kernels look where the first part would have left it.
         scalars.partials[:2].zero_()
         scalars.partials[:2, 0] = scalars.gradient
     elif cooperative and len(sets) == 1 and rules[0].prepare is None:
+        options["again"] = again
         _launch(sets[0], scalars, statistics=True, update=True, last=True, **options)
         return
     else:
         for tensors in sets:
             _launch(tensors, scalars, statistics=True, update=False, last=False, **options)
     gradient = None if reduce is None else Gradient.of(scalars, max_norm)
+    options["again"] = again
     for tensors, rule in zip(sets, rules):
         if rule.prepare is not None:
             rule.prepare(tensors, scalars, max_norm)
@@ -344,17 +374,22 @@ def _launch(
     slow_beta: float,
     observed: bool,
     measured: bool,
+    again: Displacement | None = None,
 ) -> None:
     rule, slow = tensors.rule, slow_beta > 0
     assert rule is not None
     single = statistics and update and not INTERPRETED
+    placing = again is not None and placed_by_update(tensors)
+    tables = scalars.prediction, scalars.moves
     extra = {"launch_cooperative_grid": True} if single else {}
     tensors.launch(
         _step_kernel, tensors.chunks().present, len(tensors),
         tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,
+        *([own(table, tensors) for table in tables] if placing else tables),
         scalars.partials, tensors.first_column, scalars.arrivals, scalars.ledger,
         max_norm or 0.0, float(slow_beta),
-        CONSTANTS=rule.constants, DIRECTION=rule.direction, ALONG=rule.along,
+        CONSTANTS=rule.constants, DIRECTION=rule.direction,
+        **{**computed_again(tensors, again, placing), "ALONG": rule.along},
         FACTORED=tensors.rate_factors is not None, MASTER=tensors.has_master,
         GRAD_TYPE=tensors.dtype_of("grad"), UPDATE_TYPE=tensors.dtype_of("update"),
         SLOW=slow, COMPARE=measured and not tensors.frozen, MEASURE=measured,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.ledger_torch import (
     move_loss_scale_torch,
@@ -15,6 +16,7 @@ from triton_hybrid.kernels.ledger_torch import (
     slow_share_torch,
 )
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet
+from triton_hybrid.kernels.placement import Places, placed_by_update
 from triton_hybrid.kernels.rows import OWN
 from triton_hybrid.kernels.scalars import HYPER, UPDATE_SUMS, Scalars
 from triton_hybrid.kernels.together_torch import Together, dots, together
@@ -32,6 +34,7 @@ def step_torch(
     cooperative: bool | None = None,
     known: bool = False,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    again: Displacement | None = None,
 ) -> None:
     """`step` in plain torch.
 
@@ -59,7 +62,10 @@ def step_torch(
                 tensors.rule.prepare_torch(tensors, scalars, clip, skip)
             table = update_numbers(tensors, scalars, clip)
             part = 1.0 if reduce is None else tensors.share
-            sums += part * _update(tensors, table, skip, rates, measured, compared)
+            places = None
+            if again is not None and placed_by_update(tensors):
+                places = Places(tensors, scalars, again)
+            sums += part * _update(tensors, table, skip, rates, measured, compared, places)
             here: float | Tensor = 1.0
             if not all(tensors.present):
                 here = torch.tensor(tensors.present, device=ledger.device)
@@ -178,8 +184,11 @@ def _update(
     rates: Tensor | None,
     measured: bool,
     compared: bool,
+    places: Places | None = None,
 ) -> Tensor:
     """Updates one set, where ``skip`` is not true; returns what `UPDATE_SUMS` names.
+
+    ``places``: where its weights are to begin, if not where they are.
 
     Blocks stay in cache, so what follows the rule's update costs no main memory.
     """
@@ -201,14 +210,16 @@ def _update(
         its = Numbers(*row)
         if index in parties:
             party = parties[index]
-            found = _update_together(party, its, after, scratch, known, measured, compared)
+            # Before anything is updated: displacements are made of the rows as they were.
+            weight = None if places is None else places.weights(party)
+            found = _update_together(party, its, after, scratch, known, measured, compared, weight)
             done.update(zip(party.indices, found))
         if index in done:  # in the order of tensors, whoever is worked on together
             if measured:
                 sums = [total + term for total, term in zip(sums, done[index])]
             continue
         for part in tensors.torch_blocks(index) if here else ():
-            w = tensors.weight(index, part)
+            w = (tensors if places is None else places).weight(index, part)
             g = flat["grad"][index][part].to(compute)
             if not on_host or its.clip != 1.0:
                 g = g * its.clip
@@ -245,13 +256,18 @@ def _update_together(
     rates: list[float] | None,
     measured: bool,
     compared: bool,
+    weight: Tensor | None,
 ) -> list[Sequence[float]]:
-    """`_update` of short tensors with the same numbers; returns the sums of each."""
+    """`_update` of short tensors with the same numbers; returns the sums of each.
+
+    ``weight``: theirs, joined, where it is not the one that is kept.
+    """
     tensors, indices = party.tensors, party.indices
     rule, compute = tensors.rule, tensors.compute_dtype
     assert rule is not None
     in_place = rule.torch.takes_lists and tensors.kept == OWN and not tensors.has_master
-    weight = None if in_place else party.weight()
+    if weight is None and not in_place:
+        weight = party.weight()
     converted = its.clip != 1.0 or tensors.dtype["grad"] != compute
     needed = converted or rates is not None or not rule.torch.takes_lists
     g = party.joined("grad").to(compute) if needed else None

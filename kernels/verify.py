@@ -8,19 +8,10 @@ decides by it, and `correct` places the weights where the decision says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton_hybrid.kernels.displacement import (
-    Displacement,
-    again_torch,
-    computed_again,
-    numbers_torch,
-)
+from triton_hybrid.kernels.displacement import Displacement, computed_again
 from triton_hybrid.kernels.ledger import (
     CAUSE_JUMP,
     CAUSE_NONFINITE,
@@ -39,13 +30,9 @@ from triton_hybrid.kernels.ledger import (
     reject,
 )
 from triton_hybrid.kernels.ledger_torch import gate_torch, reject_torch
-from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
-from triton_hybrid.kernels.residue import (
-    load_moved,
-    load_moved_torch,
-    move_numbers,
-    stands_in_parameter,
-)
+from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.placement import ACCEPTED, Places, at_fraction, placed_by_update
+from triton_hybrid.kernels.residue import load_moved, move_numbers, stands_in_parameter
 from triton_hybrid.kernels.rows import (
     OWN_WEIGHTS,
     SNAPSHOT,
@@ -57,7 +44,7 @@ from triton_hybrid.kernels.rows import (
 )
 from triton_hybrid.kernels.scalars import Scalars, own
 from triton_hybrid.kernels.sums import totals
-from triton_hybrid.kernels.together_torch import Part, Together, together
+from triton_hybrid.kernels.together_torch import Part, together
 
 
 @triton.jit
@@ -92,9 +79,7 @@ def _place_chunk(
                     addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL
                 )
         if not WHOLE:
-            between = placed + fraction * (w - placed)
-            # Exactly 0 and 1 must keep the bits, also where the displacement is not finite.
-            placed = tl.where(fraction == 0.0, placed, tl.where(fraction == 1.0, w, between))
+            placed = at_fraction(placed, w, fraction)
         store_weight(
             addresses, tensor, begin, length, placed, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL
         )
@@ -208,7 +193,7 @@ def check_move_torch(
     undone = rejected | (moving & (sums[:, 0].sum() > 0))
     on_cpu = ledger.device.type == "cpu"
     if not on_cpu or bool(undone):
-        places = _Places(tensors, scalars, again)
+        places = Places(tensors, scalars, again)
         for index, part in enumerate(prediction[tensors.place, PART_COLUMN.value] > 0):
             for block in tensors.torch_blocks(index) if not on_cpu or bool(part) else ():
                 where = True if on_cpu else undone & part
@@ -231,58 +216,16 @@ def check_move_torch(
     ledger.copy_(torch.stack(list(entries.values())))
 
 
-class _Places:
-    """Puts weights of a set at a fraction of the displacement that stands, in plain torch."""
-
-    def __init__(self, tensors: TensorSet, scalars: Scalars, again: Displacement | None) -> None:
-        self._again, (self.table, self._numbers) = again, numbers_torch(tensors, scalars)
-        compute = tensors.compute_dtype
-        self._out = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
-
-    def ends(
-        self, cells: Part | Together, its: Sequence[Any], length: int, written: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The weights before and after the displacement."""
-        if self._again is None:
-            return cells.joined("snapshot"), cells.weight()
-        moved = again_torch(cells, self._again, its, self._out[:, :length])
-        return load_moved_torch(cells, moved, written)
-
-    def place(
-        self, cells: Part, index: int, fraction: Any, where: Any, written: Any = False
-    ) -> Tensor:
-        """Places a block of a tensor; returns the weights. ``where``: 0-dim bool, or True."""
-        length = len(cells.joined("param"))
-        start, w = self.ends(cells, self._numbers[index], length, written)
-        placed = between(start, w, fraction)
-        if where is True:
-            cells.put_weight(placed)
-            return placed
-        tensors = cells.tensors
-        # What stands there, which is not `w` where a prediction stands in the parameter alone.
-        names = [n for n in ("weight", "param", "remainder") if n in tensors.flat]
-        kept = {name: cells.joined(name).clone() for name in names}
-        cells.put_weight(placed)
-        for name, old in kept.items():
-            cells.put(name, torch.where(where, cells.joined(name), old))
-        return torch.where(where, placed, w)
-
-
-def between(start: Tensor, end: Tensor, fraction: Any) -> Tensor:
-    """A point on the way; the bits of its ends at exactly 0 and 1."""
-    share = torch.as_tensor(fraction, dtype=start.dtype, device=start.device)
-    placed = torch.where(share == 1.0, end, start + share * (end - start))
-    return torch.where(share == 0.0, start, placed)
-
-
 @triton.jit
 def _correct_kernel(
-    addresses, extents, places, n_chunks, prediction, moves, ledger,
+    addresses, extents, places, n_chunks, prediction, moves, present, ledger,
     DISPLACEMENT: tl.constexpr, DENOMINATOR: tl.constexpr, ALONG: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
-    AGAIN: tl.constexpr, RESTART: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    AGAIN: tl.constexpr, RESTART: tl.constexpr, DEFERRED: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    decided = tl.load(ledger + DECISION) > 0
+    decision = tl.load(ledger + DECISION)
+    decided = decision > 0
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
         own = prediction + PREDICTION_COLUMNS * tensor
@@ -293,6 +236,8 @@ def _correct_kernel(
         ):  # Triton 3.2 takes two at a time
             # The masters behind have not moved yet.
             here = decided & (part != 0)
+            if DEFERRED:
+                here = here & ((decision != ACCEPTED) | (tl.load(present + tensor) == 0))
         else:
             here = decided & (RESTART | (fraction != 1.0))
         if here:
@@ -307,7 +252,12 @@ def _correct_kernel(
 
 
 def correct(
-    tensors: TensorSet, scalars: Scalars, *, restart: bool, again: Displacement | None = None
+    tensors: TensorSet,
+    scalars: Scalars,
+    *,
+    restart: bool,
+    again: Displacement | None = None,
+    deferred: bool = False,
 ) -> None:
     """Places the weights at a fraction of the displacement that stands. One launch.
 
@@ -317,16 +267,25 @@ def correct(
             keeps every bit. Without a decision in the ledger nothing happens.
         restart: Whether the weights become the new snapshot.
         again: The displacement, to be computed again; None: there is a snapshot.
+        deferred: Whether the base update of this step, given ``again`` too, places the masters of
+            an accepted prediction (`placed_by_update`). Those of tensors that it leaves out,
+            without a gradient, are placed here, and so is what was rolled back.
     """
     tensors.launch(
         _correct_kernel, own(scalars.prediction, tensors), own(scalars.moves, tensors),
-        scalars.ledger, every=True, MASTER=tensors.has_master, RESTART=restart,
+        tensors.chunks().present, scalars.ledger, every=True,
+        MASTER=tensors.has_master, RESTART=restart, DEFERRED=deferred and placed_by_update(tensors),
         **computed_again(tensors, again),
     )  # fmt: skip
 
 
 def correct_torch(
-    tensors: TensorSet, scalars: Scalars, *, restart: bool, again: Displacement | None = None
+    tensors: TensorSet,
+    scalars: Scalars,
+    *,
+    restart: bool,
+    again: Displacement | None = None,
+    deferred: bool = False,
 ) -> None:
     """`correct` in plain torch."""
     ledger = scalars.ledger
@@ -337,15 +296,15 @@ def correct_torch(
     prediction = scalars.prediction[tensors.place]
     fractions = prediction[:, FRACTION_COLUMN.value].to(tensors.compute_dtype)
     parts = prediction[:, PART_COLUMN.value]
-    places = _Places(tensors, scalars, again)
+    places = Places(tensors, scalars, again)
     # The masters behind have not moved yet, whatever the fraction.
     still = parts == 0 if again and stands_in_parameter(tensors) else fractions == 1.0
+    if deferred and placed_by_update(tensors):
+        still = still | (tensors.has_gradient() & (ledger[INDEX["decision"]] == ACCEPTED.value))
     stays = (still & (not restart)).tolist() if on_cpu else [False] * len(tensors)
     done: set[int] = set()
     for party in together(tensors, [None if here else True for here in stays]).values():
-        its = [party.spread(column) for column in places.table.unbind(1)] if again else []
-        start, w = places.ends(party, its, party.total, party.spread(parts) < 0)
-        placed = between(start, w, party.spread(fractions))
+        placed = places.of(party)
         party.put_weight(placed)
         if restart:
             party.put("snapshot", placed)

@@ -215,9 +215,8 @@ class Engine:
 
     def base_step(self, plan: StepPlan) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
-        predictor, self._losses = self.predictor, 0
+        predictor, known, self._losses, self._measured = self.predictor, self._measured, 0, False
         self.choice.before_step(plan.followed)
-        known, self._measured = self._measured, False
         scale = predictor.base_rates()
         if scale is not None:
             rates = self.scalars.hyperparameters[:, HYPER["lr"]]
@@ -232,6 +231,7 @@ class Engine:
             measured=plan.measured,
             known=known,
             reduce=self.reduce,
+            again=predictor.take_deferred(),
         )
         if scale is not None:
             rates.copy_(kept)

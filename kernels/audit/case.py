@@ -22,6 +22,7 @@ class Case:
     inner: tuple[int, ...] = ()  # and of those that it reads in a loop of its own
     times: int = 1  # how often that loop runs
     first_pass: tuple[int, ...] = ()  # and of those that a pass of its own reads before
+    pieces: int = 1  # parts of a block that all but that pass work on one after the other
     floor: int | None = None
     """Bytes that the bare operation has to move; None where elements are not moved."""
     may_spill: bool = False

@@ -64,13 +64,16 @@ def _step_case(
     clip: bool = False,
     slow: bool = False,
     measured: bool = True,
+    accepting: bool = False,
     shapes: Shapes | None = None,
 ) -> Case:
-    """One launch of `step`, or its part ``statistics`` or ``update``."""
+    """One launch of `step` or a part of it; ``accepting``: where masters follow a prediction."""
+    slow, measured = slow or accepting, measured and not accepting
     wide, narrow = precision.weight.itemsize, precision.param.itemsize
     kernels = rule.kernels
     words = [precision.name, part]
-    words += ["clip"] * clip + ["slow EMA"] * slow + ["unmeasured"] * (slow and not measured)
+    words += ["clip"] * clip + ["slow EMA"] * slow
+    words += ["accepting" if accepting else "unmeasured"] * (slow and not measured)
     words += ["one chunk"] * (shapes is SINGLE)
     name = f"{rule.name} {', '.join(words)}"
 
@@ -83,6 +86,7 @@ def _step_case(
             observed=True,
             measured=measured,
             cooperative=part == "one launch",
+            again=SlowEMA.displacement if accepting else None,
         )
 
     launch = _launch(-1 if part == "update" else 0, call, precision, rule, shapes)
@@ -102,6 +106,7 @@ def _step_case(
         floor=sum(bare) + narrow * kernels.uses_gradient,
         may_spill=precision == FP64,
         may_park=slow,
+        pieces=2 if accepting else 1,
     )
 
 
@@ -208,6 +213,7 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
             (*weights, *along),
             weights,
             restart=False,
+            deferred=True,
             **placed,
         ),
         _predict_case(ADAMW, precision, last, linear, shapes=shapes),
@@ -333,6 +339,8 @@ def _rule_cases(rule: Rule) -> list[Case]:
     for precision in (FP32, *HALVES):
         for slow in (False, True):
             found.append(_step_case(rule, precision, clip=True, slow=slow))
+        if precision in HALVES:
+            found.append(_step_case(rule, precision, clip=True, accepting=True))
         name = f"{rule.name} predict {precision.name}"
         found.append(_predict_case(rule, precision, SlowEMA.displacement, name))
     return found
@@ -347,6 +355,8 @@ def cases() -> list[Case]:
                 found.append(_step_case(ADAMW, precision, clip=clip, slow=slow))
         found.append(_step_case(ADAMW, precision, clip=True, slow=True, measured=False))
         found.append(_step_case(ADAMW, precision, "statistics"))
+        for part in ("one launch", "update") if precision in HALVES else ():
+            found.append(_step_case(ADAMW, precision, part, clip=True, accepting=True))
         for slow in (False, True):
             found.append(_step_case(ADAMW, precision, "update", clip=True, slow=slow))
     found.append(_step_case(ADAMW, FP32, clip=True, slow=True, shapes=SINGLE))

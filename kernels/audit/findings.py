@@ -37,8 +37,9 @@ REGISTER_LIMIT = REGISTERS
 
 MOST_PARKED = 64
 """Bytes a thread may spill where nothing of it is in the loop over elements."""
-MOST_LANES = 4
-"""The same on AMD, of scalar registers, which go to the lanes of a vector register."""
+MOST_LANES = 16
+"""The same on AMD, of scalar registers, which go to the lanes of a vector register (with Triton 3.6
+14 of the accepting step's, once a launch, and none with 3.9)."""
 SHARED_LIMIT = 12 * 1024
 """Most shared memory, in bytes, of a program of a cooperative launch: eight fit everywhere."""
 
@@ -96,12 +97,14 @@ def moved_bytes(case: Case, accesses: Sequence[Access], elements: int) -> float:
     wide = [access for access in accesses if access.bits >= WIDE and not access.scratch]
     loaded = sum(access.bits for access in wide if not access.store) // 8
     stored = sum(access.bits for access in wide if access.store) // 8
-    # Of a row of bytes a thread with fewer than 16 elements has less than 128 bits.
+    # Of a row of bytes a thread with fewer than 16 elements has less than 128 bits, and of one of
+    # 16-bit numbers with fewer than 8.
+    piece = elements // case.pieces
     reads, writes = (
-        sum(size for size in roles if size * elements * 8 >= WIDE) * elements
+        sum(size for size in roles if size * piece * 8 >= WIDE) * piece
         for roles in (case.reads, case.writes)
     )
-    first, inner = sum(case.first_pass) * elements, sum(case.inner) * elements
+    first, inner = sum(case.first_pass) * elements, sum(case.inner) * piece
     for copies, unrolled in itertools.product(
         range(1, MOST_UNROLLED + 1), range(1, case.times + 1)
     ):

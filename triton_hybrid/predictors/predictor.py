@@ -133,6 +133,7 @@ class Predictor(Choice):
         self.active = self
         self.refit_steps = config.full_steps
         self._slopes_known = False
+        self._deferred: Displacement | None = None
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return (SLOW_EMA, SNAPSHOT, PREDICTION)
@@ -168,7 +169,7 @@ class Predictor(Choice):
 
         ``last``: a prediction may follow this gradient.
         """
-        engine = self.engine
+        engine, self._deferred = self.engine, self.again
         for batch in engine.batches:
             # Where nothing predicts, a checkpoint may have brought what another one has moved.
             moved = self.predicts and (self.again is None or not self.leaves(batch))
@@ -182,7 +183,13 @@ class Predictor(Choice):
                     engine.scalars,
                     restart=self.follows_trajectory,
                     again=self.again,
+                    deferred=self.again is not None,
                 )
+
+    def take_deferred(self) -> Displacement | None:
+        """The displacement, where `verify` has left masters for the base step to place along it."""
+        again, self._deferred = self._deferred, None
+        return again
 
     def predict(self, in_row: int) -> None:
         """Moves the weights by one predicted step, or undoes all of a row where that fails."""
