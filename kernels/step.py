@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import INTERPRETED, RESIDENT_LAUNCH
+from triton_hybrid.kernels.launch import INTERPRETED, RESIDENT_LAUNCH, Launch
 from triton_hybrid.kernels.ledger import close_gradient, observe, slow_decay, slow_share
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.rows import (
     GRAD,
     TAIL_SHARE,
@@ -333,6 +334,7 @@ def _weighted(sets: Sequence[TensorSet], scalars: Scalars, rows: slice) -> Tenso
     return torch.stack(parts).sum(0)
 
 
+@repeated
 def _launch(
     tensors: TensorSet,
     scalars: Scalars,
@@ -344,12 +346,12 @@ def _launch(
     slow_beta: float,
     observed: bool,
     measured: bool,
-) -> None:
+) -> list[Launch]:
     rule, slow = tensors.rule, slow_beta > 0
     assert rule is not None
     single = statistics and update and not INTERPRETED
     extra = {"launch_cooperative_grid": True} if single else {}
-    tensors.launch(
+    launch = tensors.prepared(
         _step_kernel, tensors.chunks().present, len(tensors),
         tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,
         scalars.partials, tensors.first_column, scalars.arrivals, scalars.ledger,
@@ -362,3 +364,4 @@ def _launch(
         OBSERVE=observed, COLUMNS=scalars.partials.shape[1], TENSORS=128,
         options={**RESIDENT_LAUNCH, **extra},
     )  # fmt: skip
+    return [launch]

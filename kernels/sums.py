@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import LAUNCH, start
+from triton_hybrid.kernels.launch import LAUNCH, Launch, prepared, start
 from triton_hybrid.kernels.multi_tensor import ChunkTable
 
 
@@ -58,8 +58,8 @@ def _reduce_kernel(
         tl.store(sums + tensor * N + column, tl.sum(total, axis=0))
 
 
-def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: int = 0) -> None:
-    """Adds the chunk sums of each tensor up. One launch.
+def reduction(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: int = 0) -> Launch:
+    """What adds the chunk sums of each tensor up.
 
     Args:
         partials: FP32 ``[chunks, columns]``.
@@ -68,10 +68,15 @@ def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: i
         begin: Columns before it are left as they are.
     """
     count, columns = sums.shape
-    start(
-        _reduce_kernel, (count,), sums.device,
+    return prepared(
+        _reduce_kernel, (count,),
         partials, chunks.first, sums, BEGIN=begin, N=columns, BLOCK=256, **LAUNCH,
     )  # fmt: skip
+
+
+def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: int = 0) -> None:
+    """Adds the chunk sums of each tensor up, as `reduction` says. One launch."""
+    start([reduction(partials, chunks, sums, begin)], sums.device)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from triton_hybrid.kernels.displacement import (
     computed_again,
     numbers_torch,
 )
+from triton_hybrid.kernels.launch import Launch
 from triton_hybrid.kernels.ledger import (
     CAUSE_JUMP,
     CAUSE_NONFINITE,
@@ -40,6 +41,7 @@ from triton_hybrid.kernels.ledger import (
 )
 from triton_hybrid.kernels.ledger_torch import gate_torch, reject_torch
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.residue import (
     load_moved,
     load_moved_torch,
@@ -153,6 +155,7 @@ def _check_move_kernel(
                     add(ledger + CAUSE_JUMP, 1.0 - nonfinite.to(tl.float64))
 
 
+@repeated
 def check_move(
     tensors: TensorSet,
     scalars: Scalars,
@@ -162,7 +165,7 @@ def check_move(
     cooldown: float,
     last: bool,
     again: Displacement | None = None,
-) -> None:
+) -> list[Launch]:
     """Keeps a predicted step, or rolls the stretch back bit for bit. One launch.
 
     A step that leads uphill along exp_avg is not made, and nothing is blamed for it.
@@ -178,13 +181,14 @@ def check_move(
         last: Whether this is the last set of the device.
         again: The displacement, to be computed again; None: there is a snapshot.
     """
-    tensors.launch(
+    launch = tensors.prepared(
         _check_move_kernel, own(scalars.prediction, tensors), own(scalars.moves, tensors),
         scalars.sums, scalars.prediction, scalars.sums.shape[0],
         scalars.ledger, scalars.arrivals, float(threshold), float(limit), float(cooldown),
         every=True, MASTER=tensors.has_master, LAST=last, TENSORS=128,
         **computed_again(tensors, again),
     )  # fmt: skip
+    return [launch]
 
 
 def check_move_torch(
@@ -304,9 +308,10 @@ def _correct_kernel(
                     )  # fmt: skip
 
 
+@repeated
 def correct(
     tensors: TensorSet, scalars: Scalars, *, restart: bool, again: Displacement | None = None
-) -> None:
+) -> list[Launch]:
     """Places the weights at a fraction of the displacement that stands. One launch.
 
     Args:
@@ -316,11 +321,12 @@ def correct(
         restart: Whether the weights become the new snapshot.
         again: The displacement, to be computed again; None: there is a snapshot.
     """
-    tensors.launch(
+    launch = tensors.prepared(
         _correct_kernel, own(scalars.prediction, tensors), own(scalars.moves, tensors),
         scalars.ledger, every=True, MASTER=tensors.has_master, RESTART=restart,
         **computed_again(tensors, again),
     )  # fmt: skip
+    return [launch]
 
 
 def correct_torch(

@@ -33,7 +33,7 @@ from triton_hybrid.kernels.ledger import (
     read_ledger,
     write_ledger,
 )
-from triton_hybrid.kernels.multi_tensor import require_launchable
+from triton_hybrid.kernels.launch import require_launchable
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
@@ -91,7 +91,7 @@ class Engine:
         self.choice.foresee(predictor or {})
         self.batches = self._make_batches(members, state)
         self.params = [param for batch in self.batches for param in batch.params]
-        self._sets = [batch.tensors for batch in self.batches]
+        self._sets = tuple(batch.tensors for batch in self.batches)
         self.scalars = Scalars(self._sets, groups)
         # As the groups say; a window of fewer micro-batches takes part of the learning rates.
         table = self.scalars.hyperparameters
