@@ -7,9 +7,11 @@ step nothing changes but what lies in memory.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from triton_hybrid.kernels.launch import Launch, on_device, start
 
 MOST_KEPT = 128
@@ -20,33 +22,59 @@ def repeated(prepare: Callable[..., Sequence[Launch]]) -> Callable[..., None]:
     """A launcher that makes what ``prepare`` lists, and asks it once for the same arguments.
 
     Args:
-        prepare: Takes one or several tensor sets and their `Scalars`, or these alone, and hashable
-            arguments. It launches nothing itself.
+        prepare: Takes ``tensors`` (one set) or ``sets``, then ``scalars``, or these alone, and then
+            hashable arguments. It launches nothing itself.
     """
+    first = next(iter(inspect.signature(prepare).parameters))
 
-    @functools.wraps(prepare)
-    def launcher(first: Any, *others: Any, **named: Any) -> None:
-        if isinstance(first, (list, tuple)):
-            sets, scalars, told = tuple(first), others[0], others[1:]
-        elif others and hasattr(others[0], "launches"):
-            sets, scalars, told = (first,), others[0], others[1:]
-        else:
-            sets, scalars, told = (), first, others
+    def for_one(tensors: Any, scalars: Any, *told: Any, **named: Any) -> None:
+        tensors.tables()  # brings what has moved to the device
+        key = (prepare, tensors, told, *named, *named.values())
+        known = scalars.launches.get(key)
+        if known is None or known[0] is not tensors.stamp:
+            _begin(scalars, key, tensors.stamp, prepare(tensors, scalars, *told, **named))
+            return
+        for again in known[1]:
+            again()
+
+    def for_several(sets: Any, scalars: Any, *told: Any, **named: Any) -> None:
         stamps = []
         for tensors in sets:
-            tensors.tables()  # brings what has moved to the device
+            tensors.tables()
             stamps.append(tensors.stamp)
-        key = (prepare, sets, told, *named.items())
-        known, device = scalars.launches.get(key), scalars.ledger.device
-        if known is not None and known[0] == stamps:
-            with on_device(device):
-                for _, again in known[1]:
-                    again()
+        key = (prepare, *sets, told, *named, *named.values())
+        known = scalars.launches.get(key)
+        if known is None or known[0] != stamps:
+            _begin(scalars, key, stamps, prepare(sets, scalars, *told, **named))
             return
-        if len(scalars.launches) >= MOST_KEPT:
-            scalars.launches.clear()
-        launches = prepare(first, *others, **named)
-        scalars.launches[key] = stamps, launches
-        start(launches, device)
+        for again in known[1]:
+            again()
 
-    return launcher
+    def for_none(scalars: Any, *told: Any, **named: Any) -> None:
+        key = (prepare, told, *named, *named.values())
+        known = scalars.launches.get(key)
+        if known is None:
+            _begin(scalars, key, None, prepare(scalars, *told, **named))
+            return
+        for again in known[1]:
+            again()
+
+    kinds = {"tensors": for_one, "sets": for_several, "scalars": for_none}
+    return functools.wraps(prepare)(kinds[first])
+
+
+def _begin(scalars: Any, key: Any, stamp: Any, launches: Sequence[Launch]) -> None:
+    """Makes launches for the first time, and keeps what makes them again."""
+    start(launches, scalars.device)
+    again: list[Callable[[], Any]] = [launch.again for launch in launches]
+    if scalars.device.type == "cuda":
+        again = [functools.partial(_on_device, scalars.device, again)]
+    if len(scalars.launches) >= MOST_KEPT:
+        scalars.launches.clear()
+    scalars.launches[key] = stamp, again
+
+
+def _on_device(device: torch.device, launches: Sequence[Callable[[], Any]]) -> None:
+    with on_device(device):
+        for again in launches:
+            again()

@@ -52,12 +52,13 @@ class Scalars:
         groups: How many parameter groups there are.
     """
 
-    __slots__ = ("__dict__", "launches")  # all other attributes are tensors
+    __slots__ = ("__dict__", "device", "launches")  # all other attributes are tensors
+    device: torch.device
     launches: dict[Any, Any]
     """What `repeated` has prepared with these."""
 
     def __init__(self, sets: Sequence[TensorSet], groups: int = 1) -> None:
-        device = sets[0].device
+        self.device = device = sets[0].device
         count = programs = 0
         for tensors in sets:
             tensors.place = slice(count, count + len(tensors))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,8 @@ from triton_hybrid.state import (
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.watch import Groups, Watch
 
+_NOTHING = nullcontext()
+_PARAMS = operator.itemgetter("params")
 FEW = 8
 """Parameters of a group that are looked at for gradients which nobody reads."""
 
@@ -164,9 +167,7 @@ class Binding:
         assert self.engine is not None
         assert self._watch is not None
         ours = self.engine.offload.installs != self._installs
-        if not ours and self._watch.sees_other_tensors(state):
-            return True
-        return self._watch.sees_other_parameters(groups)
+        return self._watch.sees_changes(groups, None if ours else state)
 
     def unbind(self, save: bool = True) -> None:
         """Lets go of bound memory; the state stays where it is, scalars in the progress."""
@@ -316,8 +317,10 @@ class Binding:
     def mention_unread_gradients(self, groups: Groups) -> None:
         """Warns, once, of gradients that were computed for a Predict step; zeros are none."""
         # To look at all of them would be the longest check of a Predict step.
-        few = [group["params"][:: len(group["params"]) // FEW + 1] for group in groups]
-        if self._mentioned or not has_gradients([{"params": params} for params in few]):
+        if self._mentioned:
+            return
+        few = [p for its in map(_PARAMS, groups) for p in its[:: len(its) // FEW + 1]]
+        if all([param.grad is None for param in few]):
             return
         self._mentioned = True
         if not all_zero(param for group in groups for param in group["params"]):
@@ -327,12 +330,16 @@ class Binding:
                 stacklevel=4,
             )
 
-    @contextmanager
-    def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> Iterator[None]:
+    def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> AbstractContextManager[None]:
         """What surrounds a gradient step: the length of a window, and a GradScaler's scale.
 
         `take_gradients` has borrowed the scale already.
         """
+        plain = self.windows is None and not scaler
+        return _NOTHING if plain else self._scaled(engine, groups, scaler)
+
+    @contextmanager
+    def _scaled(self, engine: Engine, groups: Groups, scaler: Any) -> Iterator[None]:
         windows = self.windows
         if windows is not None:
             engine.scales.divide_gradient(windows.numbers(engine.device)[0])
@@ -351,7 +358,7 @@ class Binding:
         """
         kind = engine.device.type
         on = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if on else nullcontext():
+        with torch.autocast(kind, enabled=False) if on else _NOTHING:
             engine.gather()
             offload = engine.offload
             if offload.moves:
