@@ -122,8 +122,6 @@ class TensorSet:
         self.rate_factors: Tensor | None = None
         """FP64, what the group's learning rate is multiplied with for each tensor; None for 1.
         (Reading a table of ones spilled registers on gfx942.)"""
-        self.factors_of: Tensor | None = None  # the table of moves, and two columns of it
-        self.factor_views: tuple[Tensor, ...] = ()
         self.short: tuple[Any, ...] | None = None  # tables of `fingerprint_torch`
         self.together: dict[Any, Any] = {}  # those of `together_torch`
         self._addresses = AddressTable(self.lengths, device)

@@ -170,11 +170,6 @@ def predict(
         _predict(tensors, scalars, displacement, *told)
     else:  # other ones at each call
         start(_launches(tensors, scalars, displacement, *told, coefficients), tensors.device)
-    if displacement.along_rule:
-        if tensors.factors_of is not scalars.moves:
-            factors = own(scalars.moves, tensors)[:, :2].unbind(1)
-            tensors.factors_of, tensors.factor_views = scalars.moves, factors
-        tensors.factor_views[0].copy_(tensors.factor_views[1])
 
 
 def _launches(
@@ -199,8 +194,10 @@ def _launches(
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
         MASTER=tensors.has_master, AGAIN=displacement.along_rule, FIRST=first, SLOPES=with_slopes,
     )  # fmt: skip
+    # All programs have read the factors that stood: those with the new step take their place.
+    table = moves if displacement.along_rule else None
     sums, chunks = own(scalars.sums, tensors), tensors.chunks(every=True)
-    return [launch, reduction(partials, chunks, sums, begin=0 if with_slopes else 1)]
+    return [launch, reduction(partials, chunks, sums, 0 if with_slopes else 1, table)]
 
 
 _predict = repeated(_launches)

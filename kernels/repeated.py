@@ -59,8 +59,13 @@ def repeated(prepare: Callable[..., Sequence[Launch]]) -> Callable[..., None]:
         for again in known[1]:
             again()
 
-    kinds = {"tensors": for_one, "sets": for_several, "scalars": for_none}
-    return functools.wraps(prepare)(kinds[first])
+    by_first: dict[str, Callable[..., None]] = {
+        "tensors": for_one,
+        "sets": for_several,
+        "scalars": for_none,
+    }
+    launcher: Callable[..., None] = functools.wraps(prepare)(by_first[first])
+    return launcher
 
 
 def _begin(scalars: Any, key: Any, stamp: Any, launches: Sequence[Launch]) -> None:

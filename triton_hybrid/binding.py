@@ -18,7 +18,7 @@ from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks, Standing
 from triton_hybrid.engine import Engine
-from triton_hybrid.groups import all_zero, check_parameter, every_parameter, has_gradients
+from triton_hybrid.groups import all_zero, check_parameter, every_parameter
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.phases import Phase, PhaseController
@@ -384,13 +384,13 @@ class Binding:
     def plan(self, engine: Engine) -> StepPlan:
         """What the next step does."""
         controller = self.progress.controller
-        phase = controller.phase
+        phase, predictor, ends = controller.phase, engine.predictor, controller.ends_gradients
         return StepPlan(
-            gradient=phase.needs_gradient,
+            gradient=phase is not Phase.PREDICT,
             measured=controller.measures,
-            edge=phase is Phase.CORRECT or controller.ends_gradients,
+            edge=ends or phase is Phase.CORRECT,
             first=phase is Phase.PREDICT and controller.in_row == 0,
-            trajectory=engine.predictor.follows_trajectory,
-            pairs=engine.predictor.keeps_pairs and phase is not Phase.WARMUP,
+            trajectory=predictor.follows_trajectory,
+            pairs=predictor.keeps_pairs and phase is not Phase.WARMUP,
             followed=controller.base_step_follows,
         )

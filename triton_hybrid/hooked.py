@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._autograd import _profiler_enabled
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
@@ -26,7 +27,7 @@ Step = Callable[..., Any]
 
 def eager(step: Step) -> Step:
     """A step without gradients, which ``torch.compile`` leaves as it is."""
-    anywhere: Step = torch._dynamo.disable(torch.no_grad()(step))
+    anywhere: Step = torch._dynamo.disable(torch.no_grad()(step))  # type: ignore[no-untyped-call]
     if get_eval_frame_callback is None:
         return anywhere
 
@@ -59,7 +60,7 @@ class HookedStep:
         @functools.wraps(func)
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             heard = before or after or any(map(self.__dict__.get, _OWN))
-            if heard or torch.autograd._profiler_enabled():
+            if heard or _profiler_enabled():
                 return announced(self, *args, **kwargs)
             return func(self, *args, **kwargs)
 
