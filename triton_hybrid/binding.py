@@ -327,7 +327,7 @@ class Binding:
             warnings.warn(
                 "gradients were computed for a Predict step, which does not read them: do so only "
                 "where optimizer.needs_backward is True, or use inline=True",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> AbstractContextManager[None]:
