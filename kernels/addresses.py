@@ -55,7 +55,9 @@ class AddressTable:
         if self._tables is None:
             self._tables = self._whole().to(self._device), self._extents().to(self._device)
             self._columns = dict(enumerate(self._tables[0].unbind(1)))
-        elif self._moved:
+        elif not self._moved:
+            return self._tables
+        else:
             if len(self._moved) > MOST_COLUMNS:
                 refill(self._tables[0], self._whole())
             else:

@@ -40,7 +40,7 @@ class TorchDisplacement(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # itself alone, and so quickly hashed
 class Displacement:
     """A predicted displacement as the kernels see it.
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import LAUNCH, start
+from triton_hybrid.kernels.launch import LAUNCH, Launch, prepared
 from triton_hybrid.kernels.ledger import (
     FINGERPRINT_COLUMN,
     INDEX,
@@ -34,6 +34,7 @@ from triton_hybrid.kernels.multi_tensor import (
     chunk_at,
     chunk_length,
 )
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.rows import PARAM, TAIL_SHARE, load_row
 from triton_hybrid.kernels.scalars import Scalars, own
 
@@ -137,17 +138,22 @@ def _settle_kernel(
         add(ledger + WRITTEN, tl.max(writes, axis=0).to(tl.float64))
 
 
-def _settle(sets: Sequence[TensorSet], scalars: Scalars, **constants: bool) -> None:
+@repeated
+def _settle(
+    sets: Sequence[TensorSet], scalars: Scalars, *, find: bool, every: bool
+) -> list[Launch]:
+    launches = []
     for tensors in sets:
         integers = INTEGERS[tensors.dtype["param"].itemsize][1]
         found = own(scalars.found, tensors)
-        tensors.launch(_fingerprint_kernel, found, every=True, BITS=integers)
+        launch = tensors.prepared(_fingerprint_kernel, found, every=True, BITS=integers)
+        launches.append(launch)
     prediction = scalars.prediction
-    start(
-        _settle_kernel, (1,), prediction.device,
-        scalars.found, prediction, scalars.ledger, prediction.shape[0],
-        **constants, TENSORS=128, **LAUNCH,
+    settling = prepared(
+        _settle_kernel, (1,), scalars.found, prediction, scalars.ledger, prediction.shape[0],
+        FIND=find, EVERY=every, TENSORS=128, **LAUNCH,
     )  # fmt: skip
+    return [*launches, settling]
 
 
 def note_weights(sets: Sequence[TensorSet], scalars: Scalars, *, every: bool) -> None:
@@ -158,7 +164,7 @@ def note_weights(sets: Sequence[TensorSet], scalars: Scalars, *, every: bool) ->
         scalars: Of these sets; the table of predictions is written.
         every: Of all parameters, or of those alone that take part in the prediction.
     """
-    _settle(sets, scalars, FIND=False, EVERY=every)
+    _settle(sets, scalars, find=False, every=every)
 
 
 def find_writes(sets: Sequence[TensorSet], scalars: Scalars) -> None:
@@ -166,7 +172,7 @@ def find_writes(sets: Sequence[TensorSet], scalars: Scalars) -> None:
 
     They take no further part in the prediction, and the ledger says that there are some.
     """
-    _settle(sets, scalars, FIND=True, EVERY=False)
+    _settle(sets, scalars, find=True, every=False)
 
 
 def note_weights_torch(sets: Sequence[TensorSet], scalars: Scalars, *, every: bool) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -82,13 +84,39 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device) if device.type == "cuda" else _NOWHERE_ELSE
 
 
-def start(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any
-) -> None:
-    """Launches a kernel on a device."""
+class Launch(NamedTuple):
+    """A launch with all its arguments: `again` makes it, as often as these are the right ones."""
+
+    kernel: Any
+    again: Callable[[], Any]
+
+
+def prepared(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Launch:
+    """What ``kernel[grid](*arguments, **constants)`` would launch."""
+    run = functools.partial(kernel.run, *arguments, grid=grid, warmup=False, **constants)
+    return Launch(kernel, run)
+
+
+def start(launches: Iterable[Launch], device: torch.device) -> None:
+    """Makes launches on a device, perhaps the first ones of their kernels."""
     with on_device(device):
-        kernel[grid](*arguments, **constants)
-    settle(kernel)
+        for launch in launches:
+            launch.again()
+            settle(launch.kernel)
+
+
+def require_launchable(device: torch.device) -> None:
+    """Refuses a launch that Triton could not run.
+
+    Raises:
+        ValueError: CPU tensors without the interpreter.
+    """
+    if device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "backend='triton' on CPU tensors: allowed only with TRITON_INTERPRET=1 set before "
+            "triton_hybrid is imported; use backend='torch' or 'auto', or move the parameters "
+            "to a GPU"
+        )
 
 
 def settle(kernel: Any) -> None:

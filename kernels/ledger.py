@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import LAUNCH, start
+from triton_hybrid.kernels.launch import LAUNCH, Launch, prepared
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.rows import number
 from triton_hybrid.kernels.sums import column_total, totals
 
@@ -380,7 +381,8 @@ def _decide_kernel(
         tl.store(ledger + JUMP_SQUARE, 0.0)
 
 
-def decide(scalars: Scalars, threshold: float, cooldown: float) -> None:
+@repeated
+def decide(scalars: Scalars, threshold: float, cooldown: float) -> list[Launch]:
     """Decides on a prediction by the real gradient at the predicted point. One launch.
 
     Reads what `slopes` measured of all tensors of the device; changes the ledger, and writes their
@@ -389,8 +391,9 @@ def decide(scalars: Scalars, threshold: float, cooldown: float) -> None:
     their running mean; a first rejection forces ``cooldown`` real steps before the next prediction.
     """
     prediction = scalars.prediction
-    start(
-        _decide_kernel, (1,), prediction.device,
+    launch = prepared(
+        _decide_kernel, (1,),
         scalars.ledger, scalars.sums, prediction, prediction.shape[0], float(threshold),
         float(cooldown), TENSORS=128, **LAUNCH,
     )  # fmt: skip
+    return [launch]

@@ -25,12 +25,12 @@ import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.addresses import AddressTable
 from triton_hybrid.kernels.launch import (
-    INTERPRETED,
     LAUNCH,
+    Launch,
     Tiling,
     default_tiling,
-    on_device,
-    settle,
+    prepared,
+    start,
 )
 from triton_hybrid.kernels.layout import DenseViews, dense_view, same_layout
 from triton_hybrid.kernels.likeness import likeness
@@ -89,6 +89,8 @@ class TensorSet:
     whole: Any = None  # what orthogonalises matrices of which other processes hold parts
     share = 1.0
     """What its sums count, in sums over several processes: 1 over how many hold the same."""
+    stamp: object = None
+    """Another one where more than addresses has changed: dtypes, or who has a gradient."""
 
     def __init__(
         self,
@@ -120,8 +122,6 @@ class TensorSet:
         self.rate_factors: Tensor | None = None
         """FP64, what the group's learning rate is multiplied with for each tensor; None for 1.
         (Reading a table of ones spilled registers on gfx942.)"""
-        self.factors_of: Tensor | None = None  # the table of moves, and two columns of it
-        self.factor_views: tuple[Tensor, ...] = ()
         self.short: tuple[Any, ...] | None = None  # tables of `fingerprint_torch`
         self.together: dict[Any, Any] = {}  # those of `together_torch`
         self._addresses = AddressTable(self.lengths, device)
@@ -160,8 +160,10 @@ class TensorSet:
         places = [*map(Tensor.data_ptr, flat)]
         self._addresses.put(ROW[name], places)
         if name == "grad":
-            self.present = [tensor is not None for tensor in tensors]
-            self._in_use.pop(False, None)
+            present = [tensor is not None for tensor in tensors]
+            if present != self.present:
+                self.present, self.stamp = present, object()
+                self._in_use.pop(False, None)
             here = [tensor for tensor in tensors if tensor is not None]
             read_in_place = len(here) == len(self) and places == [*map(Tensor.data_ptr, here)]
             self._alike = likeness(here) if read_in_place else None
@@ -194,7 +196,8 @@ class TensorSet:
                 )
             if known[row] != weight:
                 raise ValueError(f"row {row!r}: dtype {known[row]}, must be {weight} as 'weight'")
-        self.dtype[name] = dtype
+        if known != self.dtype:
+            self.dtype, self.stamp = known, object()
 
     def announce(self, name: str, dtype: torch.dtype) -> None:
         """Says that the tensors have a row whose memory comes by a later `set_row`."""
@@ -232,29 +235,32 @@ class TensorSet:
             self._partials = torch.empty(needed, dtype=torch.float32, device=self.device)
         return self._partials[:needed]
 
-    def launch(
+    def prepared(
         self,
         kernel: Any,
         *arguments: Any,
         every: bool = False,
         options: Mapping[str, object] = LAUNCH,
         **constants: Any,
-    ) -> None:
-        """Launches a kernel over the chunks of the tensors with a gradient, or of every tensor.
+    ) -> Launch:
+        """A launch over the chunks of the tensors with a gradient, or of every tensor.
 
         The kernel takes ``addresses, extents, places, n_chunks`` first, and among its compile-time
-        constants those by which it finds the weights.
+        constants those by which it finds the weights. It holds as long as the `stamp` does.
         """
         addresses, extents = self.tables()
         chunks = self.chunks(every)
         tiling = self.tiling
-        with on_device(self.device):
-            kernel[(tiling.programs,)](
-                addresses, extents, chunks.places, chunks.count, *arguments, **constants,
-                PARAM_TYPE=self.dtype_of("param"), STATE=self.dtype_of("weight"), KEPT=self.kept,
-                BLOCK=tiling.block, CHUNK=tiling.chunk, **options,
-            )  # fmt: skip
-        settle(kernel)
+        return prepared(
+            kernel, (tiling.programs,),
+            addresses, extents, chunks.places, chunks.count, *arguments, **constants,
+            PARAM_TYPE=self.dtype_of("param"), STATE=self.dtype_of("weight"), KEPT=self.kept,
+            BLOCK=tiling.block, CHUNK=tiling.chunk, **options,
+        )  # fmt: skip
+
+    def launch(self, kernel: Any, *arguments: Any, **keywords: Any) -> None:
+        """Launches what `prepared` prepares."""
+        start([self.prepared(kernel, *arguments, **keywords)], self.device)
 
     def torch_blocks(self, index: int) -> Iterator[slice]:
         """Slices of one tensor for plain torch, small enough to stay in cache."""
@@ -382,17 +388,3 @@ def remainder_of(weight: Tensor, param: Tensor) -> Tensor:
     """What BF16 parameters lack of their FP32 masters; int16."""
     high = param.view(torch.int16).to(torch.int32) << 16
     return (weight.view(torch.int32) - high).clamp(max=32767).to(torch.int16)
-
-
-def require_launchable(device: torch.device) -> None:
-    """Refuses a launch that Triton could not run.
-
-    Raises:
-        ValueError: CPU tensors without the interpreter.
-    """
-    if device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            "backend='triton' on CPU tensors: allowed only with TRITON_INTERPRET=1 set before "
-            "triton_hybrid is imported; use backend='torch' or 'auto', or move the parameters "
-            "to a GPU"
-        )

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.displacement import Displacement
+from triton_hybrid.kernels.launch import Launch, start
 from triton_hybrid.kernels.ledger import (
     FACTOR_COLUMN,
     HORIZON,
@@ -26,6 +27,7 @@ from triton_hybrid.kernels.ledger import (
 )
 from triton_hybrid.kernels.ledger_torch import gate_torch
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.residue import (
     add_move,
     add_move_torch,
@@ -41,7 +43,7 @@ from triton_hybrid.kernels.rows import (
     store_weight,
 )
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars, own
-from triton_hybrid.kernels.sums import fold, no_sums, reduce_partials
+from triton_hybrid.kernels.sums import fold, no_sums, reduction
 from triton_hybrid.kernels.together_torch import Part, Together, dots, together
 
 MOVE_SUMS = 3
@@ -163,24 +165,42 @@ def predict(
         first: Whether no displacement stands in the weights yet.
         with_slopes: False: exp_avg is not read, and the first sum is left as it is.
     """
+    told = float(threshold), float(share), first, with_slopes
+    if coefficients is None:
+        _predict(tensors, scalars, displacement, *told)
+    else:  # other ones at each call
+        start(_launches(tensors, scalars, displacement, *told, coefficients), tensors.device)
+
+
+def _launches(
+    tensors: TensorSet,
+    scalars: Scalars,
+    displacement: Displacement,
+    threshold: float,
+    share: float,
+    first: bool,
+    with_slopes: bool,
+    coefficients: Tensor | None = None,
+) -> list[Launch]:
     rule = tensors.rule
     assert rule is not None
     partials = tensors.room_for(MOVE_SUMS)
     prediction, moves = own(scalars.prediction, tensors), own(scalars.moves, tensors)
-    tensors.launch(
+    launch = tensors.prepared(
         _predict_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
         prediction if coefficients is None else coefficients, prediction, moves,
-        scalars.ledger, partials, float(threshold), float(share), every=True,
+        scalars.ledger, partials, threshold, share, every=True,
         FACTORS=displacement.factors, DISPLACEMENT=displacement.block,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
         MASTER=tensors.has_master, AGAIN=displacement.along_rule, FIRST=first, SLOPES=with_slopes,
     )  # fmt: skip
-    if displacement.along_rule:
-        if tensors.factors_of is not scalars.moves:
-            tensors.factors_of, tensors.factor_views = scalars.moves, moves[:, :2].unbind(1)
-        tensors.factor_views[0].copy_(tensors.factor_views[1])
-    sums = own(scalars.sums, tensors)
-    reduce_partials(partials, tensors.chunks(every=True), sums, begin=0 if with_slopes else 1)
+    # All programs have read the factors that stood: those with the new step take their place.
+    table = moves if displacement.along_rule else None
+    sums, chunks = own(scalars.sums, tensors), tensors.chunks(every=True)
+    return [launch, reduction(partials, chunks, sums, 0 if with_slopes else 1, table)]
+
+
+_predict = repeated(_launches)
 
 
 def predict_torch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -51,8 +52,13 @@ class Scalars:
         groups: How many parameter groups there are.
     """
 
+    __slots__ = ("__dict__", "device", "launches")  # all other attributes are tensors
+    device: torch.device
+    launches: dict[Any, Any]
+    """What `repeated` has prepared with these."""
+
     def __init__(self, sets: Sequence[TensorSet], groups: int = 1) -> None:
-        device = sets[0].device
+        self.device = device = sets[0].device
         count = programs = 0
         for tensors in sets:
             tensors.place = slice(count, count + len(tensors))
@@ -79,6 +85,7 @@ class Scalars:
         """Fingerprints as they are summed up; zero between launches."""
         self.arrivals = torch.zeros(2, dtype=torch.int32, device=device)
         """Counters of programs; zero between launches."""
+        self.launches = {}
 
 
 def own(table: Tensor, tensors: TensorSet) -> Tensor:

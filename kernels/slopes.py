@@ -15,8 +15,10 @@ from triton_hybrid.kernels.displacement import (
     computed_again,
     numbers_torch,
 )
+from triton_hybrid.kernels.launch import Launch
 from triton_hybrid.kernels.ledger import INDEX, LOSS_SCALE, PART_COLUMN, PREDICTION_COLUMNS
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.residue import (
     NOT_MOVED,
     UNMOVED,
@@ -37,7 +39,7 @@ from triton_hybrid.kernels.rows import (
     load_weight,
 )
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars, own
-from triton_hybrid.kernels.sums import fold, no_sums, reduce_partials
+from triton_hybrid.kernels.sums import fold, no_sums, reduction
 from triton_hybrid.kernels.together_torch import Part, Together, dots, together
 
 SLOPE_SUMS = 3
@@ -116,9 +118,10 @@ def _slopes_kernel(
         tl.store(cell + 2, bad)
 
 
+@repeated
 def slopes(
     tensors: TensorSet, scalars: Scalars, again: Displacement | None = None, moved: bool = True
-) -> None:
+) -> list[Launch]:
     """Measures a gradient along the displacement that stands. Two launches.
 
     Sums, in ``scalars.sums``: slope (descent is negative, also when maximising), squared gradient,
@@ -131,12 +134,12 @@ def slopes(
         moved: Whether one may stand in these tensors.
     """
     partials = tensors.room_for(SLOPE_SUMS)
-    tensors.launch(
+    launch = tensors.prepared(
         _slopes_kernel, tensors.group, scalars.hyperparameters,
         own(scalars.prediction, tensors), own(scalars.moves, tensors), scalars.ledger, partials,
         GRAD_TYPE=tensors.dtype_of("grad"), SLOPES=moved, **computed_again(tensors, again, moved),
     )  # fmt: skip
-    reduce_partials(partials, tensors.chunks(), own(scalars.sums, tensors))
+    return [launch, reduction(partials, tensors.chunks(), own(scalars.sums, tensors))]
 
 
 def slopes_torch(

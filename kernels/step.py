@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.displacement import Displacement, computed_again
-from triton_hybrid.kernels.launch import INTERPRETED, RESIDENT_LAUNCH
+from triton_hybrid.kernels.launch import INTERPRETED, RESIDENT_LAUNCH, Launch
 from triton_hybrid.kernels.ledger import close_gradient, observe, slow_decay, slow_share
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.placement import accepted_move, load_placed, placed_by_update
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.rows import (
     GRAD,
     TAIL_SHARE,
@@ -306,12 +307,11 @@ def step(
         )
     rules = [tensors.rule for tensors in sets if tensors.rule is not None]
     assert len(rules) == len(sets), "a tensor set without a rule cannot be updated"
-    options: dict[str, Any] = {"max_norm": max_norm, "slow_beta": slow_beta, "observed": observed}
-    options |= {"measured": measured and slow_beta > 0}
+    options: dict[str, Any] = {"max_norm": max_norm, "slow_beta": slow_beta}
+    options |= {"observed": observed, "measured": measured and slow_beta > 0}
     assert again is None or (slow_beta > 0 and not measured), "again: such a step places nothing"
     if known:
-        # The kernels look where the first part would have left it.
-        scalars.partials[:2].zero_()
+        scalars.partials[:2].zero_()  # where the first part would have left it
         scalars.partials[:2, 0] = scalars.gradient
     elif cooperative and len(sets) == 1 and rules[0].prepare is None:
         options["again"] = again
@@ -330,12 +330,11 @@ def step(
     if reduce is not None and gradient is not None:
         steady = None
         if slow_beta > 0:
-            rates = averaging_rates(scalars.ledger, slow_beta, gradient.norm, gradient.coefficient)
-            steady = rates[1]
-        sums = _weighted(sets, scalars, slice(2, None))
-        if options["measured"]:
+            norm, coefficient = gradient.norm, gradient.coefficient
+            steady = averaging_rates(scalars.ledger, slow_beta, norm, coefficient)[1]
+        sums, measured = _weighted(sets, scalars, slice(2, None)), bool(options["measured"])
+        if measured:
             sums = reduce(sums)
-        measured = bool(options["measured"])
         close_step_torch(scalars.ledger, gradient, sums, steady, slow_beta, observed, measured)
 
 
@@ -363,6 +362,7 @@ def _weighted(sets: Sequence[TensorSet], scalars: Scalars, rows: slice) -> Tenso
     return torch.stack(parts).sum(0)
 
 
+@repeated
 def _launch(
     tensors: TensorSet,
     scalars: Scalars,
@@ -375,14 +375,14 @@ def _launch(
     observed: bool,
     measured: bool,
     again: Displacement | None = None,
-) -> None:
+) -> list[Launch]:
     rule, slow = tensors.rule, slow_beta > 0
     assert rule is not None
     single = statistics and update and not INTERPRETED
     placing = again is not None and placed_by_update(tensors)
     tables = scalars.prediction, scalars.moves
     extra = {"launch_cooperative_grid": True} if single else {}
-    tensors.launch(
+    launch = tensors.prepared(
         _step_kernel, tensors.chunks().present, len(tensors),
         tensors.group, scalars.hyperparameters, tensors.steps, tensors.factors,
         *([own(table, tensors) for table in tables] if placing else tables),
@@ -397,3 +397,4 @@ def _launch(
         OBSERVE=observed, COLUMNS=scalars.partials.shape[1], TENSORS=128,
         options={**RESIDENT_LAUNCH, **extra},
     )  # fmt: skip
+    return [launch]

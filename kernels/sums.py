@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.launch import LAUNCH, start
+from triton_hybrid.kernels.launch import LAUNCH, Launch, prepared, start
 from triton_hybrid.kernels.multi_tensor import ChunkTable
 
 
@@ -44,9 +44,12 @@ def column_total(partials, row, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _reduce_kernel(
-    partials, first, sums, BEGIN: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
-):
+    partials, first, sums, table,
+    BEGIN: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     tensor = tl.program_id(0)
+    if WIDTH > 0:
+        tl.store(table + tensor * WIDTH, tl.load(table + tensor * WIDTH + 1))
     begin = tl.load(first + tensor)
     end = tl.load(first + tensor + 1)
     for column in tl.static_range(BEGIN, N):
@@ -58,20 +61,34 @@ def _reduce_kernel(
         tl.store(sums + tensor * N + column, tl.sum(total, axis=0))
 
 
-def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: int = 0) -> None:
-    """Adds the chunk sums of each tensor up. One launch.
+def reduction(
+    partials: Tensor,
+    chunks: ChunkTable,
+    sums: Tensor,
+    begin: int = 0,
+    table: Tensor | None = None,
+) -> Launch:
+    """What adds the chunk sums of each tensor up.
 
     Args:
         partials: FP32 ``[chunks, columns]``.
         chunks: The chunk table that the partials were made with.
         sums: FP64 ``[tensors, columns]``, written from column ``begin`` on.
         begin: Columns before it are left as they are.
+        table: FP64 ``[tensors, columns]``, whose second column is copied into the first by the way.
     """
     count, columns = sums.shape
-    start(
-        _reduce_kernel, (count,), sums.device,
-        partials, chunks.first, sums, BEGIN=begin, N=columns, BLOCK=256, **LAUNCH,
+    width = 0 if table is None else table.shape[1]
+    return prepared(
+        _reduce_kernel, (count,),
+        partials, chunks.first, sums, sums if table is None else table,
+        BEGIN=begin, N=columns, WIDTH=width, BLOCK=256, **LAUNCH,
     )  # fmt: skip
+
+
+def reduce_partials(partials: Tensor, chunks: ChunkTable, sums: Tensor, begin: int = 0) -> None:
+    """Adds the chunk sums of each tensor up, as `reduction` says. One launch."""
+    start([reduction(partials, chunks, sums, begin)], sums.device)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from triton_hybrid.kernels.displacement import Displacement, computed_again
+from triton_hybrid.kernels.launch import Launch
 from triton_hybrid.kernels.ledger import (
     CAUSE_JUMP,
     CAUSE_NONFINITE,
@@ -32,6 +33,7 @@ from triton_hybrid.kernels.ledger import (
 from triton_hybrid.kernels.ledger_torch import gate_torch, reject_torch
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.placement import ACCEPTED, Places, at_fraction, placed_by_update
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.residue import load_moved, move_numbers, stands_in_parameter
 from triton_hybrid.kernels.rows import (
     OWN_WEIGHTS,
@@ -138,6 +140,7 @@ def _check_move_kernel(
                     add(ledger + CAUSE_JUMP, 1.0 - nonfinite.to(tl.float64))
 
 
+@repeated
 def check_move(
     tensors: TensorSet,
     scalars: Scalars,
@@ -147,7 +150,7 @@ def check_move(
     cooldown: float,
     last: bool,
     again: Displacement | None = None,
-) -> None:
+) -> list[Launch]:
     """Keeps a predicted step, or rolls the stretch back bit for bit. One launch.
 
     A step that leads uphill along exp_avg is not made, and nothing is blamed for it.
@@ -163,13 +166,14 @@ def check_move(
         last: Whether this is the last set of the device.
         again: The displacement, to be computed again; None: there is a snapshot.
     """
-    tensors.launch(
+    launch = tensors.prepared(
         _check_move_kernel, own(scalars.prediction, tensors), own(scalars.moves, tensors),
         scalars.sums, scalars.prediction, scalars.sums.shape[0],
         scalars.ledger, scalars.arrivals, float(threshold), float(limit), float(cooldown),
         every=True, MASTER=tensors.has_master, LAST=last, TENSORS=128,
         **computed_again(tensors, again),
     )  # fmt: skip
+    return [launch]
 
 
 def check_move_torch(
@@ -251,6 +255,7 @@ def _correct_kernel(
                     )  # fmt: skip
 
 
+@repeated
 def correct(
     tensors: TensorSet,
     scalars: Scalars,
@@ -258,7 +263,7 @@ def correct(
     restart: bool,
     again: Displacement | None = None,
     deferred: bool = False,
-) -> None:
+) -> list[Launch]:
     """Places the weights at a fraction of the displacement that stands. One launch.
 
     Args:
@@ -271,12 +276,13 @@ def correct(
             an accepted prediction (`placed_by_update`). Those of tensors that it leaves out,
             without a gradient, are placed here, and so is what was rolled back.
     """
-    tensors.launch(
+    launch = tensors.prepared(
         _correct_kernel, own(scalars.prediction, tensors), own(scalars.moves, tensors),
         tensors.chunks().present, scalars.ledger, every=True,
         MASTER=tensors.has_master, RESTART=restart, DEFERRED=deferred and placed_by_update(tensors),
         **computed_again(tensors, again),
     )  # fmt: skip
+    return [launch]
 
 
 def correct_torch(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks, Standing
 from triton_hybrid.engine import Engine
-from triton_hybrid.groups import all_zero, check_parameter, every_parameter, has_gradients
+from triton_hybrid.groups import all_zero, check_parameter, every_parameter
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.phases import Phase, PhaseController
@@ -37,6 +38,8 @@ from triton_hybrid.state import (
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.watch import Groups, Watch
 
+_NOTHING = nullcontext()
+_PARAMS = operator.itemgetter("params")
 FEW = 8
 """Parameters of a group that are looked at for gradients which nobody reads."""
 
@@ -164,9 +167,7 @@ class Binding:
         assert self.engine is not None
         assert self._watch is not None
         ours = self.engine.offload.installs != self._installs
-        if not ours and self._watch.sees_other_tensors(state):
-            return True
-        return self._watch.sees_other_parameters(groups)
+        return self._watch.sees_changes(groups, None if ours else state)
 
     def unbind(self, save: bool = True) -> None:
         """Lets go of bound memory; the state stays where it is, scalars in the progress."""
@@ -316,23 +317,29 @@ class Binding:
     def mention_unread_gradients(self, groups: Groups) -> None:
         """Warns, once, of gradients that were computed for a Predict step; zeros are none."""
         # To look at all of them would be the longest check of a Predict step.
-        few = [group["params"][:: len(group["params"]) // FEW + 1] for group in groups]
-        if self._mentioned or not has_gradients([{"params": params} for params in few]):
+        if self._mentioned:
+            return
+        few = [p for its in map(_PARAMS, groups) for p in its[:: len(its) // FEW + 1]]
+        if all([param.grad is None for param in few]):
             return
         self._mentioned = True
         if not all_zero(param for group in groups for param in group["params"]):
             warnings.warn(
                 "gradients were computed for a Predict step, which does not read them: do so only "
                 "where optimizer.needs_backward is True, or use inline=True",
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    @contextmanager
-    def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> Iterator[None]:
+    def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> AbstractContextManager[None]:
         """What surrounds a gradient step: the length of a window, and a GradScaler's scale.
 
         `take_gradients` has borrowed the scale already.
         """
+        plain = self.windows is None and not scaler
+        return _NOTHING if plain else self._scaled(engine, groups, scaler)
+
+    @contextmanager
+    def _scaled(self, engine: Engine, groups: Groups, scaler: Any) -> Iterator[None]:
         windows = self.windows
         if windows is not None:
             engine.scales.divide_gradient(windows.numbers(engine.device)[0])
@@ -351,7 +358,7 @@ class Binding:
         """
         kind = engine.device.type
         on = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if on else nullcontext():
+        with torch.autocast(kind, enabled=False) if on else _NOTHING:
             engine.gather()
             offload = engine.offload
             if offload.moves:
@@ -377,13 +384,13 @@ class Binding:
     def plan(self, engine: Engine) -> StepPlan:
         """What the next step does."""
         controller = self.progress.controller
-        phase = controller.phase
+        phase, predictor, ends = controller.phase, engine.predictor, controller.ends_gradients
         return StepPlan(
-            gradient=phase.needs_gradient,
+            gradient=phase is not Phase.PREDICT,
             measured=controller.measures,
-            edge=phase is Phase.CORRECT or controller.ends_gradients,
+            edge=ends or phase is Phase.CORRECT,
             first=phase is Phase.PREDICT and controller.in_row == 0,
-            trajectory=engine.predictor.follows_trajectory,
-            pairs=engine.predictor.keeps_pairs and phase is not Phase.WARMUP,
+            trajectory=predictor.follows_trajectory,
+            pairs=predictor.keeps_pairs and phase is not Phase.WARMUP,
             followed=controller.base_step_follows,
         )

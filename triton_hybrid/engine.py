@@ -25,6 +25,7 @@ from triton_hybrid.hyperparameters import (
 )
 from triton_hybrid.kernels.addresses import refill
 from triton_hybrid.kernels.backend import BACKENDS
+from triton_hybrid.kernels.launch import require_launchable
 from triton_hybrid.kernels.layout import overlapping
 from triton_hybrid.kernels.ledger import (
     FINGERPRINT_COLUMN,
@@ -33,7 +34,6 @@ from triton_hybrid.kernels.ledger import (
     read_ledger,
     write_ledger,
 )
-from triton_hybrid.kernels.multi_tensor import require_launchable
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
@@ -91,7 +91,7 @@ class Engine:
         self.choice.foresee(predictor or {})
         self.batches = self._make_batches(members, state)
         self.params = [param for batch in self.batches for param in batch.params]
-        self._sets = [batch.tensors for batch in self.batches]
+        self._sets = tuple(batch.tensors for batch in self.batches)
         self.scalars = Scalars(self._sets, groups)
         # As the groups say; a window of fewer micro-batches takes part of the learning rates.
         table = self.scalars.hyperparameters
@@ -99,7 +99,8 @@ class Engine:
             table = torch.zeros_like(table)
         self.scales = Scales(self.scalars, table)
         self._written = self.scalars.ledger[INDEX["written"]]
-        self._start = self.scalars.prediction[:, PART_COLUMN.value :].clone()
+        self._parts = self.scalars.prediction[:, PART_COLUMN.value :]
+        self._start = self._parts.clone()
         self._start_of: Any = None  # what `_start` was made of: how stretches begin
         self._seen: list[Any] = []  # what the table of hyperparameters was made of
         self.hyperparameters: list[list[float]] = []  # as they are on the device
@@ -332,8 +333,7 @@ class Engine:
         least, predictor = self.predictor.least_beta1, self.predictor
         rates, betas = HYPER["lr"], HYPER["beta1"]
         moving = [(row[rates] != 0, row[betas] > least) for row in self.hyperparameters]
-        reason = (predictor, moving, [batch.tensors.present for batch in self.batches])
-        start = self.scalars.prediction[:, PART_COLUMN.value :]
+        reason, start = (predictor, moving, [its.present for its in self._sets]), self._parts
         if self._seen and reason == self._start_of:
             start.copy_(self._start)
             return

@@ -272,11 +272,6 @@ def every_parameter(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     return [param for group in groups for param in group["params"]]
 
 
-def has_gradients(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a parameter has one."""
-    return any(param.grad is not None for group in groups for param in group["params"])
-
-
 def all_zero(params: Iterable[Tensor]) -> bool:
     """Whether no parameter has a gradient that is not zero. Waits for the device."""
     grads = (local(param.grad) for param in params if param.grad is not None)

@@ -33,6 +33,7 @@ from triton_hybrid.groups import (
     first_device,
     own_options,
 )
+from triton_hybrid.hooked import HookedStep, eager
 from triton_hybrid.hyperparameters import FRESH_RATES
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.resume import put_back, take_predictions
@@ -42,7 +43,7 @@ from triton_hybrid.stats import HybridStats
 from triton_hybrid.verified import VerifiedWeights
 
 
-class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
+class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     """AdamW, Lion or Muon that needs fewer backward passes.
 
     It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the
@@ -131,8 +132,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         super().__init__(params, defaults)
         settings.warn_about_idle_gpu(first_device(self.param_groups))
 
-    @torch._dynamo.disable
-    @torch.no_grad()
+    @eager
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One phase step (inline: with the predictions that follow it).
 
@@ -391,5 +391,6 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, Optimizer):
         return loss
 
     def _count(self, phase: Phase, started: float) -> None:
-        self._progress.steps[phase] += 1
-        self._progress.seconds[phase] += time.perf_counter() - started
+        progress = self._progress
+        progress.steps[phase] += 1
+        progress.seconds[phase] += time.perf_counter() - started

@@ -16,6 +16,8 @@ class Phase(enum.Enum):
     PREDICT = "predict"
     CORRECT = "correct"
 
+    __hash__ = object.__hash__  # that of enum is written in Python
+
     @property
     def needs_gradient(self) -> bool:
         """False for PREDICT alone."""

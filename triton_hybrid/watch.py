@@ -6,6 +6,7 @@ before it asks for equality, and tensors that are not the same are not asked.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
@@ -36,10 +37,13 @@ class _ByIdentity(TorchFunctionMode):
         raise _OtherTensorError
 
 
+_BY_IDENTITY = _ByIdentity()
+
+
 def _same(left: Any, right: Any) -> bool:
-    """Whether two nested lists and dictionaries hold the same tensors."""
+    """Whether two nested lists hold the same tensors."""
     try:
-        with _ByIdentity():
+        with _BY_IDENTITY:
             return bool(left == right)
     except (_OtherTensorError, ValueError):  # NumPy's arrays refuse to be compared as a whole
         return False
@@ -60,16 +64,22 @@ class Watch:
 
     def note(self, state: State) -> None:
         """Takes the state as it is now."""
-        self._entries = [dict(x) if isinstance(x, dict) else x for x in state.values()]
+        self._entries = _entries(state)
 
     def sees_other_tensors(self, state: Mapping[Tensor, Any]) -> bool:
         """Whether the state holds other tensors than were noted."""
-        return not _same([*state.values()], self._entries)
+        return not _same(_entries(state), self._entries)
 
-    def sees_other_parameters(self, groups: Groups) -> bool:
-        """Whether parameters were replaced, moved, frozen or converted, or settings changed."""
+    def sees_changes(self, groups: Groups, state: Mapping[Tensor, Any] | None) -> bool:
+        """Whether parameters were replaced, moved, frozen or converted, or settings changed.
+
+        With a state, whether that holds other tensors, too.
+        """
         params = _members(groups)
-        if not _same(params, self._params) or _settings(groups) != self._settings:
+        entries = self._entries if state is None else _entries(state)
+        if not _same((params, entries), (self._params, self._entries)):
+            return True
+        if _settings(groups) != self._settings:
             return True
         if self._some_lazy:
             params = [param for param in params if not is_lazy(param)]
@@ -86,6 +96,13 @@ class Watch:
 
 def _members(groups: Groups) -> list[Tensor]:
     return [*itertools.chain.from_iterable(map(_PARAMS, groups))]
+
+
+def _entries(state: Mapping[Tensor, Any]) -> list[Any]:
+    """The values of all dictionaries of a state, one after another."""
+    # What the garbage collector would visit of them; to compare the dictionaries takes twice as
+    # long.
+    return gc.get_referents(*state.values())
 
 
 def _settings(groups: Groups) -> list[Any]:

@@ -156,9 +156,10 @@ def far_away(tensors: TensorSet, distance: int = (1 << 31) + 4096) -> Iterator[N
             table.places = table.places + table.places.new_tensor([0, distance])
         return moved[every]
 
-    vars(tensors).update(tables=lambda: (addresses, extents), chunks=chunks)
+    vars(tensors).update(tables=lambda: (addresses, extents), chunks=chunks, stamp=object())
     yield
     del vars(tensors)["tables"], vars(tensors)["chunks"]
+    tensors.stamp = object()
 
 
 @contextlib.contextmanager
@@ -173,6 +174,10 @@ def counted_launches() -> Iterator[list[str]]:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             log.append(self.kernel.__name__)
             return self.kernel[grid]
+
+        def run(self, *arguments: Any, **keywords: Any) -> None:
+            log.append(self.kernel.__name__)
+            self.kernel.run(*arguments, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
         modules = [its for name, its in sys.modules.items() if name.startswith(KERNELS_OF)]

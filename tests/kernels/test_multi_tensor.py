@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kernel_memory import DEVICE, Arena
 from kernel_problems import Problem
 from kernel_specs import ONE, Spec, plain, spec_lists, specs
-from triton_hybrid.kernels import multi_tensor
+from triton_hybrid.kernels import launch, multi_tensor
 from triton_hybrid.kernels import rows as address_rows
 from triton_hybrid.kernels.launch import INTERPRETED, MAX_PROGRAMS, Tiling, default_tiling
 from triton_hybrid.kernels.layout import dense_view, same_layout
@@ -45,12 +45,12 @@ def test_default_tiling_is_a_tiling_which_does_not_hang_the_interpreter() -> Non
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_tensor, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1.*backend='torch'"):
-        multi_tensor.require_launchable(torch.device("cpu"))
-    multi_tensor.require_launchable(torch.device("cuda"))
-    monkeypatch.setattr(multi_tensor, "INTERPRETED", True)
-    multi_tensor.require_launchable(torch.device("cpu"))
+        launch.require_launchable(torch.device("cpu"))
+    launch.require_launchable(torch.device("cuda"))
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    launch.require_launchable(torch.device("cpu"))
 
 
 # ----------------------------------------------------------------------------- dense views

@@ -408,7 +408,7 @@ def test_cpu_parameters_beside_an_idle_gpu_warn_once(monkeypatch: pytest.MonkeyP
 
 
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triton_hybrid.kernels.multi_tensor.INTERPRETED", False)
+    monkeypatch.setattr("triton_hybrid.kernels.launch.INTERPRETED", False)
     param = nn.Parameter(torch.zeros(2))
     optimizer = HybridOptimizer([param], backend="triton")
     assert optimizer.backend == "triton"
