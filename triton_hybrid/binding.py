@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from triton_hybrid.accumulation import Windows
 from triton_hybrid.checkpoint import PROGRESS, Progress
+from triton_hybrid.checks import warn
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks, Standing
 from triton_hybrid.engine import Engine
@@ -324,10 +324,9 @@ class Binding:
             return
         self._mentioned = True
         if not all_zero(param for group in groups for param in group["params"]):
-            warnings.warn(
+            warn(
                 "gradients were computed for a Predict step, which does not read them: do so only "
-                "where optimizer.needs_backward is True, or use inline=True",
-                stacklevel=5,
+                "where optimizer.needs_backward is True, or use inline=True"
             )
 
     def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> AbstractContextManager[None]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+_NOT_THEIRS = ("triton_hybrid", "torch", "contextlib")
 Its = TypeVar("Its", bound="Configuration")
 
 
@@ -30,6 +33,14 @@ class Configuration:
             if name not in known:
                 raise ValueError(f"{name}={values[name]!r}: unknown field, must be one of {known}")
         return cls(**values)
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the caller's code: the innermost that is neither ours nor torch's."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THEIRS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:

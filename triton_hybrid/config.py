@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from triton_hybrid.checks import (
     check_number,
     is_int,
     require,
+    warn,
 )
 from triton_hybrid.kernels.ledger import FIRST_SCALE
 
@@ -170,11 +170,9 @@ class Settings:
     def warn_about_idle_gpu(self, device: torch.device) -> None:
         """Warns where the parameters are on the CPU beside a GPU, and nobody said that it is so."""
         if self.backend == "auto" and device.type == "cpu" and torch.cuda.is_available():
-            warnings.warn(
+            warn(
                 "the parameters are on the CPU although a GPU is there; "
-                "HybridOptimizer runs with backend='torch' on the CPU",
-                UserWarning,
-                stacklevel=4,
+                "HybridOptimizer runs with backend='torch' on the CPU"
             )
 
     def refuse_grad_scaler(self) -> None:

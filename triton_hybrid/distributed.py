@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from triton_hybrid.checks import warn
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.scalars import Scalars
 
@@ -197,10 +197,9 @@ class Ranks:
         totals, count = [*map(int, sums[-2 * COMPARED :])], self.size
         if 0 < sums[ENTRIES.index("present")] < count and not self._mentioned:
             self._mentioned = True
-            warnings.warn(
+            warn(
                 "some ranks called step() without any gradient and others with some: none of these "
-                "gradients is applied, so that all ranks keep the same weights",
-                stacklevel=6,
+                "gradients is applied, so that all ranks keep the same weights"
             )
         place, setup, weights = (
             total**2 == count * squares

@@ -299,7 +299,8 @@ def test_kernels_move_the_bytes_that_are_counted(kind: kernels.Kind) -> None:
     (block,) = kernels.CHUNK
     known = {case.name: case for case in cases()}
     buffers = kernels.Buffers(context_for(SectionResult("", "")), (block,), kind)
-    names = [n for n in buffers.runs if n in known and known[n].bytes_per_element]
+    # What is counted on paper loads again what lies in a cache by then.
+    names = [n for n in buffers.runs if n in known and known[n].reads]
     assert len(names) >= (14 if kind[0] == "adamw" else 2)
     for name in names:
         case = known[name]

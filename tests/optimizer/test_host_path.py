@@ -101,6 +101,21 @@ def test_operations_of_a_step_do_not_grow_with_the_tensors(
         assert len(names) <= most, (phase, names)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_warning_names_the_line_of_the_loop(hooked: bool) -> None:
+    optimizer = make(3, "torch")
+    if hooked:
+        optimizer.register_step_pre_hook(lambda *given: None)
+    while optimizer.needs_backward:
+        give(optimizer)
+        optimizer.step()
+    param = optimizer.param_groups[0]["params"][0]
+    param.grad = torch.ones_like(param)
+    with pytest.warns(UserWarning, match="needs_backward is True") as found:
+        optimizer.step()
+    assert [warning.filename for warning in found] == [__file__]
+
+
 def test_launches_of_each_phase() -> None:
     found = {}
     with counted_launches() as log:  # from the first launch on: later ones repeat it

@@ -219,13 +219,9 @@ def secant_runs(sets: tuple[TensorSet, Scalars]) -> dict[str, Run]:
     }
 
 
-PRODUCTS = 16 + PAIRS
-"""Bytes that `products` says it reads of an FP32 parameter; the audit does not count its tiles."""
-
-
 def counted_bytes(case: Case) -> int:
     """Bytes of a parameter, each input and each output once."""
-    return sum((*case.reads, *case.writes, *case.inner * case.times)) or PRODUCTS
+    return case.on_paper or sum((*case.reads, *case.writes, *case.inner * case.times))
 
 
 def needed(kind: Kind) -> int:
