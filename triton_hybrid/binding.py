@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -18,7 +17,7 @@ from triton_hybrid.checks import warn
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks, Standing
 from triton_hybrid.engine import Engine
-from triton_hybrid.groups import all_zero, check_parameter, every_parameter
+from triton_hybrid.groups import PARAMS, all_zero, check_parameter, every_parameter
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.phases import Phase, PhaseController
@@ -39,7 +38,6 @@ from triton_hybrid.stats import HybridStats
 from triton_hybrid.watch import Groups, Watch
 
 _NOTHING = nullcontext()
-_PARAMS = operator.itemgetter("params")
 FEW = 8
 """Parameters of a group that are looked at for gradients which nobody reads."""
 
@@ -319,11 +317,11 @@ class Binding:
         # To look at all of them would be the longest check of a Predict step.
         if self._mentioned:
             return
-        few = [p for its in map(_PARAMS, groups) for p in its[:: len(its) // FEW + 1]]
+        few = [p for its in map(PARAMS, groups) for p in its[:: len(its) // FEW + 1]]
         if all([param.grad is None for param in few]):
             return
         self._mentioned = True
-        if not all_zero(param for group in groups for param in group["params"]):
+        if not all_zero(every_parameter(groups)):
             warn(
                 "gradients were computed for a Predict step, which does not read them: do so only "
                 "where optimizer.needs_backward is True, or use inline=True"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.groups import bare_name
+from triton_hybrid.groups import bare_name, every_parameter
 from triton_hybrid.phases import PHASES, Phase, PhaseController
 from triton_hybrid.rules import RULES
 from triton_hybrid.shards import forget_fingerprints, placed
@@ -156,7 +156,7 @@ def _paired(
 ) -> Iterator[tuple[Any, Tensor]]:
     """Each number in a checkpoint with its parameter: both are in the order of the groups."""
     numbers = [index for group in state_dict["param_groups"] for index in group["params"]]
-    return zip(numbers, [param for group in groups for param in group["params"]])
+    return zip(numbers, every_parameter(groups))
 
 
 def without_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -24,6 +26,7 @@ Orthogonalised as one they train worse. Only where the outputs divide evenly: qu
 value of equal size. Weights interleaved by heads (GPT-NeoX) are left whole."""
 
 
+PARAMS = operator.itemgetter("params")
 REFUSED = ("amsgrad", "differentiable")
 """Options of torch's AdamW that would change the result, and are not built."""
 
@@ -269,7 +272,7 @@ def _parts(name: str, outputs: int, inputs: int, blocks: Mapping[str, int]) -> i
 
 def every_parameter(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """The parameters of all groups."""
-    return [param for group in groups for param in group["params"]]
+    return [*itertools.chain.from_iterable(map(PARAMS, groups))]
 
 
 def all_zero(params: Iterable[Tensor]) -> bool:

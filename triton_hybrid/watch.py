@@ -7,7 +7,6 @@ before it asks for equality, and tensors that are not the same are not asked.
 from __future__ import annotations
 
 import gc
-import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -16,13 +15,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from triton_hybrid.groups import every_parameter
 from triton_hybrid.kernels.likeness import likeness
 from triton_hybrid.rules import RULES
 from triton_hybrid.shards import is_dtensor, local
 from triton_hybrid.state import State
 
 Groups = Sequence[dict[str, Any]]
-_PARAMS = operator.itemgetter("params")
 _PROPERTIES = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "shape")))
 
 
@@ -53,7 +52,7 @@ class Watch:
     """What parameters are, and where; what must stay the same of groups; the tensors of state."""
 
     def __init__(self, groups: Groups, state: State) -> None:
-        self._params = _members(groups)
+        self._params = every_parameter(groups)
         here = [local(param) for param in self._params if not is_lazy(param)]
         self._some_lazy = len(here) < len(self._params)
         self._some_parts = any(map(is_dtensor, self._params))
@@ -66,16 +65,12 @@ class Watch:
         """Takes the state as it is now."""
         self._entries = _entries(state)
 
-    def sees_other_tensors(self, state: Mapping[Tensor, Any]) -> bool:
-        """Whether the state holds other tensors than were noted."""
-        return not _same(_entries(state), self._entries)
-
     def sees_changes(self, groups: Groups, state: Mapping[Tensor, Any] | None) -> bool:
         """Whether parameters were replaced, moved, frozen or converted, or settings changed.
 
         With a state, whether that holds other tensors, too.
         """
-        params = _members(groups)
+        params = every_parameter(groups)
         entries = self._entries if state is None else _entries(state)
         if not _same((params, entries), (self._params, self._entries)):
             return True
@@ -92,10 +87,6 @@ class Watch:
                 return True
             self._alike = likeness(params)
         return False
-
-
-def _members(groups: Groups) -> list[Tensor]:
-    return [*itertools.chain.from_iterable(map(_PARAMS, groups))]
 
 
 def _entries(state: Mapping[Tensor, Any]) -> list[Any]:

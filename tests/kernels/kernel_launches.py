@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_memory import assert_same_bits
 from kernel_problems import Problem
 from torch import Tensor
 from triton_hybrid.kernels.backend import TORCH, TRITON, Backend
 from triton_hybrid.kernels.displacement import Displacement
-from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet
+from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import ROW
 from triton_hybrid.kernels.secant import products_size
 
@@ -185,3 +187,23 @@ def counted_launches() -> Iterator[list[str]]:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch.setattr(module, name, Counted(getattr(module, name)))
         yield log
+
+
+@triton.jit
+def _find_chunks(places, extents, found, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    chunk = tl.program_id(0)
+    tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
+    found += 5 * chunk
+    tl.store(found, tensor)
+    tl.store(found + 1, start)
+    tl.store(found + 2, length)
+    tl.store(found + 3, full)
+    tl.store(found + 4, chunk_length(start, length, CHUNK, False))
+
+
+def chunks_in_kernel(places: Tensor, extents: Tensor, block: int, chunk: int) -> list[list[int]]:
+    """What a kernel knows of each chunk: tensor, start, its length, whether full, the chunk's."""
+    found = torch.full((len(places), 5), -1, dtype=torch.int64, device=places.device)
+    if len(places):
+        _find_chunks[(len(places),)](places, extents, found, BLOCK=block, CHUNK=chunk)
+    return list(found.tolist())

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_launches import chunks_in_kernel
 from kernel_memory import DEVICE, Arena
 from kernel_problems import Problem
 from kernel_specs import ONE, Spec, plain, spec_lists, specs
@@ -21,7 +20,7 @@ from triton_hybrid.kernels import launch, multi_tensor
 from triton_hybrid.kernels import rows as address_rows
 from triton_hybrid.kernels.launch import INTERPRETED, MAX_PROGRAMS, Tiling, default_tiling
 from triton_hybrid.kernels.layout import dense_view, same_layout
-from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at
+from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.rows import MOST_ROWS, ROW, address_row
 
 
@@ -217,18 +216,6 @@ def test_addresses_and_alignment_are_those_of_the_tensors() -> None:
     assert problem.tensors.tables()[1].tolist() == [128, 128, 1], "one misaligned row is enough"
 
 
-@triton.jit
-def _chunks_kernel(places, extents, found, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    chunk = tl.program_id(0)
-    tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
-    found += 5 * chunk
-    tl.store(found, tensor)
-    tl.store(found + 1, start)
-    tl.store(found + 2, length)
-    tl.store(found + 3, full)
-    tl.store(found + 4, multi_tensor.chunk_length(start, length, CHUNK, False))
-
-
 @given(st.lists(st.tuples(st.integers(0, 400), st.booleans()), min_size=1, max_size=6))
 def test_a_kernel_finds_its_chunks_and_which_are_full_and_aligned(
     drawn: list[tuple[int, bool]],
@@ -237,10 +224,7 @@ def test_a_kernel_finds_its_chunks_and_which_are_full_and_aligned(
     tensors = [arena.carve((n,), torch.float32, shift=int(odd)) for n, odd in drawn]
     whole = TensorSet({"param": tensors}, ONE)
     table, extents = whole.chunks(), whole.tables()[1]
-    found = torch.full((table.count, 5), -1, dtype=torch.int64, device=DEVICE)
-    if table.count:
-        _chunks_kernel[(table.count,)](table.places, extents, found, BLOCK=64, CHUNK=128)
-    assert found.tolist() == [
+    assert chunks_in_kernel(table.places, extents, 64, 128) == [
         [index, start, n, int(start + 128 <= n and not odd), min(n - start, 128)]
         for index, (n, odd) in enumerate(drawn)
         for start in range(0, n, 128)

@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from kernel_launches import KERNELS, LINEAR, Checked, far_away
+from kernel_launches import KERNELS, LINEAR, Checked, chunks_in_kernel, far_away
 from kernel_memory import assert_same_bits
 from kernel_problems import Problem
 from kernel_specs import BF16, FP32, GROUPS, ON_GPU, ONE, THREE, Precision, hyper_table, plain
@@ -26,7 +24,7 @@ from test_newton_schulz import matrices, orthogonalised
 from torch import Tensor
 from triton_hybrid.kernels.backend import TRITON
 from triton_hybrid.kernels.matrices import FIELD
-from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet, chunk_at
+from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet
 from triton_hybrid.kernels.rows import ROW, SPLIT
 from triton_hybrid.kernels.scalars import Scalars
 
@@ -180,17 +178,6 @@ def test_matrices_and_their_scratch_lie_beyond_32_bits() -> None:
 # ------------------------------------------------------------------------------- the tables
 
 
-@triton.jit
-def _extent_kernel(places, extents, found, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    chunk = tl.program_id(0)
-    tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
-    found += 4 * chunk
-    tl.store(found, tensor)
-    tl.store(found + 1, start)
-    tl.store(found + 2, length)
-    tl.store(found + 3, full)
-
-
 LENGTHS = (0, 5, (1 << 33) + 8192 + 3, 0, 8192, 1)
 
 
@@ -212,19 +199,15 @@ def test_tables_of_a_tensor_of_2_to_the_33_elements_without_memory() -> None:
     ].contiguous()
     extents = torch.tensor([2 * length + 1 for length in LENGTHS])
     device = torch.device("cuda") if ON_GPU else torch.device("cpu")
-    found = torch.full((len(few.places), 4), -1, dtype=torch.int64, device=device)
-    _extent_kernel[(len(found),)](
-        few.places.to(device), extents.to(device), found, BLOCK=1024, CHUNK=8192
-    )
     huge = LENGTHS[2]
-    assert found.tolist() == [
-        [1, 0, 5, 0],
-        [2, 0, huge, 1],
-        [2, HALF - 8192, huge, 1],
-        [2, HALF, huge, 1],
-        [2, 2 * WHOLE, huge, 1],
-        [2, 2 * WHOLE + 8192, huge, 0],
-        [4, 0, 8192, 1],
+    assert chunks_in_kernel(few.places.to(device), extents.to(device), 1024, 8192) == [
+        [1, 0, 5, 0, 5],
+        [2, 0, huge, 1, 8192],
+        [2, HALF - 8192, huge, 1, 8192],
+        [2, HALF, huge, 1, 8192],
+        [2, 2 * WHOLE, huge, 1, 8192],
+        [2, 2 * WHOLE + 8192, huge, 0, 3],
+        [4, 0, 8192, 1, 8192],
     ]
 
 

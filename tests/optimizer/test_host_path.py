@@ -188,14 +188,14 @@ def test_equal_values_are_not_the_same_state() -> None:
     state: Any = {optimizer.param_groups[0]["params"][0]: {"a": torch.ones(1), "b": 1.0}}
     watch = Watch(optimizer.param_groups, state)
     (entry,) = state.values()
-    assert not watch.sees_other_tensors(state)
+    assert not watch.sees_changes(optimizer.param_groups, state)
     for value in (torch.ones(1), 1.0, None):
         kept, entry["a"] = entry["a"], value
-        assert watch.sees_other_tensors(state)
+        assert watch.sees_changes(optimizer.param_groups, state)
         entry["a"] = kept
-        assert not watch.sees_other_tensors(state)
+        assert not watch.sees_changes(optimizer.param_groups, state)
     entry["c"] = torch.ones(1)
-    assert watch.sees_other_tensors(state)
+    assert watch.sees_changes(optimizer.param_groups, state)
 
 
 def test_constants_are_compared_at_the_first_launch_only() -> None:
