@@ -131,9 +131,11 @@ def _settle_kernel(
             tl.store(noted + 1, zero, mask=written)
             writes = tl.maximum(writes, written.to(tl.int32))
         else:
-            moved = tl.load(part, mask=here, other=0.0) > 0
-            tl.store(noted, tl.where(moved | EVERY, low, 0.0), mask=here)
-            tl.store(noted + 1, tl.where(moved | EVERY, high, 0.0), mask=here)
+            if not EVERY:
+                moved = tl.load(part, mask=here, other=0.0) > 0
+                low, high = tl.where(moved, low, 0.0), tl.where(moved, high, 0.0)
+            tl.store(noted, low, mask=here)
+            tl.store(noted + 1, high, mask=here)
     if FIND:
         add(ledger + WRITTEN, tl.max(writes, axis=0).to(tl.float64))
 

@@ -242,8 +242,10 @@ def _correct_kernel(
             here = decided & (part != 0)
             if DEFERRED:
                 here = here & ((decision != ACCEPTED) | (tl.load(present + tensor) == 0))
+        elif RESTART:
+            here = decided
         else:
-            here = decided & (RESTART | (fraction != 1.0))
+            here = decided & (fraction != 1.0)
         if here:
             for FULL in tl.static_range(2):
                 if full == FULL:
