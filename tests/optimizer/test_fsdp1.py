@@ -16,7 +16,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    StateDictType,
+)
 from training import fast_config
 
 from triton_hybrid import HybridOptimizer, Phase, reshard, split_param_groups
@@ -80,7 +86,140 @@ def like_one_process(rank: int, world: int) -> list[Any]:
     return results
 
 
-SCENARIOS = [like_one_process]
+def whole_weights(net: nn.Module) -> list[Tensor]:
+    with FullyShardedDataParallel.summon_full_params(net):
+        return [param.detach().clone() for param in net.parameters()]
+
+
+def troubled(rank: int, world: int) -> list[Any]:
+    """A NaN in one rank's piece; a piece that somebody overwrites; evaluations in between."""
+    results = []
+    for orig in (True, False):
+        net = wrapped(make_net(), orig)
+        optimizer = make_optimizer(net, hybrid=fast_config(inline=False), loss_scale="dynamic")
+        source, phases, skipped = batches(noisy=True), [], 0
+        for step in range(40):
+            phases.append(optimizer.phase.value)
+            before = whole_weights(net)
+            if optimizer.needs_backward:
+                x, target = next(source)
+                part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+                loss = (net(x[part]) - target[part]).square().mean()
+                optimizer.scale_loss(loss).backward()
+                optimizer.observe_loss(loss)
+                pieces = [p for p in net.parameters() if p.grad is not None and p.numel()]
+                if step % 7 == 6:
+                    skipped += 1
+                    if rank == 1:
+                        pieces[0].grad[0] = torch.nan
+            verified_before = optimizer.phase is Phase.PREDICT
+            optimizer.step()
+            optimizer.zero_grad()
+            if verified_before:
+                predicted = whole_weights(net)
+                assert not all(map(torch.equal, before, predicted))
+                with torch.no_grad():
+                    first = net(x)
+                    reshard(net)
+                    with optimizer.verified_weights():
+                        assert all(map(torch.equal, before, whole_weights(net)))
+                        inside = net(x)
+                        reshard(net)
+                    assert torch.equal(net(x), first)
+                    reshard(net)
+                assert not torch.equal(inside, first)
+        stats = optimizer.stats()
+        assert stats.skipped_nonfinite > 0
+        while optimizer.phase is not Phase.CORRECT:
+            train(net, optimizer, 1, True, rank, world)
+        rollbacks = optimizer.stats().rollbacks
+        if rank == 0:
+            with torch.no_grad():
+                next(p for p in net.parameters() if p.numel()).fill_(0.25)
+        train(net, optimizer, 1, True, rank, world)
+        assert optimizer.phase is Phase.FULL
+        assert optimizer.stats().rollbacks == rollbacks
+        scale = float(optimizer.scale_loss(torch.ones(())))
+        results.append([phases, whole_weights(net), stats.skipped_nonfinite, scale])
+    return results
+
+
+def nothing_here(rank: int, world: int) -> list[Any]:
+    """A rank that holds padding alone takes the same steps."""
+    torch.manual_seed(0)
+    net = nn.Linear(1, 1, bias=False)
+    net = wrapped(nn.Sequential(nn.Identity(), nn.Identity(), net))
+    optimizer = HybridOptimizer(net.parameters(), 1e-2, hybrid=fast_config(inline=False))
+    losses = []
+    for _ in range(30):
+        if optimizer.needs_backward:
+            loss = (net(torch.ones(4, 1)) - 3.0).square().mean()
+            loss.backward()
+            optimizer.observe_loss(loss)
+            losses.append(float(loss))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (sum(p.numel() for p in net.parameters()) == 0) == (rank == 1)
+    assert optimizer.stats().predicted_steps > 0
+    return [losses, optimizer.phase.value, optimizer.stats().predicted_steps]
+
+
+def source_at(gradients: int) -> Any:
+    source = batches(noisy=True)
+    for _ in range(gradients):
+        next(source)
+    return source
+
+
+def through_fsdp(net: nn.Module, optimizer: Any, twin: nn.Module, other: Any) -> None:
+    # On a CPU torch hands out the same memory for every row of state that it offloads.
+    kept = FullStateDictConfig(), FullOptimStateDictConfig()
+    for config in kept:
+        config.offload_to_cpu = False
+    FullyShardedDataParallel.set_state_dict_type(net, StateDictType.FULL_STATE_DICT, *kept)
+    saved = FullyShardedDataParallel.optim_state_dict(net, optimizer)
+    twin.load_state_dict(net.state_dict())
+    other.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(twin, other, saved))
+
+
+def through_checkpoints(net: nn.Module, optimizer: Any, twin: nn.Module, other: Any) -> None:
+    for whole in (False, True):
+        options = StateDictOptions(full_state_dict=whole)
+        weights, state = copy.deepcopy(get_state_dict(net, optimizer, options=options))
+        set_state_dict(
+            twin, other, model_state_dict=weights, optim_state_dict=state, options=options
+        )
+
+
+def through_pieces(net: nn.Module, optimizer: Any, twin: nn.Module, other: Any) -> None:
+    twin.load_state_dict(net.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def resumed(rank: int, world: int) -> list[Any]:
+    """In any phase of a cycle a run goes on with the same bits."""
+    results = []
+    ways = [through_fsdp, through_checkpoints, through_pieces]
+    for stop, orig in ((7, True), (8, True), (8, False), (9, True), (9, False)):
+        for way in ways if stop == 8 else ways[:1]:
+            runs = []
+            for _ in range(2):
+                net = wrapped(make_net(), orig)
+                config = fast_config(inline=False, max_predict_steps=4)
+                runs.append((net, make_optimizer(net, hybrid=config)))
+            (net, optimizer), (twin, other) = runs
+            train(net, optimizer, stop, True, rank, world)
+            way(net, optimizer, twin, other)
+            assert other.phase is optimizer.phase
+            gradients = optimizer.stats().gradient_evaluations
+            ends = [train(*run, 15, True, rank, world, source_at(gradients)) for run in runs]
+            assert ends[0] == ends[1]
+            assert all(map(torch.equal, whole_weights(net), whole_weights(twin)))
+            results.append(ends[0])
+    return results
+
+
+SCENARIOS = [like_one_process, troubled, nothing_here, resumed]
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +236,8 @@ def test_losses_are_those_of_one_process(results: dict[str, list[Any]], number: 
     assert alone["predicted"] == together["predicted"] > 0
     worst = max(abs(a - b) / abs(a) for a, b in zip(alone["losses"], together["losses"]))
     assert worst < 1e-5
+
+
+@pytest.mark.parametrize("scenario", [troubled, nothing_here, resumed])
+def test_all_ranks_decide_the_same(results: dict[str, list[Any]], scenario: Any) -> None:
+    assert_same_on_all(of_all(results, scenario))
