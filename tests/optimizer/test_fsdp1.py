@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import (
+    CPUOffload,
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
@@ -219,7 +220,72 @@ def resumed(rank: int, world: int) -> list[Any]:
     return results
 
 
-SCENARIOS = [like_one_process, troubled, nothing_here, resumed]
+def resumed_elsewhere(rank: int, world: int) -> list[Any]:
+    """What was saved of pieces goes on in one process with whole parameters."""
+    config = fast_config(inline=False, max_predict_steps=4)
+    net = wrapped(make_net())
+    optimizer = make_optimizer(net, hybrid=config)
+    train(net, optimizer, 8, True, rank, world)
+    options = StateDictOptions(full_state_dict=True)
+    weights, state = copy.deepcopy(get_state_dict(net, optimizer, options=options))
+    plain = make_net()
+    alone = make_optimizer(plain, hybrid=config, process_group=False)
+    plain.load_state_dict(weights)
+    alone.load_state_dict(state)
+    assert alone.phase is optimizer.phase is Phase.CORRECT
+    gradients = optimizer.stats().gradient_evaluations
+    return [
+        train(plain, alone, 15, True, source=source_at(gradients)),
+        train(net, optimizer, 15, True, rank, world, source_at(gradients)),
+    ]
+
+
+def refused(rank: int, world: int) -> list[str]:
+    messages = []
+    net = wrapped(make_net())
+    cut = next(param for param in net.parameters() if param.numel())
+    other = wrapped(make_net(), orig=False)
+    flat = next(other.parameters())
+    offloaded = FullyShardedDataParallel(
+        make_net(),
+        use_orig_params=True,
+        cpu_offload=CPUOffload(offload_params=True),
+        device_id=torch.device("cpu"),
+    )
+    alone = HybridOptimizer(net.parameters(), process_group=False)
+    net(torch.ones(1, 12)).sum().backward()
+    before = whole_weights(net)
+    for attempt in (
+        lambda: HybridOptimizer([cut], base="muon"),
+        lambda: HybridOptimizer([flat], base="muon"),
+        lambda: split_param_groups(net),
+        lambda: HybridOptimizer(offloaded.parameters()),
+        alone.step,
+    ):
+        with pytest.raises(NotImplementedError) as caught:
+            attempt()
+        messages.append(str(caught.value))
+    assert all(map(torch.equal, before, whole_weights(net)))
+    return messages
+
+
+def in_hybrid(rank: int, world: int) -> list[Any]:
+    """Replicas of pieces (HYBRID_SHARD), beside one process."""
+    pairs = [dist.new_group(its) for its in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    groups = pairs[rank // 2], pairs[2 + rank % 2]
+    runs = []
+    for alone in (True, False):
+        net = make_net() if alone else wrapped(make_net(), True, "HYBRID_SHARD", groups)
+        optimizer = make_optimizer(
+            net, hybrid=fast_config(), process_group=None if not alone else False
+        )
+        its = (0, 1) if alone else (rank, world)
+        runs.append(train(net, optimizer, 25, True, *its))
+        assert optimizer.stats().predicted_steps > 0
+    return runs
+
+
+SCENARIOS = [like_one_process, troubled, nothing_here, resumed, resumed_elsewhere, refused]
 
 
 @pytest.fixture(scope="module")
@@ -227,17 +293,40 @@ def results() -> dict[str, list[Any]]:
     return run_on_ranks(2, SCENARIOS)
 
 
+def assert_alike(alone: dict[str, Any], together: dict[str, Any]) -> None:
+    assert alone["phases"] == together["phases"]
+    worst = max(abs(a - b) / abs(a) for a, b in zip(alone["losses"], together["losses"]))
+    assert worst < 1e-5
+
+
 @pytest.mark.parametrize("number", range(len(KINDS)))
 def test_losses_are_those_of_one_process(results: dict[str, list[Any]], number: int) -> None:
     everything = of_all(results, like_one_process)
     assert_same_on_all([ranks[number][-1] for ranks in everything])
     alone, together = everything[0][number]
-    assert alone["phases"] == together["phases"]
+    assert_alike(alone, together)
     assert alone["predicted"] == together["predicted"] > 0
-    worst = max(abs(a - b) / abs(a) for a, b in zip(alone["losses"], together["losses"]))
-    assert worst < 1e-5
 
 
 @pytest.mark.parametrize("scenario", [troubled, nothing_here, resumed])
 def test_all_ranks_decide_the_same(results: dict[str, list[Any]], scenario: Any) -> None:
     assert_same_on_all(of_all(results, scenario))
+
+
+def test_a_run_of_pieces_goes_on_whole(results: dict[str, list[Any]]) -> None:
+    for found in of_all(results, resumed_elsewhere):
+        assert_alike(*found)
+
+
+def test_replicas_of_pieces() -> None:
+    found = of_all(run_on_ranks(4, [in_hybrid]), in_hybrid)
+    assert_same_on_all(found)
+    assert_alike(*found[0])
+
+
+def test_what_is_not_built_is_refused(results: dict[str, list[Any]]) -> None:
+    for cut, flat, split, offloaded, alone in of_all(results, refused):
+        for message in (cut, flat, split):
+            assert "base='muon' of parameter" in message
+        assert "CPUOffload(offload_params=True)" in offloaded
+        assert "lies on 2 ranks (FULL_SHARD), and 1 decide together" in alone
