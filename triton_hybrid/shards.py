@@ -159,6 +159,32 @@ def _share(param: Any, index: int, ranks: Ranks) -> float:
     return 1.0 / count
 
 
+@torch.no_grad()
+def by_share(params: Sequence[Tensor], ranks: Ranks) -> tuple[dict[float, list[Tensor]], bool]:
+    """This rank's gradients, by one over the number of ranks that hold the same.
+
+    Returns:
+        The gradients, and whether they are parts of those of all ranks together; where they are
+        not, all of them are at 1.
+
+    Raises:
+        RuntimeError: FSDP1 has not reduced them.
+    """
+    some = any(map(is_part, params))
+    found: dict[float, list[Tensor]] = {}
+    for place, param in enumerate(params):
+        grad = local_gradient(param)
+        if grad is None:
+            continue
+        if some and grad.shape != local(param).shape:
+            raise RuntimeError(
+                "accumulation inside no_sync() of FSDP1: every rank has a whole gradient of its "
+                "own there, which is not measured; call backward() outside of it"
+            )
+        found.setdefault(_share(param, place, ranks) if some else 1.0, []).append(grad)
+    return found, some
+
+
 OTHERS = "others"
 
 
