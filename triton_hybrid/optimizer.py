@@ -311,7 +311,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; phase and ledger lie in the groups."""
         self._binding.save(self.param_groups)
-        return self._with_predictions(saved_parts(super().state_dict(), self.param_groups))
+        return saved_parts(self._with_predictions(super().state_dict()), self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer, or one of torch's AdamW or Muon.

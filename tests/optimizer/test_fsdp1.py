@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import assert_same_on_all, of_all, run_on_ranks
-from test_sharded import BATCH, batches, make_net, make_optimizer, train
+from test_sharded import BATCH, batches, make_net, make_optimizer, sharded, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 from training import fast_config
 
 from triton_hybrid import HybridOptimizer, Phase, reshard, split_param_groups
+from triton_hybrid.shards import local
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
@@ -285,7 +286,49 @@ def in_hybrid(rank: int, world: int) -> list[Any]:
     return runs
 
 
-SCENARIOS = [like_one_process, troubled, nothing_here, resumed, resumed_elsewhere, refused]
+def saved_at_verified_weights(rank: int, world: int) -> list[Any]:
+    """Of parts the prediction does not return; a bad gradient then takes nothing back."""
+    results = []
+    for way in (sharded, wrapped):
+        runs = []
+        for _ in range(2):
+            net = way(make_net())
+            config = fast_config(inline=False, max_predict_steps=4)
+            runs.append((net, make_optimizer(net, hybrid=config)))
+        (net, optimizer), (twin, other) = runs
+        while optimizer.phase is not Phase.CORRECT:
+            train(net, optimizer, 1, True, rank, world)
+        with optimizer.verified_weights():
+            weights, state = copy.deepcopy(get_state_dict(net, optimizer))
+        set_state_dict(twin, other, model_state_dict=weights, optim_state_dict=state)
+        with optimizer.verified_weights():
+            before = parts_of(net)
+        assert all(map(torch.equal, before, parts_of(twin)))
+        assert not all(map(torch.equal, before, parts_of(net)))
+        for run in runs:
+            run[1].param_groups[0]["lr"] = 0.0  # what moves is taken back, nothing else
+            train(*run, 1, True, rank, world, bad_source())
+            run[1].param_groups[0]["lr"] = 1e-2
+        assert all(map(torch.equal, before, parts_of(net)))
+        assert all(map(torch.equal, before, parts_of(twin)))
+        train(twin, other, 10, True, rank, world)
+        results.append(other.stats().predicted_steps > optimizer.stats().predicted_steps)
+    assert all(results)
+    return results
+
+
+def parts_of(net: nn.Module) -> list[Tensor]:
+    return [local(param.detach()).clone() for param in net.parameters()]
+
+
+def bad_source() -> Any:
+    yield torch.ones(BATCH, 12), torch.full((BATCH, 3), 1e3)
+
+
+SCENARIOS = [
+    like_one_process, troubled, nothing_here, resumed, resumed_elsewhere, refused,
+    saved_at_verified_weights,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +351,7 @@ def test_losses_are_those_of_one_process(results: dict[str, list[Any]], number: 
     assert alone["predicted"] == together["predicted"] > 0
 
 
-@pytest.mark.parametrize("scenario", [troubled, nothing_here, resumed])
+@pytest.mark.parametrize("scenario", [troubled, nothing_here, resumed, saved_at_verified_weights])
 def test_all_ranks_decide_the_same(results: dict[str, list[Any]], scenario: Any) -> None:
     assert_same_on_all(of_all(results, scenario))
 
