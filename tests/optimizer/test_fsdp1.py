@@ -185,8 +185,10 @@ def through_fsdp(net: nn.Module, optimizer: Any, twin: nn.Module, other: Any) ->
 
 
 def through_checkpoints(net: nn.Module, optimizer: Any, twin: nn.Module, other: Any) -> None:
-    for whole in (False, True):
-        options = StateDictOptions(full_state_dict=whole)
+    # Torch cannot read what is both flat and of flat parameters with nested state.
+    flat = [{"flatten_optimizer_state_dict": True}] if net._use_orig_params else []
+    for its in ({}, {"full_state_dict": True}, *flat):
+        options = StateDictOptions(**its)
         weights, state = copy.deepcopy(get_state_dict(net, optimizer, options=options))
         set_state_dict(
             twin, other, model_state_dict=weights, optim_state_dict=state, options=options
