@@ -95,13 +95,13 @@ def layout_number(params: Iterable[Any]) -> int:
 
 
 def flat_gradient(param: Any) -> Any:
-    """Of a parameter of FSDP1, also where this rank has none of it.
+    """Of a plain parameter; of one of FSDP1 also where this rank has nothing of it.
 
     ``grad`` is None there; but whether a tensor has a gradient must be the same on all ranks.
     """
-    if param.grad is not None or param.numel():
+    if param.grad is not None or param.numel() or (handle := handle_of(param)) is None:
         return param.grad
-    flat = handle_of(param).flat_param
+    flat = handle.flat_param
     pieces = zip(flat._params, flat._shard_param_infos)
     # Those of one flat parameter have gradients together; where no piece is here, padding has.
     first = next((piece for piece, its in pieces if its.in_shard and piece.requires_grad), flat)

@@ -51,7 +51,7 @@ def local(tensor: Any) -> Any:
 def local_gradient(param: Any) -> Any:
     """This rank's part of a parameter's gradient, laid out as the parameter."""
     if not is_dtensor(param):
-        return param.grad if handle_of(param) is None else flat_gradient(param)
+        return flat_gradient(param)
     grad, to = param.grad, param.placements
     if is_dtensor(grad) and grad.placements != to:
         grad = grad.redistribute(param.device_mesh, to)
