@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_hybrid.checks import Configuration, is_int, require
+from triton_hybrid.checks import Configuration, is_int, require, warn
 from triton_hybrid.distributed import Ranks
 from triton_hybrid.noise_scale import NoiseScale, squared_norm
+from triton_hybrid.shards import by_share
 
 SHARE = 1 / 16
 """Longest window, as a part of the noise scale. Windows of k micro-batches take 1 + k / noise times
@@ -90,8 +91,9 @@ class Windows:
         self.length = self._chosen = config.maximum
         self.rate = 1.0  # of the last step, relative to the one for windows of `maximum`
         self.windows = self.micro_batches = 0  # that were used
-        self._begun = self._measured = False
+        self._begun = self._measured = self._parts = False
         self._unmeasured, self._interval = 0, FIRST_INTERVAL
+        self._blank = 0  # times that it was asked without a gradient
         self._marks: Marks = []
         self._squares: Tensor | None = None  # |S_k|² of this window, FP64, and on the way to us:
         self._arriving: tuple[Tensor, int, Any] | None = None
@@ -109,6 +111,13 @@ class Windows:
             if not self.complete:
                 self._take_micro_batch(params)
             self._marks = marks
+        self._blank = 0 if marks else self._blank + 1
+        if self._blank == self.config.maximum + 1:
+            warn(
+                f"window_complete was asked {self._blank} times, and no parameter has a gradient: "
+                "the window does not end. fully_shard keeps gradients elsewhere until they are "
+                "reduced; leave set_requires_gradient_sync(True) on"
+            )
         return self.complete
 
     @property
@@ -125,7 +134,8 @@ class Windows:
     def _take_micro_batch(self, params: Sequence[Tensor]) -> None:
         self._begin()
         if self._measured:
-            square = squared_norm([p.grad for p in params if p.grad is not None])
+            shares, self._parts = by_share(self._ranks.all_of(params), self._ranks)
+            square = torch.stack([x * squared_norm(its) for x, its in shares.items()]).sum()
             if self._squares is None or self._squares.device != square.device:
                 self._squares = square.new_zeros(self.config.maximum)
             self._squares[self.count] = square
@@ -149,7 +159,12 @@ class Windows:
     def _send(self) -> None:
         """Begins to copy what was measured to the host; nobody waits."""
         assert self._squares is not None
-        pooled, ranks = self._ranks.pooled(self._squares[: self.count])
+        squares = self._squares[: self.count]
+        if self._parts:  # of one gradient: their sum is the same on every rank
+            sums = self._ranks.reduce(squares.clone())
+            pooled, ranks = torch.stack([sums, sums * sums]), 1
+        else:
+            pooled, ranks = self._ranks.pooled(squares)
         event = None
         if pooled.device.type == "cuda":
             host = torch.empty(pooled.shape, dtype=pooled.dtype, device="cpu", pin_memory=True)
@@ -294,4 +309,9 @@ def rate_factor(count: int, maximum: int, noise: float) -> float:
 def _marks(params: Sequence[Tensor]) -> Marks:
     """Of the gradients that are there."""
     grads = ((place, param.grad) for place, param in enumerate(params))
-    return [(place, id(grad), grad._version) for place, grad in grads if grad is not None]
+    # A DTensor grows in its part, and its own version stays.
+    return [
+        (place, id(grad), getattr(grad, "_local_tensor", grad)._version)
+        for place, grad in grads
+        if grad is not None
+    ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from triton_hybrid.config import HybridConfig
+from triton_hybrid.flat_shards import joined
 from triton_hybrid.groups import bare_name, every_parameter
 from triton_hybrid.phases import PHASES, Phase, PhaseController
 from triton_hybrid.rules import RULES
@@ -186,7 +187,7 @@ def load_rows(
         if index not in state_dict["state"]:
             continue
         entry = state[param]
-        for key, value in _converted(state_dict["state"][index], slot).items():
+        for key, value in joined(_converted(state_dict["state"][index], slot)).items():
             if isinstance(value, Tensor):
                 key = ROW_NAMES.get(key, key)
                 place = torch.device("cpu") if hosted(key) else param.device

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Ranks:
     def __init__(self, group: Any = None, apart: bool = False) -> None:
         self.group, self.apart = group, apart
         self._introduced = self._mentioned = False
+        self._zero: Callable[[], Any] = lambda: None
         self._places: Tensor | None = None  # of `LEDGER`, on the device
         # On a GPU: the last sum on its way to the host, and what this rank had said of itself.
         self._under_way: tuple[Tensor, Any, Standing] | None = None
@@ -57,12 +59,21 @@ class Ranks:
         """Those of an optimizer that is being made."""
         check_process_group(group)
         zero = _zero_in_the_making() if group is None else None
-        return cls(group) if zero is None else cls(zero.process_group, apart=True)
+        if zero is None:
+            return cls(group)
+        ranks = cls(zero.process_group, apart=True)
+        ranks._zero = weakref.ref(zero)
+        return ranks
 
     @property
     def alone(self) -> bool | None:
         """What to make another by: a group cannot be pickled, but that there is none can."""
         return False if self.group is False else None
+
+    def all_of(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """All parameters, where ZeroRedundancyOptimizer gives an optimizer some of them."""
+        zero = self._zero()
+        return params if zero is None else [p for its in zero.param_groups for p in its["params"]]
 
     @property
     def size(self) -> int:

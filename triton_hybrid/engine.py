@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import operator
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import Settings
+from triton_hybrid.flat_shards import layout_number
 from triton_hybrid.hyperparameters import (
     FRESH_RATES,
     LARGEST_LR,
@@ -41,7 +41,7 @@ from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.predictors.slow_ema import is_other_run
 from triton_hybrid.rules import RULES
 from triton_hybrid.scales import Scales
-from triton_hybrid.shards import OTHERS, is_dtensor, is_part, local_gradient
+from triton_hybrid.shards import OTHERS, is_managed, is_part, local_gradient
 from triton_hybrid.state import Batch, Member, State, StepPlan
 
 _GRADIENT = operator.attrgetter("grad")
@@ -109,7 +109,7 @@ class Engine:
         self._shares = torch.tensor(shares, dtype=torch.float64, device=self.device)
         its = [member.group.get(OTHERS, False) for b in self.batches for member in b.members]
         self._others = its.index(True) if any(its) else None
-        whole = not any(is_dtensor(member.whole) for member in members)
+        whole = not any(is_managed(member.whole) for member in members)
         self._gradient: Callable[[Tensor], Any] = _GRADIENT if whole else local_gradient
         self._measured = False  # whether the gradients at hand were measured
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
@@ -378,8 +378,7 @@ class Engine:
         if self._others is not None:
             return 0
         if self.reduce is not None:
-            shapes = [tuple(whole.shape) for batch in self.batches for whole in batch.wholes]
-            return zlib.crc32(repr(shapes).encode())
+            return layout_number(whole for batch in self.batches for whole in batch.wholes)
         return int(self.fingerprints().double().sum()) + len(self.params)
 
     def forget_writes(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_hybrid.checks import check_choice, check_flag, check_number, require
+from triton_hybrid.flat_shards import check_flat
 from triton_hybrid.kernels.rows import TRITON_DTYPES
 from triton_hybrid.rules import OPTIONS, RULES
 from triton_hybrid.shards import check_dtensor, is_dtensor, local
@@ -125,11 +126,7 @@ def check_parameter(group: Mapping[str, Any], index: int, param: Any, masters: s
         return
     if is_dtensor(param):
         check_dtensor(param, index)
-    if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
-        raise NotImplementedError(
-            "FSDP1 shards are not built yet: norms and decisions would be those of a shard; use "
-            "DistributedDataParallel"
-        )
+    check_flat(param, index, group["base"])
     for mark, owner in FOREIGN.items():
         if hasattr(param, mark):
             raise NotImplementedError(
@@ -188,11 +185,14 @@ def split_param_groups(
 
     Raises:
         ValueError: The model has no hidden matrix, or blocks do not divide a matrix.
+        NotImplementedError: FSDP1 has cut the matrices.
     """
+    named = dict(model.named_parameters())
+    for place, param in enumerate(named.values()):
+        check_flat(param, place, "muon")
     hidden = _hidden_layers(model)
     matrices: list[tuple[Tensor, tuple[int, int], bool]] = []
     rest: list[Tensor] = []
-    named = dict(model.named_parameters())
     for name, param in named.items():
         if not param.requires_grad:
             continue

@@ -23,6 +23,7 @@ from triton_hybrid.checkpoint import (
 from triton_hybrid.config import HybridConfig, Settings
 from triton_hybrid.distributed import Ranks
 from triton_hybrid.engine import Engine
+from triton_hybrid.flat_shards import fill_empty
 from triton_hybrid.grad_scaler import ScaledByOthers
 from triton_hybrid.groups import (
     as_rate,
@@ -310,7 +311,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; phase and ledger lie in the groups."""
         self._binding.save(self.param_groups)
-        return self._with_predictions(saved_parts(super().state_dict(), self.param_groups))
+        return saved_parts(self._with_predictions(super().state_dict()), self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer, or one of torch's AdamW or Muon.
@@ -342,6 +343,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             # Torch's checkpoints name no rule, and the present one stays.
             group["base"] = group["base"] if PROGRESS in group else rule
         load_rows(self.state, self.param_groups, state_dict, self._binding.at_home_on_host)
+        fill_empty(self.state, every_parameter(self.param_groups), self._binding.ranks)
         self._binding.unbind(save=False)
         self._binding.load(self.param_groups)
         found = take_predictions(self.state, every_parameter(self.param_groups))

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_hybrid.state import MASTER, REMAINDER, State, fingerprint
+from triton_hybrid.checkpoint import PROGRESS
+from triton_hybrid.kernels.ledger import PART_COLUMN
+from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, State, fingerprint
 
 PREDICTED = "predicted"
 """The parameter's entry; the entries of state are called ``predicted_master`` and so on."""
@@ -47,6 +49,26 @@ def with_predictions(
                     found[f"{PREDICTED}_{name}"] = held[place]
             entries[number] = {**entries[number], **found}
     return {**state_dict, "state": entries}
+
+
+def without_predictions(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of verified weights from which no prediction returns, as if others had written.
+
+    Else who loads it would take back a prediction that does not stand. Its argument is not changed.
+    """
+    entries = {}
+    for number, entry in state_dict["state"].items():
+        if PREDICTION.name in entry:
+            rest = entry[PREDICTION.name].clone()
+            rest[PART_COLUMN.value :] = 0.0
+            entry = {**entry, PREDICTION.name: rest}
+        entries[number] = entry
+    groups = []
+    for group in state_dict["param_groups"]:
+        progress = group[PROGRESS]
+        ledger = {**progress["ledger"], "written": 1.0}
+        groups.append({**group, PROGRESS: {**progress, "ledger": ledger}})
+    return {**state_dict, "state": entries, "param_groups": groups}
 
 
 def take_predictions(state: State, params: Iterable[Tensor]) -> list[Pending]:

@@ -1,11 +1,12 @@
-"""Parameters that are DTensors: each rank works on its own part of them.
+"""Parameters that are DTensors, or FSDP1's: each rank works on its own part of them.
 
 FSDP2 (``fully_shard``) and tensor parallel training hand the optimizer DTensors. The kernels work
 on what of them lies on this rank, and what they measure is summed over the ranks before anything
 is decided (`Ranks.reduce`). The optimizer's state holds DTensors like the parameters, so that
 distributed checkpoints save, load and reshard it.
 
-Nothing else knows of DTensors: here they are taken apart and put together again.
+Nothing else knows of DTensors: here they are taken apart and put together again. What FSDP1 has cut
+are plain tensors (`flat_shards`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,26 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.distributed import Ranks
+from triton_hybrid.flat_shards import (
+    flat_gradient,
+    handle_of,
+    is_cut,
+    like_param,
+    saved_rows,
+    share_of,
+)
 from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN
-from triton_hybrid.state import DECLARED, PREDICTION, Member, State
+from triton_hybrid.state import PREDICTION, Member, State
 
 
 def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def is_managed(param: Any) -> bool:
+    """Whether others may have laid a parameter out over ranks: a DTensor, or one of FSDP1."""
+    return is_dtensor(param) or handle_of(param) is not None
 
 
 @torch.no_grad()
@@ -36,7 +50,9 @@ def local(tensor: Any) -> Any:
 @torch.no_grad()
 def local_gradient(param: Any) -> Any:
     """This rank's part of a parameter's gradient, laid out as the parameter."""
-    grad, to = param.grad, getattr(param, "placements", None)
+    if not is_dtensor(param):
+        return flat_gradient(param)
+    grad, to = param.grad, param.placements
     if is_dtensor(grad) and grad.placements != to:
         grad = grad.redistribute(param.device_mesh, to)
     return local(grad)
@@ -72,15 +88,14 @@ def part_of(tensor: Tensor, whole: Any) -> Tensor:
 @torch.no_grad()
 def placed(key: str, value: Tensor, param: Any, device: torch.device) -> Tensor:
     """A copy of a checkpoint's tensor on a device, laid out as its parameter."""
-    row = DECLARED.get(key)
-    if is_dtensor(param) and not is_dtensor(value) and row is not None and row.shape is None:
+    if is_dtensor(param) and not is_dtensor(value) and like_param(key, value):
         return like_whole(part_of(value.to(device=device), param).clone(), param)
     return value.detach().to(device=device, copy=True)
 
 
 def forget_fingerprints(param: Any, entry: dict[str, Any]) -> None:
-    """Of a saved or loaded DTensor: those of other parts of it would be those of other weights."""
-    if is_dtensor(param) and PREDICTION.name in entry:
+    """Of saved or loaded parts: those of other parts would be those of other weights."""
+    if is_managed(param) and PREDICTION.name in entry:
         entry[PREDICTION.name] = entry[PREDICTION.name].clone()
         entry[PREDICTION.name][FINGERPRINT_COLUMN.value :] = 0.0
 
@@ -88,13 +103,15 @@ def forget_fingerprints(param: Any, entry: dict[str, Any]) -> None:
 def saved_parts(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A state dict that any number of ranks can load."""
     params = [param for group in groups for param in group["params"]]
-    if not any(map(is_dtensor, params)):
+    if not any(map(is_managed, params)):
         return state_dict
     state = dict(state_dict["state"])
     for index, param in enumerate(params):
         if index in state:
             state[index] = dict(state[index])
             forget_fingerprints(param, state[index])
+            if handle_of(param) is not None:
+                state[index] = saved_rows(param, state[index])
     return {**state_dict, "state": state}
 
 
@@ -118,13 +135,15 @@ def check_dtensor(param: Any, index: int) -> None:
 def is_part(param: Any) -> bool:
     """Whether other ranks hold other parts of a parameter."""
     if not is_dtensor(param):
-        return False
+        return is_cut(param)
     sizes = [param.device_mesh.size(dim) for dim in range(param.device_mesh.ndim)]
     return any(place.is_shard() and size > 1 for place, size in zip(param.placements, sizes))
 
 
 def _share(param: Any, index: int, ranks: Ranks) -> float:
     """One over the number of ranks that hold the same elements of a parameter."""
+    if handle_of(param) is not None:
+        return share_of(param, index, ranks.size)
     if not is_dtensor(param):
         return 1.0 if ranks.apart else 1.0 / ranks.size
     mesh = param.device_mesh
@@ -138,6 +157,32 @@ def _share(param: Any, index: int, ranks: Ranks) -> float:
     for size in same:
         count *= size
     return 1.0 / count
+
+
+@torch.no_grad()
+def by_share(params: Sequence[Tensor], ranks: Ranks) -> tuple[dict[float, list[Tensor]], bool]:
+    """This rank's gradients, by one over the number of ranks that hold the same.
+
+    Returns:
+        The gradients, and whether they are parts of those of all ranks together; where they are
+        not, all of them are at 1.
+
+    Raises:
+        RuntimeError: FSDP1 has not reduced them.
+    """
+    some = any(map(is_part, params))
+    found: dict[float, list[Tensor]] = {}
+    for place, param in enumerate(params):
+        grad = local_gradient(param)
+        if grad is None:
+            continue
+        if some and grad.shape != local(param).shape:
+            raise RuntimeError(
+                "accumulation inside no_sync() of FSDP1: every rank has a whole gradient of its "
+                "own there, which is not measured; call backward() outside of it"
+            )
+        found.setdefault(_share(param, place, ranks) if some else 1.0, []).append(grad)
+    return found, some
 
 
 OTHERS = "others"
@@ -200,22 +245,25 @@ class Shards:
             for key in entry.keys() - found.keys():
                 del entry[key]
             for key, value in found.items():
-                row = DECLARED.get(key)
-                like_param = row is not None and row.shape is None and isinstance(value, Tensor)
-                entry[key] = like_whole(value, whole.param) if like_param else value
+                entry[key] = like_whole(value, whole.param) if like_param(key, value) else value
 
 
 def reshard(module: Any) -> None:
-    """Lets every FSDP2 module in a module go back to its parts; nothing happens to other modules.
+    """Lets every FSDP module in a module go back to its parts; nothing happens to other modules.
 
     After a forward pass without a backward pass (an evaluation) the root module of ``fully_shard``
-    keeps its gathered weights, and the next forward pass would use them, whatever `step`,
+    or FSDP1 keeps its gathered weights, and the next forward pass would use them, whatever `step`,
     `verified_weights` or `train` have made of the parts since.
     """
     if not torch.distributed.is_available():
         return
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp._runtime_utils import _reshard
 
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+        elif isinstance(part, FullyShardedDataParallel) and part._is_root is not None:
+            handle = part._handle
+            if handle is not None and handle.uses_sharded_strategy:
+                _reshard(part, handle, free_unsharded_flat_param=True)

@@ -18,9 +18,9 @@ from triton_hybrid.groups import every_parameter
 from triton_hybrid.kernels.fingerprint import INTEGERS
 from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import remainder_of
-from triton_hybrid.resume import put_back, with_predictions
+from triton_hybrid.resume import put_back, with_predictions, without_predictions
 from triton_hybrid.rules import RULES
-from triton_hybrid.shards import is_dtensor, local
+from triton_hybrid.shards import is_managed, local
 from triton_hybrid.standing import weight_before
 from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, moved_again
 
@@ -73,8 +73,10 @@ class VerifiedWeights:
     def _with_predictions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict that brings the prediction back which was put aside meanwhile."""
         params = every_parameter(self.param_groups)
-        if not self._binding.swaps or any(map(is_dtensor, params)):
+        if not self._binding.swaps:
             return state_dict
+        if any(map(is_managed, params)):  # other ranks may load other parts of it
+            return without_predictions(state_dict)
         held = {tensor.data_ptr(): value for tensor, value, _ in self._binding.swaps}
         return with_predictions(state_dict, params, self.state, held)
 

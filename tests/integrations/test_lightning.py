@@ -64,9 +64,9 @@ def fit(
     model: Model, folder: Path, epochs: int = 2, path: Path | None = None, **options: Any
 ) -> Any:
     trainer = Trainer(
-        accelerator="cpu", devices=1, max_epochs=epochs, default_root_dir=folder, logger=False,
+        accelerator="cpu", max_epochs=epochs, default_root_dir=folder, logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        **{"enable_checkpointing": "callbacks" in options, **options},
+        **{"devices": 1, "enable_checkpointing": "callbacks" in options, **options},
     )  # fmt: skip
     loader = DataLoader(BATCHES, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(model, loader, loader, ckpt_path=path, weights_only=False if path else None)

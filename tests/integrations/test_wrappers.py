@@ -44,9 +44,9 @@ def fabricated() -> tuple[Any, Any, Any]:
 KINDS = pytest.mark.parametrize("prepare", [accelerated, fabricated])
 
 
-def loop(model: Any, optimizer: Any, run_backward: Any, steps: int = 30) -> int:
+def loop(model: Any, optimizer: Any, run_backward: Any, steps: int = 30, seed: int = 1) -> int:
     """The stepped loop, as the documentation has it; returns how many batches it took."""
-    batches, taken = make_batches(), 0
+    batches, taken = make_batches(seed), 0
     # docs: begin accelerate and Fabric
     for _ in range(steps):
         if wrappers.needs_backward(optimizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import of_all, run_on_ranks
+from test_fsdp1 import wrapped
+from test_sharded import make_net, sharded
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer
@@ -80,9 +84,96 @@ def _one_has_no_data(rank: int, world: int) -> tuple[Tensor, Tensor, float]:
     return before, param.detach().clone(), optimizer.stats().loss_scale
 
 
+def _like_one_process(rank: int, world: int) -> dict[str, Any]:
+    """Lengths of windows, noise, and losses before and after, however the parameters lie."""
+    ways: dict[str, Any] = {
+        "alone": lambda net: net,
+        "ddp": DistributedDataParallel,
+        "zero": DistributedDataParallel,
+        "fsdp2": sharded,
+        "fsdp1": wrapped,
+        "fsdp1 flat": lambda net: wrapped(net, orig=False),
+    }
+    found = {}
+    for kind, way in ways.items():
+        model = way(make_net())
+        options: dict[str, Any] = {
+            "lr": 1e-2,
+            "hybrid": HybridConfig(predictor="none"),
+            "accumulation": AccumulationConfig(4, minimum=2),
+        }
+        if kind == "zero":
+            outer: Any = ZeroRedundancyOptimizer(
+                model.parameters(), optimizer_class=HybridOptimizer, **options
+            )
+        else:
+            alone = False if kind == "alone" else None
+            outer = HybridOptimizer(model.parameters(), process_group=alone, **options)
+        optimizer = outer.optim if kind == "zero" else outer
+        generator = torch.Generator().manual_seed(0)
+        lengths, losses = [], []
+        for _ in range(12):
+            for count in range(1, 5):  # noqa: B007
+                x = torch.randn(16, 12, generator=generator)
+                x = x if kind == "alone" else x.chunk(world)[rank]
+                loss = (model(x) - x[:, :3].sin()).square().mean()
+                loss.backward()
+                total = loss.detach().clone()
+                if kind != "alone":
+                    dist.all_reduce(total)
+                losses.append(float(total) / (1 if kind == "alone" else world))
+                if optimizer.window_complete:
+                    break
+            lengths.append(count)
+            outer.step()
+            outer.zero_grad()
+        found[kind] = (lengths, optimizer.stats().noise_scale, losses)
+    return found
+
+
+def _not_reduced(rank: int, world: int) -> list[str]:
+    """What is said where gradients stay whole, or elsewhere, until the last micro-batch."""
+    told = []
+    for way in (wrapped, sharded):
+        model = way(make_net())
+        optimizer = HybridOptimizer(model.parameters(), accumulation=AccumulationConfig(2))
+        if way is sharded:
+            model.set_requires_gradient_sync(False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                for _ in range(3):
+                    with model.no_sync() if way is wrapped else nullcontext():
+                        model(torch.ones(2, 12)).sum().backward()
+                    assert not optimizer.window_complete
+            except RuntimeError as error:
+                told.append(str(error))
+        told += [str(w.message) for w in caught if "window_complete" in str(w.message)]
+    return told
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    return run_on_ranks(RANKS, [_train, _one_has_no_data])
+    scenarios = [_train, _one_has_no_data, _like_one_process, _not_reduced]
+    return run_on_ranks(RANKS, scenarios)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp2", "fsdp1", "fsdp1 flat"])
+def test_windows_and_noise_are_those_of_one_process(
+    results: dict[str, list[Any]], kind: str
+) -> None:
+    for found in of_all(results, _like_one_process):
+        (lengths, noise, losses), (its, its_noise, its_losses) = found["alone"], found[kind]
+        assert its == lengths
+        assert len(set(lengths)) > 1, "or it shows nothing"
+        assert its_noise == pytest.approx(noise, rel=1e-5)
+        assert its_losses == pytest.approx(losses, rel=1e-5)
+
+
+def test_gradients_that_are_not_reduced(results: dict[str, list[Any]]) -> None:
+    for whole, elsewhere in of_all(results, _not_reduced):
+        assert "no_sync() of FSDP1" in whole
+        assert "set_requires_gradient_sync" in elsewhere
 
 
 def test_a_rank_without_data_is_no_error_and_nobody_steps(results: dict[str, list[Any]]) -> None:

@@ -427,7 +427,7 @@ def test_a_rank_that_stops_is_an_error_on_the_others(results: dict[str, list[Any
         assert stayed
 
 
-def test_a_parameter_of_fsdp1_is_refused() -> None:
+def test_a_parameter_of_fsdp1_without_its_module_is_refused() -> None:
     param = nn.Parameter(torch.ones(3))
     param._fsdp_flattened = True
     with pytest.raises(NotImplementedError, match="FSDP1"):

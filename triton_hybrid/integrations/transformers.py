@@ -77,7 +77,9 @@ class HybridCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         heard = self._losses and self.observes
         if heard and optimizer is not None and optimizer.needs_backward:
             losses = torch.stack(self._losses)
-            optimizer.observe_loss(losses.sum() if self._parts else losses.mean())
+            # Parts of the mean over the tokens of all ranks, of which the optimizer takes the mean.
+            ranks = args.world_size if args.average_tokens_across_devices else 1
+            optimizer.observe_loss(losses.sum() * ranks if self._parts else losses.mean())
         self._losses.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,179 @@
+"""Trainers on two processes, the real ones: phases and replicas stay the same on both."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_lightning
+import test_transformers
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from lightning.pytorch import Callback
+from ranks import assert_same_on_all, of_all, run_on_ranks
+from test_transformers import ROWS
+from test_wrappers import loop
+from training import assert_same_weights, fast_config, make_model, weights
+from transformers import Trainer
+
+from triton_hybrid import HybridOptimizer
+from triton_hybrid.integrations import wrappers
+from triton_hybrid.integrations.transformers import HybridCallback
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+FOLDER = Path()
+
+
+def as_launched(rank: int, world: int) -> None:
+    """What torchrun and ``accelerate launch`` tell a process; the group is there already."""
+    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    known |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0}
+    known |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in known.items()})
+    for state in (AcceleratorState, GradientState, PartialState):  # of the tests before
+        state._reset_state()
+    warnings.simplefilter("ignore")
+
+
+class Phases:
+    """An optimizer's phases before each step."""
+
+    def __init__(self, optimizer: HybridOptimizer) -> None:
+        self.seen: list[str] = []
+        optimizer.register_step_pre_hook(lambda its, *_: self.seen.append(its.phase.value))
+
+
+def result(optimizer: Any, phases: Phases) -> dict[str, Any]:
+    """Of a run: phases, weights, what was observed and how often."""
+    found = wrappers.unwrap(optimizer)
+    stats = found.stats()
+    assert stats.predicted_steps > 3
+    assert found._binding.ranks.size == 2
+    engine = found._binding.engine
+    ledger = engine.read() if engine is not None else found._progress.ledger
+    assert ledger["loss_count"] > 0
+    return {
+        "phases": phases.seen,
+        "weights": weights(found),
+        "ledger": ledger,
+        "gradients": stats.gradient_evaluations,
+    }
+
+
+def hugging_face(rank: int, world: int) -> list[Any]:
+    """`HybridTrainer` in the stepped drive: no row is lost, and it resumes bit for bit."""
+    as_launched(rank, world)
+    results = []
+    for accumulation in (1, 2):
+        changes: dict[str, Any] = {
+            "gradient_accumulation_steps": accumulation,
+            "per_device_train_batch_size": 2,  # 6 batches an epoch on each rank
+            "save_strategy": "steps",
+            "save_steps": 7,
+            "max_steps": 20,
+        }
+        folder = FOLDER / str(accumulation)
+        trainer, seen = test_transformers.stepped(folder, **changes)
+        phases = Phases(wrappers.unwrap(trainer.create_optimizer()))
+        trainer.train()
+        run = result(trainer.optimizer, phases)
+        assert len(seen.batches) == run["gradients"] * accumulation
+        its = torch.stack(seen.batches[:12])
+        both = [torch.zeros_like(its) for _ in range(world)]
+        dist.all_gather(both, its)
+        for epoch in torch.stack(both, 1).split(6):
+            found = sorted(map(tuple, epoch.reshape(24, 8).tolist()))
+            assert found == sorted(tuple(row["input_ids"].tolist()) for row in ROWS)
+        results.append({**run, "logs": losses_of(trainer)})
+        for step in (7, 14):
+            other, _ = test_transformers.stepped(folder, **changes)
+            other.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+            assert_same_weights(run["weights"], weights(wrappers.unwrap(other.optimizer)))
+    return results
+
+
+def plain_trainer(rank: int, world: int) -> dict[str, Any]:
+    """Inline, with the callback: the ranks observe the loss that is logged."""
+    as_launched(rank, world)
+    model = test_transformers.make_model()
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=fast_config())
+    observed: list[float] = []
+    observe = optimizer.observe_loss
+    optimizer.observe_loss = lambda loss: (observed.append(float(loss)), observe(loss))  # type: ignore[method-assign,assignment]
+    phases = Phases(optimizer)
+    args = test_transformers.arguments(FOLDER / "plain", max_steps=10, logging_steps=1)
+    callbacks = [HybridCallback()]
+    trainer = Trainer(
+        model, args, train_dataset=ROWS, optimizers=(optimizer, None), callbacks=callbacks
+    )
+    trainer.train()
+    mean = torch.tensor(observed)
+    dist.all_reduce(mean)
+    assert (mean / world).tolist() == pytest.approx(losses_of(trainer), rel=1e-4)
+    return {**result(optimizer, phases), "logs": losses_of(trainer)}
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """Rank 0 logs, and so does every other, means over all."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Watched(Callback):
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.phases = Phases(wrappers.unwrap(trainer.optimizers[0]))
+
+
+def lightning(rank: int, world: int) -> list[Any]:
+    as_launched(rank, world)
+    results = []
+    for inline, manual, window in ((True, False, 1), (True, False, 3), (False, True, 1)):
+        model = test_lightning.Model(inline, manual)
+        watched = Watched()
+        trainer = test_lightning.fit(
+            model,
+            FOLDER / "lightning",
+            epochs=2 + 2 * window,
+            devices=world,
+            strategy="ddp",
+            callbacks=[watched],
+            accumulate_grad_batches=window,
+            enable_checkpointing=False,
+        )
+        assert trainer.world_size == world
+        results.append(result(trainer.optimizers[0], watched.phases))
+    return results
+
+
+def accelerated(rank: int, world: int) -> list[Any]:
+    as_launched(rank, world)
+    results = []
+    for inline in (True, False):
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == world
+        model = make_model()
+        optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=fast_config(inline=inline))
+        phases = Phases(optimizer)
+        model, wrapped = accelerator.prepare(model, optimizer)
+        loop(model, wrapped, accelerator.backward, seed=rank)
+        results.append(result(wrapped, phases))
+    return results
+
+
+SCENARIOS = [hugging_face, plain_trainer, lightning, accelerated]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    global FOLDER  # the forked processes see it
+    FOLDER = tmp_path_factory.mktemp("trainers")
+    return run_on_ranks(2, SCENARIOS)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_ranks_train_as_one(results: dict[str, list[Any]], scenario: Any) -> None:
+    assert_same_on_all(of_all(results, scenario))
