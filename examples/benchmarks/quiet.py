@@ -7,7 +7,8 @@ Six tasks in full batch (`quiet_tasks.py`), so many gradient evaluations for eve
 rejected moves and of L-BFGS's line search counted. AdamW and SOAP are tuned for each task over four
 rates, each decayed linearly to 0. Adam before L-BFGS has AdamW's best rate, held, for a fifth or a
 half of the evaluations, whichever ends lower. Ours has AdamW's best rate and a tenth of it, held,
-and otherwise its defaults. A task that `--output` holds already is not run again.
+and otherwise its defaults. A task that `--output` holds already is not run again. SOAP comes
+with the extra `peers`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from frontier.optimizers import require_package
 from lib.environment import environment
 from lib.files import plain, write_json
 from lib.flags import choice, parse, whole_number
@@ -39,6 +41,7 @@ SHARES = (0.2, 0.5)
 """Of the evaluations, for Adam before L-BFGS."""
 FLOOR = 1e-16
 """Losses are told apart down to this, the rounding of a loss of one."""
+PACKAGES = ("scikit-learn", "pytorch-optimizer")
 Runs = list[list[float]]
 """The losses of each seed, evaluation by evaluation."""
 
@@ -90,9 +93,8 @@ def adamw(rate: float, **options: Any) -> Callable[[Any], torch.optim.Optimizer]
 
 def soap(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
     """Makes SOAP for given parameters."""
-    from pytorch_optimizer import SOAP
-
-    return lambda params: SOAP(params, lr=rate, weight_decay=1e-2)
+    make = require_package("pytorch_optimizer").SOAP
+    return lambda params: make(params, lr=rate, weight_decay=1e-2)
 
 
 def adam_then_lbfgs(problem: Problem, rate: float, share: float, evaluations: int) -> list[float]:
@@ -226,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in tasks:
             tasks[name] = run_task(name, options.seeds, options.evaluations, options.predictor)
             content |= {
-                "environment": environment(torch.device("cpu"), ("scikit-learn",)),
+                "environment": environment(
+                    torch.device("cpu"), ("scikit-learn", "pytorch-optimizer")
+                ),
                 "configuration": configuration,
                 **summary(tasks, options.predictor, options.evaluations),
             }

@@ -107,9 +107,9 @@ def helmholtz(seed: int) -> Problem:
     evaluations are too few for theirs.
     """
     model = network(seed, 2, 32, 32, 1)
-    x = 2 * points(seed, 1024) - 1
+    x = 2 * points(seed, 256) - 1
     source = (1 - 5 * math.pi**2) * (math.pi * x[:, 0]).sin() * (2 * math.pi * x[:, 1]).sin()
-    along = torch.linspace(-1, 1, 32, dtype=torch.float64)
+    along = torch.linspace(-1, 1, 16, dtype=torch.float64)
     side = torch.ones_like(along)
     border = torch.cat(
         [torch.stack(pair, 1) for end in (-side, side) for pair in ((along, end), (end, along))]
@@ -129,13 +129,13 @@ def burgers(seed: int) -> Problem:
     The problem is that of Raissi, Perdikaris and Karniadakis (2019): a front at x = 0.
     """
     model = network(seed, 2, 32, 32, 32, 1)
-    tx = points(seed, 1024) * torch.tensor([1.0, 2.0]) - torch.tensor([0.0, 1.0])
-    x = torch.linspace(-1, 1, 64, dtype=torch.float64)
-    t = torch.linspace(0, 1, 32, dtype=torch.float64)
+    tx = points(seed, 256) * torch.tensor([1.0, 2.0]) - torch.tensor([0.0, 1.0])
+    x = torch.linspace(-1, 1, 32, dtype=torch.float64)
+    t = torch.linspace(0, 1, 16, dtype=torch.float64)
     starts = [torch.stack([torch.zeros_like(x), x], 1)]
     ends = [torch.stack([t, torch.full_like(t, side)], 1) for side in (-1.0, 1.0)]
     border = torch.cat([*starts, *ends])
-    wanted = torch.cat([-(math.pi * x).sin(), torch.zeros(64, dtype=torch.float64)])
+    wanted = torch.cat([-(math.pi * x).sin(), torch.zeros(32, dtype=torch.float64)])
 
     def loss() -> Tensor:
         value, first, second = derivatives(model, tx)
