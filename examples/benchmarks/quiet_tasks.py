@@ -81,7 +81,7 @@ def digits(seed: int) -> Problem:
     data = scikit_datasets().load_digits()
     x = torch.tensor(data.data[:1400] / 16.0, dtype=torch.float64)
     y = torch.tensor(data.target[:1400])
-    model = network(seed, 64, 128, 128, 10)
+    model = network(seed, 64, 64, 64, 10)
     return model, lambda: nn.functional.cross_entropy(model(x), y)
 
 
