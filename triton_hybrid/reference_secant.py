@@ -124,14 +124,18 @@ class SecantReference:
         v = flat(p.v / (1.0 - o.betas[1] ** p.steps) for p in self.run.tensors)
         m = flat(p.m / (1.0 - o.betas[0] ** p.steps) for p in self.run.tensors)
         metric, gamma, q = o.lr / (v.sqrt() + o.eps), 1.0, g.clone()
-        square, change = lambda s: s @ (s / metric), lambda y: y @ (metric * y)
-        pairs = [(s, y) for s, y in self.pairs if s @ y > 1e-8 * (square(s) * change(y)).sqrt()]
+
+        def norms(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return (s @ (s / metric)).sqrt(), (y @ (metric * y)).sqrt()
+
+        pairs = [(s, y) for s, y in self.pairs if s @ y > 1e-8 * norms(s, y)[0] * norms(s, y)[1]]
         steps = []
         for s, y in reversed(pairs):
             steps.append(float(s @ q / (s @ y)))
             q = q - steps[-1] * y
         if pairs:
-            gamma = float((square(pairs[-1][0]) / change(pairs[-1][1])).sqrt())
+            move, change = norms(*pairs[-1])
+            gamma = float(move / change)
         r = gamma * metric * q
         for (s, y), step in zip(pairs, reversed(steps)):
             r = r + s * (step - float(y @ r / (s @ y)))
