@@ -52,7 +52,7 @@ WARPS = 4
 
 def products_size(history: int) -> int:
     """Inner products of so many pairs and a gradient (see `products`)."""
-    return 2 * history * (history + 1) + 2 * history + 3
+    return 2 * history * (history + 1) + history + 3
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def _tile(
 
 @triton.jit
 def _products_chunk(
-    addresses, tensor, start, length, row, step, along, against, moves_square, changes_square,
+    addresses, tensor, start, length, row, step, along, against, moves_square,
     square, usual, slope,
     CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr, HISTORY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -181,15 +181,15 @@ def _products_chunk(
         begin = start + inner
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         g = load_row(addresses, LAST_GRADIENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-        metric = lr.to(STATE) / DENOMINATOR(
-            addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL
-        )
+        denominator = DENOMINATOR(addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL)
+        metric = lr.to(STATE) / denominator
         moves = _tile(addresses, MOVES, tensor, begin, length, HISTORY, ROWS, STATE, BLOCK, FULL)
         changes = _tile(
             addresses, CHANGES, tensor, begin, length, HISTORY, ROWS, STATE, BLOCK, FULL
         )
-        moves_square += tl.sum(moves * moves, axis=1).to(tl.float64)
-        changes_square += tl.sum(changes * changes, axis=1).to(tl.float64)
+        # Where the rate is 0 nothing moves.
+        inverse = denominator * (1.0 / tl.where(lr > 0, lr, 1.0)).to(STATE)
+        moves_square += tl.sum(moves * moves * inverse[None, :], axis=1).to(tl.float64)
         changes = changes * metric[None, :]
         square += tl.sum(metric * g * g, axis=0).to(tl.float64)
         m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
@@ -205,7 +205,7 @@ def _products_chunk(
             now = (columns == number)[None, :]
             along += tl.where(now, left[:, None], 0.0)
             against += tl.where(now, right[:, None], 0.0)
-    return along, against, moves_square, changes_square, square, usual, slope
+    return along, against, moves_square, square, usual, slope
 
 
 @triton.jit
@@ -220,7 +220,6 @@ def _products_kernel(
     along = tl.zeros([ROWS, COLUMNS], tl.float64)
     against = tl.zeros([ROWS, COLUMNS], tl.float64)
     moves_square = tl.zeros([ROWS], tl.float64)
-    changes_square = tl.zeros([ROWS], tl.float64)
     square = tl.full((), 0.0, tl.float64)
     usual, slope = square, square
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
@@ -230,25 +229,22 @@ def _products_kernel(
         takes_part = tl.load(prediction + PREDICTION_COLUMNS * tensor + PART_COLUMN) > 0
         for FULL in tl.static_range(2):
             if takes_part & (full == FULL):
-                (
-                    along, against, moves_square, changes_square, square, usual, slope,
-                ) = _products_chunk(
+                along, against, moves_square, square, usual, slope = _products_chunk(
                     addresses, tensor, start, length, row, step,
-                    along, against, moves_square, changes_square, square, usual, slope,
+                    along, against, moves_square, square, usual, slope,
                     CONSTANTS, DENOMINATOR, HISTORY, ROWS, COLUMNS,
                     PARAM_TYPE, STATE, KEPT, PART, CHUNK, FULL,
                 )  # fmt: skip
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    own = partials + tl.program_id(0) * (2 * ROWS * COLUMNS + 2 * ROWS + 3)
+    own = partials + tl.program_id(0) * (2 * ROWS * COLUMNS + ROWS + 3)
     cells = own + rows[:, None] * COLUMNS + columns[None, :]
     tl.store(cells, along)
     tl.store(cells + ROWS * COLUMNS, against)
     own += 2 * ROWS * COLUMNS
     tl.store(own + rows, moves_square)
-    tl.store(own + ROWS + rows, changes_square)
-    tl.store(own + 2 * ROWS, square)
-    tl.store(own + 2 * ROWS + 1, usual)
-    tl.store(own + 2 * ROWS + 2, slope)
+    tl.store(own + ROWS, square)
+    tl.store(own + ROWS + 1, usual)
+    tl.store(own + ROWS + 2, slope)
 
 
 def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) -> None:
@@ -256,7 +252,7 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
 
     With the moves S, the changes Y, the newest gradient g and the metric D, learning rate over the
     rule's denominator, those are ``[S; D Y]ᵀ [Y, g]`` (``[2, history, history + 1]``, row by row),
-    the squares of moves and of changes, gᵀ D g, the squared step of the rule in the metric, mᵀ D m
+    the squared moves sᵀD⁻¹s, gᵀ D g, the squared step of the rule in the metric, mᵀ D m
     with its bias-corrected exp_avg m, and Σ learning rate · weight decay · g · weight.
 
     A pass reads 8 · history + 16 bytes a parameter in FP32. Sums are FP32 within a block, FP64 over
@@ -271,7 +267,7 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
     rule = tensors.rule
     assert rule is not None
     rows, columns = triton.next_power_of_2(history), triton.next_power_of_2(history + 1)
-    size = 2 * rows * columns + 2 * rows + 3
+    size = 2 * rows * columns + rows + 3
     partials = torch.empty(tensors.tiling.programs, size, dtype=torch.float64, device=out.device)
     tensors.launch(
         _products_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
@@ -282,8 +278,8 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
     )  # fmt: skip
     total = partials.sum(0)
     gram = total[: 2 * rows * columns].view(2, rows, columns)[:, :history, : history + 1]
-    squares = total[2 * rows * columns : -3].view(2, rows)[:, :history]
-    out += torch.cat([gram.flatten(), squares.flatten(), total[-3:]])
+    squares = total[2 * rows * columns : -3][:history]
+    out += torch.cat([gram.flatten(), squares, total[-3:]])
 
 
 @triton.jit

@@ -102,7 +102,7 @@ def _blocks(
 def products_torch(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) -> None:
     """`products` in plain torch."""
     gram = torch.zeros(2 * history, history + 1, dtype=torch.float64, device=tensors.device)
-    squares = torch.zeros(2, history, dtype=torch.float64, device=tensors.device)
+    squares = torch.zeros(history, dtype=torch.float64, device=tensors.device)
     rest = torch.zeros(3, dtype=torch.float64, device=tensors.device)
     for _, moves, changes, metric, rows, w, others in _blocks(tensors, scalars, history):
         _, here, decay, correction1 = others
@@ -111,12 +111,12 @@ def products_torch(tensors: TensorSet, scalars: Scalars, out: Tensor, history: i
         g = rows["last_gradient"]
         left, right = torch.cat([moves, changes * metric]), torch.cat([changes, g.unsqueeze(0)])
         gram += (left @ right.T).double()
-        squares[0] += moves.square().sum(1)
-        squares[1] += changes.square().sum(1)
+        # Where the rate is 0 nothing moves.
+        squares += (moves.square() / torch.where(metric > 0, metric, 1.0)).sum(1)
         rest[0] += (metric * g).dot(g)
         rest[1] += (metric * rows["exp_avg"]).dot(rows["exp_avg"]) / correction1**2
         rest[2] += decay * g.dot(w) * here
-    out += torch.cat([gram.flatten(), squares.flatten(), rest])
+    out += torch.cat([gram.flatten(), squares, rest])
 
 
 def move_torch(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: int) -> None:

@@ -42,7 +42,10 @@ SAME = 1e-4
 """Part of it by which a loss may differ at the same weights where training is deterministic."""
 LARGEST_HORIZON = 1e12
 LEAST_CURVATURE = 1e-8
-"""Cosine of move and gradient change up to which a pair is left out."""
+"""Cosine, in the metric, of move and gradient change up to which a pair is left out."""
+MOST_DECAY = 0.01
+"""Share of a move's slope that weight decay may take. With 0.5 it held fits back: a Poisson network
+and a regression of two scales (8 seeds, two rates) ended 2 to 4 times higher."""
 
 
 def new_trial(device: torch.device, values: Mapping[str, float] | None = None) -> Tensor:
@@ -140,15 +143,18 @@ def solve(products: Tensor, trial: Tensor, history: int) -> Tensor:
 
     The two loops of L-BFGS (Nocedal 1980) for the gradient g and the pairs S, Y, oldest first, are
     two triangular systems. With R the upper triangle of SᵀY, E its diagonal, and γ D the first
-    inverse Hessian, D = learning rate / (√v̂ + ε) and γ = sᵀy / yᵀDy of the newest pair::
+    inverse Hessian, D = learning rate / (√v̂ + ε)::
 
         R α = Sᵀg,   Rᵀδ = E α - γ Yᵀ D (g - Y α),   move = -γ D (g - Y α) - S δ
 
+    γ² = sᵀD⁻¹s / yᵀDy of the newest pair: in the metric the geometric mean of the long and the
+    short step of Barzilai and Borwein (1988), sᵀD⁻¹s / sᵀy and sᵀy / yᵀDy. With the short one,
+    Nocedal's, fits ended 1.3 to 3 times higher (as at `MOST_DECAY`).
     Without a pair the move is that of the gradient alone, with γ = 1. Of the weight decay the move
-    takes as much as leaves it half of its slope.
+    takes as much as costs it `MOST_DECAY` of its slope.
 
     Args:
-        products: FP64, as `products` adds them up: ``[S; D Y]ᵀ[Y, g]``, |s|², |y|², gᵀDg, the
+        products: FP64, as `products` adds them up: ``[S; D Y]ᵀ[Y, g]``, sᵀD⁻¹s, gᵀDg, the
             squared step of the rule, and the slope against the weight decay.
         trial: FP64.
         history: Pairs that are kept.
@@ -164,15 +170,14 @@ def solve(products: Tensor, trial: Tensor, history: int) -> Tensor:
     order = torch.remainder(slot.long() + places, history)
     along, against = gram[:, order].unbind()
     sy, sg, ydy, ydg = along[:, order], along[:, -1], against[:, order], against[:, -1]
-    squares = rest[:history] * rest[history : 2 * history]
-    diagonal = sy.diagonal()
-    valid = (places >= history - pairs) & (diagonal > LEAST_CURVATURE * squares[order].sqrt())
+    diagonal, moved, changed = sy.diagonal(), rest[:history][order], ydy.diagonal()
+    curved = diagonal > LEAST_CURVATURE * (moved * changed).sqrt()
+    valid = (places >= history - pairs) & curved
 
     newest = (valid * (places + 1)).argmax().view(1)
     some = valid.any()
-    curvature = ydy.diagonal().index_select(0, newest)
-    first = diagonal.index_select(0, newest) / torch.where(some, curvature, 1.0)
-    gamma = torch.where(some, first, 1.0)
+    last_move, last_change = moved.index_select(0, newest), changed.index_select(0, newest)
+    gamma = torch.where(some, last_move / torch.where(some, last_change, 1.0), 1.0).sqrt()
     upper = torch.where(valid.unsqueeze(1) & valid, sy, 0.0).triu(1)
     upper = upper + torch.where(valid, diagonal, 1.0).diag()
     alpha = _triangular(upper, torch.where(valid, sg, 0.0), upper=True)
@@ -183,7 +188,7 @@ def solve(products: Tensor, trial: Tensor, history: int) -> Tensor:
     slope = -gamma * (square - alpha.dot(ydg)) - delta.dot(sg)
     # The decay leads along -decay.
     against_it = (-decay).clamp(min=1e-300)
-    share = torch.where(decay < 0, (-0.5 * slope / against_it).clamp(0.0, 1.0), 1.0)
+    share = torch.where(decay < 0, (-MOST_DECAY * slope / against_it).clamp(0.0, 1.0), 1.0)
     back = torch.empty_like(order)
     back[order] = places
     return torch.cat([ready.view(1), gamma, share.view(1), alpha[back], delta[back]])

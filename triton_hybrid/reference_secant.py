@@ -124,20 +124,24 @@ class SecantReference:
         v = flat(p.v / (1.0 - o.betas[1] ** p.steps) for p in self.run.tensors)
         m = flat(p.m / (1.0 - o.betas[0] ** p.steps) for p in self.run.tensors)
         metric, gamma, q = o.lr / (v.sqrt() + o.eps), 1.0, g.clone()
-        pairs = [(s, y) for s, y in self.pairs if s @ y > 1e-8 * s.norm() * y.norm()]
+
+        def norms(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return (s @ (s / metric)).sqrt(), (y @ (metric * y)).sqrt()
+
+        pairs = [(s, y) for s, y in self.pairs if s @ y > 1e-8 * norms(s, y)[0] * norms(s, y)[1]]
         steps = []
         for s, y in reversed(pairs):
             steps.append(float(s @ q / (s @ y)))
             q = q - steps[-1] * y
         if pairs:
-            s, y = pairs[-1]
-            gamma = float(s @ y / (y @ (metric * y)))
+            move, change = norms(*pairs[-1])
+            gamma = float(move / change)
         r = gamma * metric * q
         for (s, y), step in zip(pairs, reversed(steps)):
             r = r + s * (step - float(y @ r / (s @ y)))
         decay = o.lr * o.weight_decay * trial.w
         uphill = -float(g @ decay)
-        kept = min(1.0, 0.5 * float(g @ r) / uphill) if uphill > 0 else 1.0
+        kept = min(1.0, 0.01 * float(g @ r) / uphill) if uphill > 0 else 1.0
         moved = -(r + kept * decay) * (v > 0)
         length = (moved * moved / metric)[v > 0].sum().sqrt()
         radius = 3.0 * self.run.ledger.horizon * (m * m * metric).sum().sqrt()

@@ -1,98 +1,54 @@
-"""Training without noise: the defaults (`predictor="auto"`) beside tuned AdamW and torch's L-BFGS.
+"""Training without noise: the defaults (`predictor="auto"`) beside tuned AdamW, SOAP and L-BFGS.
 
     python examples/benchmarks/quiet.py --output quiet.json
     python examples/benchmarks/quiet.py --predictor secant --output quiet_secant.json
 
-Four tasks in full batch, so many gradient evaluations for everybody, those of rejected moves and of
-L-BFGS's line search counted. AdamW is tuned for each task over four rates, each decayed linearly to
-0; ours has AdamW's best rate and a tenth of it, held constant, and otherwise its defaults.
+Six tasks in full batch (`quiet_tasks.py`), so many gradient evaluations for everybody, those of
+rejected moves and of L-BFGS's line search counted. AdamW and SOAP are tuned for each task over four
+rates, each decayed linearly to 0. Adam before L-BFGS has AdamW's best rate, held, for a fifth or a
+half of the evaluations, whichever ends lower. Ours has AdamW's best rate and a tenth of it, held,
+and otherwise its defaults. A task that `--output` holds already is not run again. SOAP comes
+with the extra `peers`.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from math import log
 from pathlib import Path
 from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from quiet_tasks import TASKS, Problem
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
+from frontier.optimizers import require_package
 from lib.environment import environment
-from lib.files import write_json
+from lib.files import plain, write_json
 from lib.flags import choice, parse, whole_number
-from lib.scikit_data import scikit_datasets
 from triton_hybrid import HybridConfig, HybridOptimizer
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-Problem = tuple[nn.Module, Callable[[], Tensor]]
-Evaluate = Callable[[], Tensor]
+SHARES = (0.2, 0.5)
+"""Of the evaluations, for Adam before L-BFGS."""
+FLOOR = 1e-16
+"""Losses are told apart down to this, the rounding of a loss of one."""
+PACKAGES = ("scikit-learn", "pytorch-optimizer")
+Runs = list[list[float]]
+"""The losses of each seed, evaluation by evaluation."""
 
 
-def network(seed: int, *sizes: int) -> nn.Sequential:
-    """A tanh network."""
-    torch.manual_seed(seed)
-    layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
-    return nn.Sequential(*layers[:-1])
-
-
-def spirals(seed: int) -> Problem:
-    """Two spirals of 200 points each, to be told apart."""
-    generator = torch.Generator().manual_seed(seed)
-    angle = 3 * math.pi * torch.rand(200, generator=generator).sqrt()
-    arm = torch.stack([angle.cos() * angle, angle.sin() * angle], 1) / 10
-    x = torch.cat([arm, -arm]) + 0.02 * torch.randn(400, 2, generator=generator)
-    y = torch.arange(2).repeat_interleave(200)
-    model = network(seed, 2, 64, 64, 2)
-    return model, lambda: nn.functional.cross_entropy(model(x), y)
-
-
-def regression(seed: int) -> Problem:
-    """A function of two scales, in FP64."""
-    model = network(seed, 1, 64, 64, 1).double()
-    x = torch.linspace(-1, 1, 256, dtype=torch.float64).unsqueeze(1)
-    y = (4 * math.pi * x).sin() + 0.3 * (10 * math.pi * x).sin()
-    return model, lambda: (model(x) - y).square().mean()
-
-
-def poisson(seed: int) -> Problem:
-    """A physics-informed network for u'' = f with u = 0 at both ends, in FP64."""
-    model = network(seed, 1, 32, 32, 1).double()
-    x = torch.linspace(0, 1, 128, dtype=torch.float64).unsqueeze(1).requires_grad_()
-    wave = (math.pi * x).sin() + 4 * (4 * math.pi * x).sin()
-    source = (-(math.pi**2) * wave).detach()
-    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-
-    def loss() -> Tensor:
-        first = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
-        second = torch.autograd.grad(first.sum(), x, create_graph=True)[0]
-        residual = (second - source).square().mean() / source.square().mean()
-        return 100 * (residual + model(ends).square().mean())
-
-    return model, loss
-
-
-def digits(seed: int) -> Problem:
-    """1,400 handwritten digits, all in every gradient."""
-    data = scikit_datasets().load_digits()
-    x = torch.tensor(data.data[:1400] / 16.0, dtype=torch.float32)
-    y = torch.tensor(data.target[:1400])
-    model = network(seed, 64, 128, 128, 10)
-    return model, lambda: nn.functional.cross_entropy(model(x), y)
-
-
-TASKS = {"spirals": spirals, "regression": regression, "poisson": poisson, "digits": digits}
-
-
-def evaluation(optimizer: torch.optim.Optimizer, loss: Evaluate, losses: list[float]) -> Evaluate:
+def evaluation(
+    optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], losses: list[float]
+) -> Callable[[], Tensor]:
     """A closure that notes what it returns."""
 
     def closure() -> Tensor:
@@ -130,40 +86,65 @@ def lbfgs(problem: Problem, evaluations: int) -> list[float]:
     return losses[:evaluations]
 
 
+def adamw(rate: float, **options: Any) -> Callable[[Any], torch.optim.Optimizer]:
+    """Makes AdamW for given parameters."""
+    return lambda params: torch.optim.AdamW(params, lr=rate, **options)
+
+
+def soap(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
+    """Makes SOAP for given parameters."""
+    make = require_package("pytorch_optimizer").SOAP
+    return lambda params: make(params, lr=rate, weight_decay=1e-2)
+
+
+def adam_then_lbfgs(problem: Problem, rate: float, share: float, evaluations: int) -> list[float]:
+    """Losses of Adam, without weight decay, and of L-BFGS from where it has led."""
+    first = round(share * evaluations)
+    losses = descend(problem, adamw(rate, weight_decay=0.0), first, decay=False)
+    return losses + lbfgs(problem, evaluations - first)
+
+
+def mean_log(runs: Runs) -> float:
+    """Of the lowest losses."""
+    return statistics.fmean(log(max(min(losses), FLOOR)) for losses in runs)
+
+
 def run_task(
     name: str, seeds: Sequence[int], evaluations: int, predictor: str = "auto"
 ) -> dict[str, Any]:
     """All optimizers on one task: lowest losses, and evaluations to AdamW's."""
-    make = TASKS[name]
 
-    def adamw(seed: int, rate: float) -> list[float]:
-        def made(params: Any) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(params, lr=rate)
+    def for_seeds(run: Callable[[Problem], list[float]]) -> Runs:
+        return [run(TASKS[name](seed)) for seed in seeds]
 
-        return descend(make(seed), made, evaluations, decay=True)
+    def descents(make: Callable[[Any], Any], decay: bool) -> Runs:
+        return for_seeds(lambda problem: descend(problem, make, evaluations, decay))
 
-    def ours(seed: int, rate: float) -> list[float]:
+    def mixed(share: float) -> Runs:
+        return for_seeds(lambda problem: adam_then_lbfgs(problem, best, share, evaluations))
+
+    def ours(rate: float) -> Runs:
         def made(params: Any) -> HybridOptimizer:
             return HybridOptimizer(params, lr=rate, hybrid=HybridConfig(predictor=predictor))
 
-        return descend(make(seed), made, evaluations, decay=False)
+        return descents(made, decay=False)
 
-    tried = {rate: [adamw(seed, rate) for seed in seeds] for rate in RATES}
-    logs = {
-        rate: statistics.fmean(math.log(max(min(losses), 1e-300)) for losses in runs)
-        for rate, runs in tried.items()
+    def log_losses(tried: dict[float, Runs]) -> dict[float, float]:
+        return {setting: mean_log(its) for setting, its in tried.items()}
+
+    tried = {
+        who: {rate: descents(make(rate), decay=True) for rate in RATES}
+        for who, make in (("AdamW", adamw), ("SOAP", soap))
     }
-    best = min(RATES, key=logs.__getitem__)
-    runs = {
-        "AdamW": tried[best],
-        "L-BFGS": [lbfgs(make(seed), evaluations) for seed in seeds],
-        predictor: [ours(seed, best) for seed in seeds],
-        f"{predictor}, rate / 10": [ours(seed, best / 10) for seed in seeds],
-    }
+    best = min(RATES, key=log_losses(tried["AdamW"]).__getitem__)
+    tried["Adam, then L-BFGS"] = {share: mixed(share) for share in SHARES}
+    runs = {who: min(its.values(), key=mean_log) for who, its in tried.items()}
+    runs["L-BFGS"] = for_seeds(lambda problem: lbfgs(problem, evaluations))
+    runs |= {predictor: ours(best), f"{predictor}, rate / 10": ours(best / 10)}
     goals = [min(losses) for losses in runs["AdamW"]]
     return {
         "adamw_rate": best,
-        "adamw_mean_log_loss": {str(rate): value for rate, value in logs.items()},
+        "mean_log_loss_by_setting": {who: log_losses(its) for who, its in tried.items()},
         "lowest_loss": {who: [min(losses) for losses in its] for who, its in runs.items()},
         "evaluations_to_adamw": {
             who: [first_below(losses, goal) for losses, goal in zip(its, goals)]
@@ -178,7 +159,7 @@ def first_below(losses: Sequence[float], goal: float) -> int | None:
 
 
 def speed_ups(tasks: dict[str, Any], who: str, evaluations: int) -> dict[str, float]:
-    """Geometric means over seeds of AdamW's evaluations over ours; never counts as 1."""
+    """Geometric means over seeds of AdamW's evaluations over ours; never counts as all of them."""
     found = {}
     for name, result in tasks.items():
         ours = [count or evaluations for count in result["evaluations_to_adamw"][who]]
@@ -187,13 +168,23 @@ def speed_ups(tasks: dict[str, Any], who: str, evaluations: int) -> dict[str, fl
     return {**found, "geometric mean": statistics.geometric_mean(found.values())}
 
 
+def loss_ratios(tasks: dict[str, Any], who: str, other: str) -> dict[str, float]:
+    """Lowest losses over another optimizer's, geometric means over seeds, down to `FLOOR`."""
+
+    def mean(losses: list[float]) -> float:
+        return statistics.geometric_mean(max(loss, FLOOR) for loss in losses)
+
+    lowest = {name: result["lowest_loss"] for name, result in tasks.items()}
+    return {name: mean(its[who]) / mean(its[other]) for name, its in lowest.items()}
+
+
 @dataclass(frozen=True)
 class Options:
     """What is compared."""
 
     output: Path | None = None
-    """JSON file to write."""
-    seeds: Annotated[tuple[int, ...], whole_number(0, many=True)] = (41, 42, 43)
+    """JSON file to write, and to go on with."""
+    seeds: Annotated[tuple[int, ...], whole_number(0, many=True)] = (71, 72, 73)
     """Of weights and points."""
     evaluations: Annotated[int, whole_number(40)] = 500
     """Gradients of every run."""
@@ -203,34 +194,58 @@ class Options:
     """Ours."""
 
 
+def summary(tasks: dict[str, Any], predictor: str, evaluations: int) -> dict[str, Any]:
+    """What the runs say: speed-ups over AdamW, and lowest losses over those of others."""
+    ours = (predictor, f"{predictor}, rate / 10")
+    others = ("L-BFGS", "Adam, then L-BFGS", "SOAP")
+    return {
+        "speed_up_over_adamw": {
+            who: speed_ups(tasks, who, evaluations) for who in (*others, *ours)
+        },
+        "lowest_loss_over": {
+            who: {other: loss_ratios(tasks, who, other) for other in others} for who in ours
+        },
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs and reports; returns the exit status."""
     options: Options = parse(Options, arguments, prog="quiet.py", description=__doc__)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    console, tasks = Console(), {}
+    configuration = {
+        "seeds": options.seeds, "evaluations": options.evaluations, "rates": RATES,
+        "adam_shares": SHARES, "weight_decay": 1e-2, "loss_floor": FLOOR,
+        "ours": HybridConfig(predictor=options.predictor).to_dict(),
+    }  # fmt: skip
+    content: dict[str, Any] = {"tasks": {}}
+    if options.output is not None and options.output.is_file():
+        known = json.loads(options.output.read_text(encoding="utf-8"))
+        content = known if known["configuration"] == plain(configuration) else content
+    console, tasks = Console(), content["tasks"]
     table = Table("task", "optimizer", "lowest loss by seed", "evaluations to AdamW's lowest")
     for name in options.tasks:
-        tasks[name] = result = run_task(name, options.seeds, options.evaluations, options.predictor)
-        for who, losses in result["lowest_loss"].items():
-            counts = map(str, result["evaluations_to_adamw"][who])
+        if name not in tasks:
+            tasks[name] = run_task(name, options.seeds, options.evaluations, options.predictor)
+            content |= {
+                "environment": environment(
+                    torch.device("cpu"), ("scikit-learn", "pytorch-optimizer")
+                ),
+                "configuration": configuration,
+                **summary(tasks, options.predictor, options.evaluations),
+            }
+            if options.output is not None:
+                write_json(options.output, content)
+        for who, losses in tasks[name]["lowest_loss"].items():
+            counts = map(str, tasks[name]["evaluations_to_adamw"][who])
             table.add_row(name, who, ", ".join(f"{x:.1e}" for x in losses), ", ".join(counts))
     console.print(table)
-    names = ("L-BFGS", options.predictor, f"{options.predictor}, rate / 10")
-    gains = {who: speed_ups(tasks, who, options.evaluations) for who in names}
-    for who, its in gains.items():
+    for who, its in content["speed_up_over_adamw"].items():
         console.print(who, ", ".join(f"{name} {gain:.1f}x" for name, gain in its.items()))
-    if options.output is not None:
-        content = {
-            "environment": environment(torch.device("cpu"), ("scikit-learn",)),
-            "configuration": {
-                "seeds": options.seeds, "evaluations": options.evaluations, "adamw_rates": RATES,
-                "ours": HybridConfig(predictor=options.predictor).to_dict(), "weight_decay": 1e-2,
-            },
-            "tasks": tasks,
-            "speed_up_over_adamw": gains,
-        }  # fmt: skip
-        write_json(options.output, content)
+    for who, others in content["lowest_loss_over"].items():
+        for other, ratios in others.items():
+            each = ", ".join(f"{name} {ratio:.2g}" for name, ratio in ratios.items())
+            console.print(f"{who}, lowest loss over that of {other}: {each}")
     return 0
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton_hybrid.kernels.ledger import INDEX, PART_COLUMN
 from triton_hybrid.kernels.scalars import HYPER
 from triton_hybrid.kernels.secant import products_size
-from triton_hybrid.kernels.trial import TRIAL, judge, new_trial, solve
+from triton_hybrid.kernels.trial import MOST_DECAY, TRIAL, judge, new_trial, solve
 
 HISTORY = 3
 
@@ -55,7 +55,7 @@ def test_products_are_those_of_their_definition(backend: Checked) -> None:
     changes = torch.stack([row[f"change_{i}"] for i in range(HISTORY)])
     right = torch.cat([changes, g.unsqueeze(0)]).T
     expected = [(moves @ right).flatten(), (changes * metric @ right).flatten()]
-    expected += [moves.square().sum(1), changes.square().sum(1), (metric * g * g).sum().view(1)]
+    expected += [(moves.square() / metric).sum(1), (metric * g * g).sum().view(1)]
     expected += [(metric * m * m).sum().view(1), (lr * decay * g * row["weight"]).sum().view(1)]
     assert len(torch.cat(expected)) == products_size(HISTORY)
     assert_near(backend.products(problem, HISTORY), torch.cat(expected), "products", 1e-5, 1e-6)
@@ -164,7 +164,7 @@ def test_the_coefficients_are_those_of_the_two_loops(
         y[bad] = -y[bad]
     metric = torch.rand(n, **wide) + 0.1  # type: ignore[call-overload]
     right = torch.cat([y, g.unsqueeze(0)]).T
-    parts = [(s @ right).flatten(), (y * metric @ right).flatten(), (s * s).sum(1), (y * y).sum(1)]
+    parts = [(s @ right).flatten(), (y * metric @ right).flatten(), (s * s / metric).sum(1)]
     parts += [torch.tensor([float((metric * g * g).sum()), 1.0, -0.5], dtype=torch.float64)]
     trial = new_trial(torch.device("cpu"), {"slot": slot, "pairs": pairs, "ready": 1.0})
     ready, gamma, share, *rest = solve(torch.cat(parts), trial, history)
@@ -178,14 +178,16 @@ def test_the_coefficients_are_those_of_the_two_loops(
         steps[i] = s[i].dot(q) / s[i].dot(y[i])
         q -= steps[i] * y[i]
     if kept:
-        first = float(s[kept[0]].dot(y[kept[0]]) / (y[kept[0]] * metric).dot(y[kept[0]]))
+        move, change = s[kept[0]], y[kept[0]]
+        first = math.sqrt(move.dot(move / metric) / (change * metric).dot(change))
     r = first * metric * q
     for i in reversed(kept):
         r += s[i] * (steps[i] - y[i].dot(r) / s[i].dot(y[i]))
     torch.testing.assert_close(found, -r, rtol=1e-9, atol=1e-9)
     assert ready == 1.0
     assert found.dot(g) < 0
-    assert share == pytest.approx(min(1.0, float(-found.dot(g))), rel=1e-6), "half of its slope"
+    wanted = min(1.0, MOST_DECAY * float(-found.dot(g)) / 0.5)
+    assert share == pytest.approx(wanted, rel=1e-6), "of its slope, against which the decay is 0.5"
 
 
 ARMIJO = [

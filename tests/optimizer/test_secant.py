@@ -63,7 +63,7 @@ def run(
 def test_it_solves_what_adamw_only_approaches(observe: bool) -> None:
     """Also by the slopes alone, where nobody tells the loss."""
     params, loss = quadratic()
-    losses = run(made(params), loss, 150, observe)
+    losses = run(made(params, history=10), loss, 150, observe)
     others, other_loss = quadratic()
     adamw = torch.optim.AdamW(others, lr=1e-2, weight_decay=0.0)
     for _ in range(150):

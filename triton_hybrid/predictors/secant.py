@@ -19,8 +19,8 @@ whose moments go on being updated. The phases are those of every predictor:
   `full_steps`, twice as many with each rollback in a row.
 
 Weight decay is no part of the objective, as in AdamW: accepted moves contain it, once a gradient,
-as far as it leaves them half of their slope. Clipping limits what the moments see; the pairs are
-of the gradients as they came, and the trust radius limits the moves. Where no loss is observed,
+as far as it costs them a hundredth of their slope. Clipping limits what the moments see; the pairs
+are of the gradients as they came, and the trust radius limits the moves. Where no loss is observed,
 the slopes before and after a move judge it.
 
 Bytes a parameter in FP32, for h pairs: 12 to judge the gradient, 32 to note it, 8 h + 16 for the
