@@ -13,6 +13,7 @@ from kernel_launches import KERNELS, PLAIN, RUN, Checked, counted_launches
 from kernel_memory import assert_same_bits
 from kernel_problems import Problem, problems
 from kernel_specs import BF16, FP32, ON_GPU, ONE, PRECISIONS, TILINGS, Precision, fewer, plain, some
+from torch import Tensor
 from triton_hybrid.kernels.launch import Tiling
 
 from triton_hybrid.rules import RULES
@@ -32,7 +33,7 @@ class Operation:
     def on(self, *given: Any, backend: Checked = KERNELS, **options: Any) -> Problem:
         """A problem after it."""
         problem = Problem(*given, **{**options, "rule": self.rule})
-        RUN[self.name](backend, problem)
+        problem.returned = RUN[self.name](backend, problem)
         return problem
 
 
@@ -76,9 +77,17 @@ def test_many_tensors_in_one_launch_are_each_alone_in_any_order(
         again.assert_same(together, indices, rows=again.state if backend is PLAIN else ())
 
 
+SECANT = [Operation(name, ()) for name in ("base slope", "products", "move", "settle")]
+
+
 @pytest.mark.parametrize(
     ("operation", "tiling"),
-    [(op, tiling) for op in OPERATIONS for tiling in TILINGS if op.name == "step" or tiling != ONE],
+    [
+        (op, tiling)
+        for op in (*OPERATIONS, *SECANT)
+        for tiling in TILINGS
+        if op.name == "step" or tiling != ONE
+    ],
     ids=str,
 )
 def test_runs_repeat_bit_for_bit(operation: Operation, tiling: Tiling | None) -> None:
@@ -94,6 +103,8 @@ def test_runs_repeat_bit_for_bit(operation: Operation, tiling: Tiling | None) ->
         again = once()
         again.assert_same(first)
         assert_same_bits(again.ledger, first.ledger, "ledger")
+        if isinstance(first.returned, Tensor):
+            assert_same_bits(again.returned, first.returned, "what is returned")
 
 
 @pytest.mark.parametrize(
