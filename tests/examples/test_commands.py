@@ -15,65 +15,40 @@ from gpt2_small import __file__ as gpt2_small
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
+# Of one flag alone what is allowed is tested in `test_examples_lib`.
 REFUSED = {
     "gpt2_small": [
-        ("--steps 0", "--steps: '0'"),
-        ("--lr nan", "--lr: 'nan'"),
-        ("--dropout 1", "--dropout: '1'"),
-        ("--model huge", "--model: 'huge'"),
         ("--model tiny --length 257", "--length: 257"),
         ("--device cuda:99", "--device: 'cuda:99'"),
         ("--warmup-steps -1", "--warmup-steps: -1"),
-        ("--warmup-steps many", "--warmup-steps: 'many'"),
         ("--predictor oracle", "--predictor: 'oracle'"),
         ("--seed 1 --seeds 2 3", "--seed and --seeds are not allowed together"),
-        ("--seeds 1 1", "--seeds: '1 1'"),
         ("--data no/such/place", "--data: no/such/place"),
         ("--only hybrid --controls", "--controls: with --only hybrid"),
         ("--tokenizer x --vocabulary 300", "--vocabulary: 300"),
-        ("--base sgd", "--base: 'sgd'"),
-        ("--base muon --muon-lr 0", "--muon-lr: '0'"),
         ("--muon-lr 0.02", "--muon-lr: 0.02"),
-        ("--precision int8", "invalid choice 'int8' for argument '--precision'. Expected one of"),
         ("--output file.txt", "--output: file.txt"),
     ],
     "three_configurations": [
-        ("--model giant", "--model: 'giant' is not possible; allowed: tiny, small, medium"),
         ("--precision fp32", "invalid choice 'fp32' for argument '--precision'. Expected one of"),
-        ("--offload disk", "--offload: 'disk' is not possible; allowed: none, cpu"),
-        ("--accumulation 0", "--accumulation: '0' is not possible; allowed: whole numbers from 1"),
         ("--accumulation 3", "--accumulation: 3 is not possible; allowed: 1, 2, 4, which divide"),
-        ("--seeds 1 1", "--seeds: '1 1' is not possible; allowed: one or more values, each once"),
         ("--seed 1", "argument --seed: --seed is not possible; allowed: --seeds"),
         ("--full-steps 0", "argument --full-steps: 0 is not possible; allowed: "),
-        ("--nonsense", "Unrecognized options: --nonsense"),
     ],
     "tune": [
         ("--lr 1", "argument --lr: --lr is not possible; allowed: it is swept: --learning-rates"),
         ("--drive=stepped", "argument --drive: --drive=stepped is not possible; allowed: the"),
-        ("--seeds 1 1", "--seeds: '1 1' is not possible; allowed: one or more values, each once"),
-        ("--horizons 0", "--horizons: '0' is not possible; allowed: whole numbers from 1"),
         ("--confidence-thresholds 2", "confidence_threshold=2.0: must be in [0, 1]"),
         ("--heat-map learning_rate learning_rate", "--heat-map: 'learning_rate learning_rate' is"),
         ("--heat-map learning_rate", "--heat-map: learning_rate is not possible; allowed: two"),
-        ("--nonsense", "Unrecognized options: --nonsense"),
         ("--length 9999", "argument --length: 9999 is not possible; allowed: 2 to 256 tokens"),
     ],
     "digits_cnn": [
-        ("--budget 0", "--budget: '0'"),
-        ("--batch many", "--batch: 'many'"),
         ("--batch 1098", "--batch: 1098 is not possible; allowed: 1 to 1097"),
         ("--interval 7 --budget 6", "--interval: 7 is not possible; allowed: 1 to 6"),
-        ("--target 1", "--target: '1'"),
-        ("--target 0", "--target: '0'"),
-        ("--schedule cosine", "invalid choice 'cosine' for argument '--schedule'. Expected one of"),
-        ("--seeds 1 1", "--seeds: '1 1' is not possible; allowed: one or more values, each once"),
         ("--tuning-seeds 1 --seeds 1", "1 is not possible; allowed: others than the reported"),
-        ("--seeds -1", "--seeds: '-1'"),
         ("--lrs 1e-3 2e-3 3e-3", "--lrs: a choice of 3 rates is not possible; allowed: at least 4"),
         ("--lrs 1e-3 1e-3 2e-3 3e-3", "--lrs: '1e-3 1e-3 2e-3 3e-3' is not possible; allowed: one"),
-        ("--lrs 0 1e-3 2e-3 3e-3", "--lrs: '0'"),
-        ("--threads 0", "--threads: '0'"),
         ("--data no/such/place", "--data no/such/place: no train-images"),
         ("--output file.txt", "--output: file.txt, a file, is not possible"),
     ],
@@ -118,7 +93,7 @@ def test_runs_as_a_script_from_anywhere_and_shows_progress_in_a_file(
 ) -> None:
     flags = (
         "--model tiny --device cpu --threads 1 --batch 2 --length 16 --held-out-windows 4 "
-        f"--vocabulary 300 --only baseline --steps 600 --output here --data {text_folder}"
+        f"--vocabulary 300 --only baseline --steps 200 --output here --data {text_folder}"
     )
     path = tmp_path / "log.txt"
     with path.open("w") as log:
@@ -126,7 +101,7 @@ def test_runs_as_a_script_from_anywhere_and_shows_progress_in_a_file(
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
     try:
         until = time.monotonic() + 120
-        while "of 600 steps" not in path.read_text() and time.monotonic() < until:
+        while "of 200 steps" not in path.read_text() and time.monotonic() < until:
             time.sleep(0.05)
         assert process.poll() is None, "progress must show before the end, not at it"
         assert process.wait(timeout=120) == 0, path.read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 from pathlib import Path
@@ -211,10 +210,3 @@ def test_progress_shows_at_once_where_there_is_no_terminal(tmp_path: Path) -> No
             report(10, "done")
     ends = "first: 1 of 10 steps, 0:00:00 left", "done: 10 of 10 steps, 0:00:00 left"
     assert path.read_text().splitlines()[1:] == list(ends)
-
-
-def test_progress_is_a_bar_in_a_terminal() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with progress(console, 10, "steps") as report:
-        report(10, "training")
-    assert "10 of 10 steps" in console.file.getvalue()  # type: ignore[attr-defined]

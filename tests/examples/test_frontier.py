@@ -383,18 +383,6 @@ def test_command_refuses_wrong_options(
     assert not path.exists()
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ("--tasks chess", "--tasks: 'chess' is not possible; allowed: lm, digits-cnn"),
-        ("--budgets 0", "--budgets: '0' is not possible; allowed: whole numbers from 1"),
-        ("--lrs -1", "--lrs: '-1' is not possible; allowed: numbers above 0"),
-    ],
-)
-def test_command_refuses_wrong_flags(more: str, message: str, path: Path, refusal: Any) -> None:
-    assert message in refusal(lambda: command.main(flags(path, more)))
-
-
 def test_command_without_a_file_or_anything(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["report", str(path), "--output", str(path.parent)]) == 2
     assert "runs.jsonl: does not exist" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from frontier.report import load_lines, summarize
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without the optimizer that no test here asks for."""
     target = tmp_path_factory.mktemp("quick")
-    assert command.main(["--quick", "--output", str(target)]) == 0
+    adamw, others = command.QUICK_GRIDS
+    planted = replace(others, optimizers={"adamw-x1.5": {}, "adamw-again": {}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "QUICK_GRIDS", (adamw, planted))
+        assert command.main(["--quick", "--output", str(target)]) == 0
     return target
 
 

@@ -13,26 +13,25 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from rich.console import Console
 from transformers import GPT2LMHeadModel
 
 import gpt2_small
 from gpt2_small import parse_options
 from lib import gpt2_training, text_data
-from lib.gpt2_records import RunRecord, StepRecord
-from lib.gpt2_report import SeedRecord, seeds_table
+from lib.gpt2_records import RunRecord
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 
-STEPS = 24
+STEPS = 12
+CYCLE = "--warmup-steps 2 --full-steps 3 --confidence-threshold 0"
 TEXT = text_data.TokenizedText(torch.zeros(1), torch.zeros(1), 300, 0, "")
 
 
-def flags(text_folder: Path, output: Path, *more: str) -> list[str]:
+def flags(text_folder: Path, output: Path, *more: str, steps: int = STEPS) -> list[str]:
     # One thread: several are slower here, and much slower beside other work.
     tiny = "--model tiny --device cpu --threads 1 --batch 2 --length 16 --held-out-windows 4"
-    tiny += f" --vocabulary 300 --steps {STEPS} --data {text_folder} --output {output}"
+    tiny += f" --vocabulary 300 --steps {steps} {CYCLE} --data {text_folder} --output {output}"
     return [*tiny.split(), *more]
 
 
@@ -94,14 +93,11 @@ def test_both_runs_see_the_same_batches_and_leave_results(
     assert {step["phase"] for step in hybrid["steps"]} >= {"warmup", "full", "predict"}
     assert seed["speed_up_wall_clock"] == pytest.approx(baseline["seconds"] / hybrid["seconds"])
     assert content["versions"]["torch"] == torch.__version__
-    assert content["options"]["hybrid"]["warmup_steps"] == 5
+    assert content["options"]["hybrid"]["warmup_steps"] == 2
     assert content["data"]["split"] == "by file"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
-    printed = capsys.readouterr().out
-    for words in ("Gradient evaluations", "Held-out loss, end", "Rollbacks", "Speed-up", "Predict"):
-        assert words in printed
-    assert len(printed.splitlines()) < 60
+    assert len(capsys.readouterr().out.splitlines()) < 60
 
 
 WHAT = ("phase", "loss")
@@ -221,8 +217,6 @@ def test_muon_is_shown_beside_muon_alone(
         assert seed[key] == pytest.approx(100 * (end / other - 1))
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    for words in ("on Muon", "Muon alone", "against Muon after", "base rule"):
-        assert words in printed
     table = printed[printed.index("\nSeed 0 ") :].splitlines()
     assert max(len(line.rstrip()) for line in table if str(tmp_path) not in line) <= 80
 
@@ -334,9 +328,7 @@ def test_gradients_to_the_final_loss_of_adamw_are_counted(
             steps = [step for step in run["steps"] if step["gradients"] < needed]
             seconds = sum(step["seconds"] for step in run["steps"][: len(steps) + 1])
             assert run["seconds_to_baseline_loss"] == pytest.approx(seconds)
-    printed = capsys.readouterr().out
-    assert "Gradients to AdamW's lowest" in printed
-    assert "To AdamW's lowest held-out loss" in printed
+    assert "To AdamW's lowest held-out loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more", ["--schedule linear", "--only hybrid"])
@@ -344,22 +336,3 @@ def test_to_loss_needs_runs_that_are_alike(more: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         parse_options(["--to-loss", *more.split()])
     assert f"with {more}" in capsys.readouterr().err.replace("\n", " ")
-
-
-@pytest.mark.parametrize("base", ["adamw", "muon"])
-def test_seeds_table_has_a_row_for_each_seed_and_the_mean(base: str) -> None:
-    records = []
-    for seed, loss in ((3, 2.0), (4, 4.0)):
-        records.append(SeedRecord(seed))
-        step = StepRecord("full", 1.0, 1.0, 0, 1, loss)
-        for name, end in (("baseline", loss), ("hybrid", loss), ("base_alone", 2 * loss)):
-            if name != "base_alone" or base == "muon":
-                run = RunRecord(name, seed, 1, 32, base, steps=[step], held_out_end=end)
-                records[-1].add(run)
-    console = Console(width=80)
-    text = "".join(segment.text for segment in console.render(seeds_table(records)))
-    assert "…" not in text
-    mean = next(line for line in text.splitlines() if "mean" in line)
-    assert "3.0000" in mean
-    assert "1.00x" in mean
-    assert ("6.0000" in mean and "-50.00 %" in mean) == (base == "muon")

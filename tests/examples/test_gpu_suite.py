@@ -74,9 +74,8 @@ def test_without_a_gpu_or_interpreted_nothing_is_measured(
 @pytest.mark.parametrize(
     "flags",
     [
-        "--minutes 0", "--minutes -1", "--minutes nan", "--minutes inf", "--minutes soon",
-        "--minutes 200", "--only barrier", "--only", "--seed 1.5", "--seed -1", "--unknown",
-        "--output /dev/null/suite.json", "--only source", "--train --only muon",
+        "--minutes 200", "--only barrier", "--output /dev/null/suite.json", "--only source",
+        "--train --only muon",
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("with_gpu")

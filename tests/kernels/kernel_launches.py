@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -135,6 +135,29 @@ class Checked:
 
 
 KERNELS, PLAIN = Checked(TRITON), Checked(TORCH)
+HISTORY = 3
+
+
+def solution() -> Tensor:
+    """A quasi-Newton move: whether, how far, of the decay, and coefficients."""
+    return torch.tensor([1.0, 0.7, 0.4, *(0.1 * n for n in range(2 * HISTORY))]).double()
+
+
+RUN: dict[str, Callable[[Checked, Problem], Any]] = {
+    "step": lambda on, it: on.step(it),
+    "clipped step": lambda on, it: on.step(it, max_norm=0.1),
+    "predict": lambda on, it: on.predict(it.confident()),
+    "predict linear": lambda on, it: on.predict(it.confident(), LINEAR),
+    "roll back": lambda on, it: (on.predict(it.confident()), on.check_move(it, limit=-1.0)),
+    "slopes": lambda on, it: on.slopes(it),
+    "correct": lambda on, it: on.correct(it.decided(0.75), restart=True),
+    "gram": lambda on, it: on.gram(it),
+    "base slope": lambda on, it: on.base_slope(it),
+    "products": lambda on, it: on.products(it.confident(), HISTORY),
+    "move": lambda on, it: on.move(it.confident(), solution(), HISTORY),
+    "settle": lambda on, it: on.settle(it.confident(), torch.tensor([1.0, 1, 0.5, 2]), HISTORY),
+}
+"""Every launch, with a problem."""
 ALONG = pytest.mark.parametrize("along", [SLOW_EMA, LINEAR], ids=["slow EMA", "linear"])
 BACKENDS = pytest.mark.parametrize("backend", [KERNELS, PLAIN], ids=repr)
 

@@ -110,6 +110,8 @@ class Problem:
         self._scratch = carve((3 * chunks,), torch.float32)
         self.products = torch.empty(len(self.specs), 0)
         """What the end of a cycle measured."""
+        self.returned: Any = None
+        """By the last launch, where a test keeps it."""
 
     def _fill(self, here: dict[str, Tensor], spec: Spec) -> None:
         here["grad"].copy_(_noise(spec.shape, spec.seed, "grad"))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton
+from test_audit import run
 from triton_hybrid.kernels.audit.cases import cases
 from triton_hybrid.kernels.audit.counts import Counts, counted, short_offsets
 from triton_hybrid.kernels.audit.findings import Finding
@@ -249,16 +247,14 @@ PLANTED = """
 def test_the_audit_fails_on_a_change_for_the_worse(tmp_path: Path, version: str) -> None:
     script = tmp_path / "planted.py"
     script.write_text(textwrap.dedent(PLANTED))
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), version]
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
-    failures = [line for line in run.stdout.splitlines() if line.startswith("FAIL")]
+    done = run(str(script), version)
+    failures = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     if version:
-        assert run.returncode == 0, run.stdout + run.stderr
-        assert "belongs to Triton 0.0.1" in run.stdout
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "belongs to Triton 0.0.1" in done.stdout
         assert failures == []
     else:
-        assert run.returncode == 1, run.stdout + run.stderr
+        assert done.returncode == 1, done.stdout + done.stderr
         registers, widest, loads = failures
         assert "FAIL correct fp32, restart, sm_90: registers" in registers
         assert "widest 128, was 256" in widest

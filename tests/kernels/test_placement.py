@@ -51,7 +51,7 @@ def place(backend: Checked, problem: Problem, deferred: bool) -> None:
 
 @BACKENDS
 @pytest.mark.parametrize("rule", MOVING)
-@fewer(12)
+@fewer(6)
 @given(
     data=st.data(),
     fractions=st.permutations((1.0, 1.0, 0.625, 1.9)),

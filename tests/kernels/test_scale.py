@@ -10,16 +10,15 @@ from __future__ import annotations
 import copy
 import mmap
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kernel_launches import KERNELS, LINEAR, Checked, chunks_in_kernel, far_away
+from kernel_launches import KERNELS, RUN, chunks_in_kernel, far_away
 from kernel_memory import assert_same_bits
 from kernel_problems import Problem
-from kernel_specs import BF16, FP32, GROUPS, ON_GPU, ONE, THREE, Precision, hyper_table, plain
+from kernel_specs import BF16, FP32, GROUPS, ON_GPU, ONE, THREE, hyper_table, plain
 from test_newton_schulz import matrices, orthogonalised
 from torch import Tensor
 from triton_hybrid.kernels.backend import TRITON
@@ -33,27 +32,6 @@ from triton_hybrid.rules import RULES
 
 HALF, WHOLE = 1 << 31, 1 << 32
 SPECS = plain((300,), (7, 9), (0,), ())
-HISTORY = 3
-
-
-def solution() -> Tensor:
-    """A quasi-Newton move: whether, how far, of the decay, and coefficients."""
-    return torch.tensor([1.0, 0.7, 0.4, *(0.1 * n for n in range(2 * HISTORY))]).double()
-
-
-RUN: dict[str, Callable[[Checked, Problem], Any]] = {
-    "step": lambda on, it: on.step(it, max_norm=0.1),
-    "predict": lambda on, it: on.predict(it.confident()),
-    "roll back": lambda on, it: (on.predict(it.confident()), on.check_move(it, limit=-1.0)),
-    "predict linear": lambda on, it: on.predict(it.confident(), LINEAR),
-    "slopes": lambda on, it: on.slopes(it),
-    "correct": lambda on, it: on.correct(it.decided(0.75), restart=True),
-    "gram": lambda on, it: on.gram(it),
-    "base slope": lambda on, it: on.base_slope(it),
-    "products": lambda on, it: on.products(it.confident(), HISTORY),
-    "move": lambda on, it: on.move(it.confident(), solution(), HISTORY),
-    "settle": lambda on, it: on.settle(it.confident(), torch.tensor([1.0, 1, 0.5, 2]), HISTORY),
-}
 DISTANCES = {
     "from 2^31": HALF + 4096,  # where 32 bits with a sign end
     "across 2^31": HALF - 128,  # within the first tensor, between two of its chunks
@@ -63,20 +41,25 @@ DISTANCES = {
 }
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("name", RUN)
-def test_every_pass_reaches_elements_beyond_32_bits(name: str, distance: str) -> None:
-    split = BF16._replace(kept=SPLIT)
-    precisions: dict[str, Precision] = {"step": BF16, "predict": split, "products": BF16}
-    options: dict[str, Any] = {"precision": precisions.get(name, FP32)}
-    options["tiling"] = ONE if name == "step" else THREE
-    near, far = (Problem(SPECS, **options) for _ in "ab")
-    expected = RUN[name](KERNELS, near)
-    with far_away(far.tensors, DISTANCES[distance]):
-        found = RUN[name](KERNELS, far)
-    far.assert_same(near)
-    if isinstance(expected, Tensor):
-        assert_same_bits(found, expected, name)
+PASSES = [(name, "adamw") for name in RUN if name != "step"]
+PASSES += [("clipped step", "lion"), ("predict", "lion")]
+
+
+@pytest.mark.parametrize(("name", "rule"), PASSES)
+def test_every_pass_reaches_elements_beyond_32_bits(name: str, rule: str) -> None:
+    """Each distance with one precision, each precision with one distance or two."""
+    for number, precision in enumerate((FP32, BF16, BF16._replace(kept=SPLIT))):
+        options: dict[str, Any] = {"precision": precision, "rule": rule}
+        options["tiling"] = ONE if "step" in name else THREE
+        near = Problem(SPECS, **options)
+        expected = RUN[name](KERNELS, near)
+        for distance in list(DISTANCES.values())[number::3]:
+            far = Problem(SPECS, **options)
+            with far_away(far.tensors, distance):
+                found = RUN[name](KERNELS, far)
+            far.assert_same(near)
+            if isinstance(expected, Tensor):
+                assert_same_bits(found, expected, name)
 
 
 # ------------------------------------------------------ full length, without pages behind it

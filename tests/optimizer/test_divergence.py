@@ -17,7 +17,6 @@ from training import (
     until,
     weights,
 )
-from triton_hybrid.kernels.ledger import INDEX
 
 from triton_hybrid import HybridOptimizer, Phase
 
@@ -51,47 +50,6 @@ def test_bad_displacement_is_taken_back_at_once(backend: str, cause: str, value:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fp16_overflow_of_the_predicted_weight(backend: str) -> None:
-    model, optimizer = at_predict(backend, torch.float16)
-    param = next(model.parameters())
-    with torch.no_grad():
-        param[0, 0] = optimizer.state[param]["master"][0, 0] = 65504.0
-    optimizer.state[param]["slow_ema"][0, 0] = (
-        -3e6 * optimizer.state[param]["exp_avg_sq"][0, 0].sqrt()
-    )
-    optimizer._engine.scalars.ledger[INDEX["update_square"]] = 1e12
-    train(model, optimizer, 1)
-    assert param[0, 0].item() == 65504.0
-    assert optimizer.stats().divergences["nonfinite"] == 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e6])
-def test_loss_at_the_predicted_point(backend: str, loss: float) -> None:
-    model, optimizer = at_predict(backend)
-    before = weights(optimizer)
-    train(model, optimizer, 2)
-    backward(model, next(make_batches(3)))
-    optimizer.observe_loss(torch.tensor(loss))
-    optimizer.step()
-    assert_same_weights(weights(optimizer), before)
-    assert optimizer.stats().divergences["loss"] == 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_norm_at_the_predicted_point(backend: str) -> None:
-    model, optimizer = at_predict(backend)
-    before = weights(optimizer)
-    train(model, optimizer, 2)
-    backward(model, next(make_batches(3)))
-    for param in model.parameters():
-        param.grad.mul_(1e3)
-    optimizer.step()
-    assert_same_weights(weights(optimizer), before)
-    assert optimizer.stats().divergences["norm"] == 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_nonfinite_gradient_in_a_row_blames_the_point(backend: str) -> None:
     model, optimizer = at_predict(backend)
     before = weights(optimizer)
@@ -110,16 +68,6 @@ def test_a_second_nonfinite_gradient_in_a_row_blames_the_point(backend: str) -> 
     assert optimizer.phase is Phase.FULL
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_ordinary_gradient_is_accepted_and_the_horizon_recovers(backend: str) -> None:
-    model, optimizer = at_predict(backend)
-    optimizer._engine.scalars.ledger[INDEX["horizon"]] = 0.5
-    train(model, optimizer, 3)
-    stats = optimizer.stats()
-    assert (stats.acceptance_rate, stats.rollbacks) == (1.0, 0)
-    assert stats.horizon == 0.625
-
-
 def test_horizon_grows_as_the_learning_rate_decays() -> None:
     """A predicted step stands for 0.25 + 3 · (1 - lr / lr_max) base steps."""
     moves = []
@@ -136,12 +84,11 @@ def test_horizon_grows_as_the_learning_rate_decays() -> None:
         assert move == pytest.approx(moves[0] * rate * horizon / 0.25, rel=1e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_clipping_does_not_look_like_divergence(backend: str) -> None:
+def test_clipping_does_not_look_like_divergence() -> None:
     """The judge once compared the raw norm with the running mean of clipped ones."""
     model = make_model()
     optimizer = HybridOptimizer(
-        model.parameters(), lr=1e-3, backend=backend, max_grad_norm=0.01, hybrid=fast_config()
+        model.parameters(), lr=1e-3, max_grad_norm=0.01, hybrid=fast_config()
     )
     train(model, optimizer, 20)
     stats = optimizer.stats()
@@ -164,14 +111,6 @@ def test_an_overshoot_shows_although_somebody_else_has_clipped(reverse: bool) ->
     before = optimizer.stats().divergences["norm"]
     optimizer.step()
     assert optimizer.stats().divergences["norm"] - before == reverse
-
-
-def test_losses_of_several_micro_batches_are_averaged() -> None:
-    _, optimizer = at_predict("torch")
-    assert optimizer._engine is not None
-    for loss in (torch.tensor(1.0), 2.0, torch.tensor([6.0])):
-        optimizer.observe_loss(loss)
-    assert optimizer._engine.read()["loss"] == 3.0
 
 
 @pytest.mark.parametrize("tensor", [False, True])

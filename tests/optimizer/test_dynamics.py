@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from training import fast_config, make_batches, make_model, train
+from training import fast_config
 from triton_hybrid.kernels.ledger import INDEX
 
 from triton_hybrid import HybridConfig, HybridOptimizer
@@ -62,31 +62,9 @@ def test_a_random_walk_gives_no_confidence() -> None:
     assert optimizer.stats().confidence < 0.4
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_slow_ema_predicts_a_quarter_adamw_step_at_the_peak_rate(backend: str) -> None:
-    """displacement = lr / 4 · S / (√v̂ + ε), with weights of S that add up to one."""
-    param = nn.Parameter(torch.zeros(50))
-    config = HybridConfig(
-        warmup_steps=1, full_steps=2, predictor="slow_ema", inline=False, confidence_threshold=0.0
-    )
-    optimizer = HybridOptimizer([param], lr=1e-2, backend=backend, hybrid=config)
-    generator = torch.Generator().manual_seed(0)
-    slow, square = torch.zeros(50), torch.zeros(50)
-    for n in range(3):
-        param.grad = torch.randn(50, generator=generator)
-        decay = min(n / (n + 4), 0.99)
-        slow = decay * slow + (1 - decay) * param.grad
-        square = 0.999 * square + 0.001 * param.grad**2
-        optimizer.step()
-    before = param.detach().clone()
-    optimizer.step()
-    expected = before - 0.25e-2 * slow / ((square / (1 - 0.999**3)).sqrt() + 1e-8)
-    assert torch.allclose(param, expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_noisy_run_is_adamw_plus_the_predicted_steps(backend: str) -> None:
-    """Sixty steps by hand. A corrector that acted on noise once made this run drift."""
+@pytest.mark.parametrize(("backend", "steps"), [("torch", 60), ("triton", 20)])
+def test_noisy_run_is_adamw_plus_the_predicted_steps(backend: str, steps: int) -> None:
+    """A run by hand. A corrector that acted on noise once made this run drift."""
     torch.manual_seed(0)
     param, twin = (nn.Parameter(torch.linspace(-1, 1, 300)) for _ in range(2))
     config = fast_config(divergence_threshold=1e6, correction_interval=2, slow_beta=0.9)
@@ -94,7 +72,7 @@ def test_noisy_run_is_adamw_plus_the_predicted_steps(backend: str) -> None:
     adamw = torch.optim.AdamW([twin], lr=1e-2)
     slow = torch.zeros(300)
     generator = torch.Generator().manual_seed(0)
-    for n in range(60):
+    for n in range(steps):
         param.grad = 0.3 + torch.randn(300, generator=generator)
         twin.grad = param.grad.clone()
         seen = optimizer.stats().predicted_steps
@@ -105,7 +83,7 @@ def test_noisy_run_is_adamw_plus_the_predicted_steps(backend: str) -> None:
         for _ in range(optimizer.stats().predicted_steps - seen):
             with torch.no_grad():
                 twin -= 0.25e-2 * slow / (square.sqrt() + 1e-8)
-    assert optimizer.stats().predicted_steps > 40
+    assert optimizer.stats().predicted_steps > 0.6 * steps
     assert optimizer.stats().rollbacks == 0
     # The few weights that are too small beside their displacement stay where they are.
     assert (param - twin).norm() < 1e-3 * twin.norm()
@@ -149,20 +127,3 @@ def test_the_corrector_finds_the_minimum_along_the_displacement(backend: str) ->
     expected = min(2.0, -float(gradient @ displacement) / float(displacement @ displacement))
     assert entry["prediction"][2].item() == pytest.approx(expected, rel=1e-4)
     assert torch.allclose(param, start + expected * displacement, rtol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_noise_switches_the_corrector_off(backend: str) -> None:
-    model = make_model()
-    config = fast_config(inline=False, divergence_threshold=100.0)
-    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, backend=backend, hybrid=config)
-    train(model, optimizer, 6, make_batches())
-    optimizer._engine.scalars.ledger[INDEX["signal"]] = 0.0
-    before = [p.detach().clone() for p in model.parameters()]
-    for param in model.parameters():
-        param.grad = torch.ones_like(param)
-    optimizer._engine.take_gradients()
-    optimizer._engine.verify()
-    assert optimizer.stats().acceptance_rate == 1.0
-    for old, new in zip(before, model.parameters()):
-        assert torch.equal(old, new)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import short_config
 from triton_hybrid.kernels import likeness as likeness_module
+from triton_hybrid.kernels import repeated
 from triton_hybrid.kernels.launch import INTERPRETED, settle
 from triton_hybrid.kernels.likeness import likeness
-from triton_hybrid.kernels.repeated import MOST_KEPT
 
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 from triton_hybrid.watch import Watch
@@ -205,7 +205,9 @@ def test_constants_are_compared_at_the_first_launch_only() -> None:
     settle(SimpleNamespace())
 
 
-def test_launches_are_prepared_anew_when_more_than_addresses_has_changed() -> None:
+def test_launches_are_prepared_anew_when_more_than_addresses_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A gradient that is missing, another dtype; and what is kept of launches has a limit."""
     optimizer = make(3, predictor="none")
     kept = optimizer._engine.scalars.launches
@@ -223,9 +225,10 @@ def test_launches_are_prepared_anew_when_more_than_addresses_has_changed() -> No
         moved = [not torch.equal(param, was) for param, was in zip(params, old)]
         assert moved == [param.grad is not None for param in params]
         before = after
-    for number in range(2 * MOST_KEPT):
+    monkeypatch.setattr(repeated, "MOST_KEPT", 4)
+    for number in range(8):
         optimizer._engine.backend.decide(optimizer._engine.scalars, 2.5, float(number))
-        assert len(kept) <= MOST_KEPT
+        assert len(kept) <= 4
 
 
 def test_a_profiler_and_hooks_hear_of_a_step() -> None:

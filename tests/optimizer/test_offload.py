@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from training import (
     assert_same_state,
@@ -17,18 +21,19 @@ from training import (
     fast_config,
     make_batches,
     make_model,
+    run_of,
+    run_with_rejections,
     state_copy,
     train,
     until,
     weights,
 )
 
-from triton_hybrid import HybridOptimizer, Phase, offload, split_param_groups
+from triton_hybrid import HybridOptimizer, Phase, offload
 from triton_hybrid.offload import LONG_STRETCH, MovingRow, Offload
 from triton_hybrid.state import Home, StepPlan, buffer_like
 
 PREDICTORS = ("slow_ema", "secant", "linear", "auto", "none")
-KINDS = ("cpu", "pinned")
 STRETCHES = {"short": {}, "long": {"max_predict_steps": 7, "correction_interval": 7}}
 
 
@@ -58,75 +63,48 @@ def _copies_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Offload, "_bring", bring_all)
 
 
-def run(
-    steps: int, dtype: torch.dtype, kind: str, passes: int = 1, **options: Any
+Drive = Callable[[nn.Module, HybridOptimizer], Any]
+
+
+def assert_same_bits(
+    drive: Drive, kind: str = "fp32", offload: str = "cpu", **options: Any
 ) -> HybridOptimizer:
-    model = make_model(dtype)
-    config = fast_config(offload=kind, **options)
-    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config)
-    batches = make_batches()
-    for step in range(steps):
-        if optimizer.needs_backward:
-            for _ in range(passes):
-                loss = backward(model, next(batches))
-            # Now and then a prediction is taken back.
-            rejected = step % 13 == 7 and optimizer.phase is Phase.CORRECT
-            optimizer.observe_loss(float("inf") if rejected else loss)
-        optimizer.step()
-        optimizer.zero_grad()
+    """Asserts that offloaded state changes no bit of a run; returns its optimizer."""
+    runs = []
+    for where in ("none", offload):
+        model, optimizer = run_of(kind, offload=where, **options)
+        drive(model, optimizer)
+        optimizer.state_dict()  # brings host memory up to date in the middle of a stretch
+        runs.append(optimizer)
+    assert_same_weights(*map(weights, runs))
+    assert_same_state(*map(state_copy, runs))
+    assert runs[0].stats().rollbacks == runs[1].stats().rollbacks
     return optimizer
 
 
-@pytest.mark.parametrize("stretch", STRETCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+RUNS = [
+    *itertools.product(("fp32", "bf16"), PREDICTORS, STRETCHES),
+    *itertools.product(("lion", "muon"), ("slow_ema", "linear", "auto", "none"), ("short",)),
+]
+
+
 @pytest.mark.parametrize("inline", [True, False])
-@pytest.mark.parametrize("predictor", PREDICTORS)
-def test_same_bits_with_and_without(
-    predictor: str, inline: bool, dtype: torch.dtype, stretch: str
-) -> None:
+@pytest.mark.parametrize(("kind", "predictor", "stretch"), RUNS)
+def test_same_bits_with_and_without(kind: str, predictor: str, stretch: str, inline: bool) -> None:
+    def drive(model: nn.Module, optimizer: HybridOptimizer) -> None:
+        run_with_rejections(model, optimizer, 60)
+
     options = {"predictor": predictor, "inline": inline, **STRETCHES[stretch]}
-    usual, *others = (run(60, dtype, kind, **options) for kind in ("none", *KINDS))
-    for other in others:
-        assert_same_weights(weights(usual), weights(other))
-        other.state_dict()  # brings host memory up to date in the middle of a stretch
-        assert_same_state(state_copy(usual), state_copy(other))
-        assert usual.stats().rollbacks == other.stats().rollbacks
-    assert (usual.stats().predicted_steps > 0) == (predictor != "none")
+    found = assert_same_bits(drive, kind, "pinned" if inline else "cpu", **options)
+    assert (found.stats().predicted_steps > 0) == (predictor != "none")
 
 
 @pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
 def test_same_bits_in_the_kernels(predictor: str) -> None:
     """They find memory by address, and must not use that of a row that has left."""
-    results = []
-    for kind in ("none", "cpu"):
-        model = make_model(torch.bfloat16)
-        config = fast_config(predictor=predictor, offload=kind, inline=False, **STRETCHES["long"])
-        optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config, backend="triton")
-        train(model, optimizer, 24)
-        optimizer.state_dict()
-        assert optimizer.stats().predicted_steps > 3
-        results.append((weights(optimizer), state_copy(optimizer)))
-    assert_same_weights(results[0][0], results[1][0])
-    assert_same_state(results[0][1], results[1][1])
-
-
-@pytest.mark.parametrize("predictor", [name for name in PREDICTORS if name != "secant"])
-def test_same_bits_with_muon(predictor: str) -> None:
-    results = []
-    for kind in ("none", "cpu"):
-        torch.manual_seed(0)
-        layers = [nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 5)]
-        model = nn.Sequential(*layers)
-        config = fast_config(predictor=predictor, offload=kind, inline=False)
-        optimizer = HybridOptimizer(split_param_groups(model), lr=1e-2, hybrid=config)
-        train(model, optimizer, 20)
-        # Also in the middle of a stretch.
-        until(optimizer, model, Phase.PREDICT) if predictor != "none" else None
-        train(model, optimizer, 1)
-        optimizer.state_dict()
-        train(model, optimizer, 20)
-        results.append(optimizer)
-    assert_same_weights(*(weights(optimizer) for optimizer in results))
+    options = {"predictor": predictor, "inline": False, "backend": "triton", **STRETCHES["long"]}
+    found = assert_same_bits(lambda model, opt: train(model, opt, 16), "bf16", **options)
+    assert found.stats().predicted_steps > 3
 
 
 def visiting(optimizer: HybridOptimizer) -> set[str]:
@@ -218,31 +196,25 @@ def test_fetched_in_the_middle_of_the_last_backward_pass(passes: int) -> None:
 
 @pytest.mark.parametrize("later", [1, 2, 5])
 def test_windows_of_another_length_than_before(later: int) -> None:
-    results = []
-    for kind in ("none", "cpu"):
-        model = make_model()
-        optimizer = HybridOptimizer(model.parameters(), hybrid=fast_config(offload=kind))
+    def drive(model: nn.Module, optimizer: HybridOptimizer) -> None:
         batches = make_batches()
         for passes in (3, 3, 3, later, 1, later, 2):
             for _ in range(passes):
                 backward(model, next(batches))
             optimizer.step()
             optimizer.zero_grad()
-        results.append(weights(optimizer))
-    assert_same_weights(*results)
+
+    assert_same_bits(drive)
 
 
 def test_gradients_without_a_backward_pass() -> None:
-    results = []
-    for kind in ("none", "cpu"):
-        model = make_model()
-        optimizer = HybridOptimizer(model.parameters(), hybrid=fast_config(offload=kind))
+    def drive(model: nn.Module, optimizer: HybridOptimizer) -> None:
         for step in range(12):
             for param in model.parameters():
                 param.grad = torch.sin(param.detach() + step)
             optimizer.step()
-        results.append(weights(optimizer))
-    assert_same_weights(*results)
+
+    assert_same_bits(drive)
 
 
 def test_no_room_in_the_backward_pass_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,29 +301,20 @@ def test_moments_stay_where_the_stretch_is_short() -> None:
 
 @pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
 def test_weights_written_by_others_while_state_visits(predictor: str) -> None:
-    results = []
-    for kind in ("none", "cpu"):
-        model = make_model()
-        config = fast_config(
-            predictor=predictor, offload=kind, inline=False,
-            max_predict_steps=6, correction_interval=6,
-        )  # fmt: skip
-        optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config)
+    def drive(model: nn.Module, optimizer: HybridOptimizer) -> None:
         until(optimizer, model, Phase.PREDICT)
         train(model, optimizer, 2)
         assert optimizer.phase is Phase.PREDICT
         with torch.no_grad():
             next(model.parameters()).mul_(1.5)
         train(model, optimizer, 30, make_batches(3))
-        optimizer.state_dict()
-        results.append((weights(optimizer), state_copy(optimizer)))
-    assert_same_weights(results[0][0], results[1][0])
-    assert_same_state(results[0][1], results[1][1])
+
+    options = {"max_predict_steps": 6, "correction_interval": 6, "inline": False}
+    assert_same_bits(drive, predictor=predictor, **options)
 
 
-@pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
-@pytest.mark.parametrize("stop", range(4, 24, 2))
 @pytest.mark.parametrize("kinds", [("cpu", "cpu"), ("none", "cpu"), ("cpu", "none")], ids=str)
+@given(stop=st.integers(4, 23), predictor=st.sampled_from(("slow_ema", "linear")))
 def test_checkpoint_goes_on_bit_for_bit(stop: int, kinds: tuple[str, str], predictor: str) -> None:
     """Also in the middle of a stretch, and from one kind of memory to the other."""
     options: dict[str, Any] = {"predictor": predictor, "inline": False, **STRETCHES["long"]}

@@ -432,10 +432,14 @@ def test_lazy_parameters_are_taken_and_train_once_they_have_a_shape() -> None:
         lambda: torch.ones(10, 5, 2)[..., 0],
         lambda: torch.ones(4, 4)[:, ::2],
         lambda: torch.ones(8)[1::3],
+        lambda: torch.ones(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        lambda: torch.ones(6, 4).t(),
+        lambda: torch.ones(()),
+        lambda: torch.ones(0, 3),
     ],
-    ids=["last", "columns", "every_third"],
+    ids=["last", "columns", "every_third", "channels_last", "transposed", "scalar", "empty"],
 )
-def test_parameters_with_gaps_in_memory(make_view: Callable[[], Tensor], predictor: str) -> None:
+def test_parameters_of_any_layout(make_view: Callable[[], Tensor], predictor: str) -> None:
     """They train as dense ones do, and what lies in the gaps is left alone."""
     view = make_view()
     runs = []

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from training import same_bits, short_config
@@ -267,6 +267,7 @@ def check_checkpoints(life: Life, make: Callable[[list[nn.Parameter]], Any]) -> 
 
 @pytest.mark.parametrize("masters", ["fp32", "auto", "split"])
 @pytest.mark.parametrize("base", ["adamw", "muon", "lion"])
+@settings(max_examples=settings().max_examples // 2)  # each is a whole life
 @given(
     actions=ACTIONS,
     inline=st.booleans(),

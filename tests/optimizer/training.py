@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from kernel_memory import DEVICE
 from torch import Tensor, nn
+from triton_hybrid.kernels.multi_tensor import assembled
 
-from triton_hybrid import HybridConfig, HybridOptimizer, Phase
+from triton_hybrid import HybridConfig, HybridOptimizer, Phase, split_param_groups
 
 FAST = {"warmup_steps": 2, "full_steps": 3, "confidence_threshold": 0.0}
 """A configuration that predicts early and whatever the confidence."""
@@ -31,6 +31,40 @@ def make_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(12, 17), nn.Tanh(), nn.Linear(17, 5)).to(DEVICE, dtype)
 
 
+def make_deep_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """With a hidden matrix: the middle layer is Muon's."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(12, 14), nn.Tanh(), nn.Linear(14, 9), nn.Tanh(), nn.Linear(9, 5)]
+    return nn.Sequential(*layers).to(DEVICE, dtype)
+
+
+KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32": (torch.float32, {}),
+    "fp16": (torch.float16, {}),
+    "bf16": (torch.bfloat16, {}),
+    "bf16 split": (torch.bfloat16, {"master_weights": "split"}),
+    "bf16 alone": (torch.bfloat16, {"master_weights": "none"}),
+    "fp16 alone": (torch.float16, {"master_weights": "none"}),
+    "lion": (torch.float32, {"base": "lion", "betas": (0.9, 0.99), "lr": 5e-3}),
+    "lion bf16": (torch.bfloat16, {"base": "lion", "betas": (0.9, 0.99), "lr": 5e-3}),
+    "muon": (torch.float32, {"weight_decay": 0.1}),
+    "muon fp16": (torch.float16, {"weight_decay": 0.1}),
+    "muon bf16": (torch.bfloat16, {"weight_decay": 0.1}),
+}
+"""What promises hold for: the dtype of parameters, the rule, how masters are kept."""
+
+
+def run_of(kind: str, **options: Any) -> tuple[nn.Module, HybridOptimizer]:
+    """A model of a kind and its optimizer; options of HybridConfig beside its own."""
+    dtype, own = KINDS[kind]
+    config = {key: options.pop(key) for key in [*options] if hasattr(HybridConfig(), key)}
+    muon = kind.startswith("muon")
+    model = make_deep_model(dtype) if muon else make_model(dtype)
+    groups: Any = split_param_groups(model) if muon else model.parameters()
+    settings = {"lr": 1e-2, **own, "hybrid": fast_config(**config), **options}
+    return model, HybridOptimizer(groups, **settings)
+
+
 def make_batches(seed: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -39,12 +73,33 @@ def make_batches(seed: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         yield x.to(DEVICE), y.to(DEVICE)
 
 
-def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def backward(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> Tensor:
+    """Computes the gradient of the loss, or of a scaled one; returns the loss."""
     x, y = batch
     dtype = next(model.parameters()).dtype
     loss = nn.functional.cross_entropy(model(x.to(dtype)).float(), y)
-    loss.backward()
+    scale(loss).backward()
     return loss.detach()
+
+
+def run_with_rejections(
+    model: nn.Module, optimizer: HybridOptimizer, steps: int, passes: int = 1
+) -> HybridOptimizer:
+    """Trains; now and then a prediction is taken back."""
+    batches = make_batches()
+    for step in range(steps):
+        if optimizer.needs_backward:
+            for _ in range(passes):
+                loss = backward(model, next(batches))
+            rejected = step % 13 == 7 and optimizer.phase is Phase.CORRECT
+            optimizer.observe_loss(float("inf") if rejected else loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
 
 
 def train(
@@ -75,6 +130,17 @@ def train(
 def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Copies of all parameters."""
     return [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
+
+
+def masters_of(optimizer: HybridOptimizer) -> list[Tensor]:
+    """The weights in FP32, where parameters have fewer bits and however masters are kept."""
+    found = []
+    for param, state in optimizer.state.items():
+        if "remainder" in state:
+            found.append(assembled(param.detach(), state["remainder"]))
+        else:
+            found.append(state.get("master", param).detach().float())
+    return [master.clone() for master in found]
 
 
 def state_copy(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
@@ -169,11 +235,3 @@ def small_run(
     params = [nn.Parameter(values.to(dtype)) for values in drawn]
     options = {"lr": 1e-2, "hybrid": short_config(inline=inline), **options}
     return params, HybridOptimizer(params, master_weights=masters, **options)
-
-
-def clone_run(model: nn.Module, optimizer: HybridOptimizer, **options: Any) -> Any:
-    """A second model and optimizer that go on from a checkpoint of the first."""
-    twin = copy.deepcopy(model)
-    other = HybridOptimizer(twin.parameters(), **options)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    return twin, other

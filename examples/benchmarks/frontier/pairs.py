@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from frontier.judge import final_loss, grouped
+from frontier.report import distinct, format_estimate
 from lib.files import write_json
 from lib.run_store import Line
 from lib.statistics import estimate
@@ -78,23 +79,14 @@ def write_pairs(lines: list[Line], optimizer: str, path: Path) -> None:
     """Writes `paired_losses` as JSON, with the hardware and the versions of the runs."""
     content = {
         "pairs": paired_losses(lines, optimizer),
-        "hardware": _different(line["hardware"] for line in lines),
-        "versions": _different(line["versions"] for line in lines),
+        "hardware": distinct(lines, "hardware"),
+        "versions": distinct(lines, "versions"),
     }
     write_json(path, content)
     for pair in content["pairs"]:
-        interval = pair["difference"]
-        ends = (
-            ""
-            if interval["low"] is None
-            else f" ({interval['low']:+.4f} to {interval['high']:+.4f})"
-        )
+        difference = format_estimate(pair["difference"], "+.4f")
         print(
             f"{pair['task']} {pair['task_options']}, {pair['budget']} gradients, seeds "
             f"{pair['seeds']}: {pair['loss']:.4f}, {pair['against']} {pair['loss_against']:.4f}, "
-            f"difference {interval['mean']:+.4f}{ends}"
+            f"difference {difference}"
         )
-
-
-def _different(values: Iterable[Any]) -> list[Any]:
-    return [json.loads(text) for text in sorted({json.dumps(x, sort_keys=True) for x in values})]

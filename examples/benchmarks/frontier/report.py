@@ -136,13 +136,14 @@ def summarize(lines: Sequence[Line]) -> dict[str, Any]:
         "runs": len(lines),
         "diverged_runs": sum(not math.isfinite(final_loss(line)) for line in lines),
         "seeds": sorted({int(line["seed"]) for line in lines}),
-        "hardware": _distinct(lines, "hardware"),
-        "versions": _distinct(lines, "versions"),
+        "hardware": distinct(lines, "hardware"),
+        "versions": distinct(lines, "versions"),
         "tasks": [entry for entry, _, _ in judge_tasks(lines)],
     }
 
 
-def _distinct(lines: Sequence[Line], field: str) -> list[Any]:
+def distinct(lines: Sequence[Line], field: str) -> list[Any]:
+    """The values of a field, each once."""
     return [json.loads(text) for text in sorted({canonical(line.get(field)) for line in lines})]
 
 
