@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.displacement import Displacement, basis_torch
-from triton_hybrid.kernels.launch import Launch, start
+from triton_hybrid.kernels.launch import Launch
 from triton_hybrid.kernels.ledger import (
     FACTOR_COLUMN,
     HORIZON,
@@ -137,6 +137,7 @@ def _predict_kernel(
         tl.store(cell + 2, bad)
 
 
+@repeated
 def predict(
     tensors: TensorSet,
     scalars: Scalars,
@@ -147,7 +148,7 @@ def predict(
     share: float,
     first: bool,
     with_slopes: bool = True,
-) -> None:
+) -> list[Launch]:
     """Moves the weights of one tensor set by one predicted step. Two or three launches.
 
     Sums, in ``scalars.sums``: inner product of the bias-corrected exp_avg with the displacement,
@@ -165,23 +166,6 @@ def predict(
         first: Whether no displacement stands in the weights yet.
         with_slopes: False: exp_avg is not read, and the first sum is left as it is.
     """
-    told = float(threshold), float(share), first, with_slopes
-    if coefficients is None:
-        _predict(tensors, scalars, displacement, *told)
-    else:  # other ones at each call
-        start(_launches(tensors, scalars, displacement, *told, coefficients), tensors.device)
-
-
-def _launches(
-    tensors: TensorSet,
-    scalars: Scalars,
-    displacement: Displacement,
-    threshold: float,
-    share: float,
-    first: bool,
-    with_slopes: bool,
-    coefficients: Tensor | None = None,
-) -> list[Launch]:
     rule = tensors.rule
     assert rule is not None
     partials = tensors.room_for(MOVE_SUMS)
@@ -189,7 +173,7 @@ def _launches(
     launch = tensors.prepared(
         _predict_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
         prediction if coefficients is None else coefficients, prediction, moves,
-        scalars.ledger, partials, threshold, share, every=True,
+        scalars.ledger, partials, float(threshold), float(share), every=True,
         FACTORS=displacement.factors, DISPLACEMENT=displacement.block,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
         MASTER=tensors.has_master, AGAIN=displacement.along_rule, FIRST=first, SLOPES=with_slopes,
@@ -198,9 +182,6 @@ def _launches(
     table = moves if displacement.along_rule else None
     sums, chunks = own(scalars.sums, tensors), tensors.chunks(every=True)
     return [launch, reduction(partials, chunks, sums, 0 if with_slopes else 1, table)]
-
-
-_predict = repeated(_launches)
 
 
 def predict_torch(
