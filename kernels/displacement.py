@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.scalars import Scalars
-from triton_hybrid.kernels.together_torch import Part, Together
+from triton_hybrid.kernels.together_torch import Cells
 
 
 class TorchDisplacement(Protocol):
@@ -73,18 +73,18 @@ def computed_again(
     return {"DISPLACEMENT": again.block, "AGAIN": True, **functions}
 
 
-def again_torch(
-    cells: Part | Together, again: Displacement, numbers: Sequence[Any], out: Tensor
+def basis_torch(
+    cells: Cells, displacement: Displacement, factors: Sequence[Any], out: Tensor
 ) -> Tensor:
-    """The displacement that stands in some elements; ``numbers`` as in the table of moves."""
-    factor, _, *others = numbers
-    tensors, names = cells.tensors, (*again.reads, *cells.tensors.rule.reads_along)  # type: ignore[union-attr]
+    """The displacement of some elements, in the first row of ``out``, which may be longer."""
+    tensors, rule = cells.tensors, cells.tensors.rule
+    assert rule is not None
+    names = (*displacement.reads, *(rule.reads_along if displacement.along_rule else ()))
     rows = {name: cells.joined(name) for name in names}
-    return again.torch.block(tensors, rows, (1.0, *others), out).mul_(factor)
+    return displacement.torch.block(tensors, rows, factors, out[:, : cells.total])
 
 
-def numbers_torch(tensors: TensorSet, scalars: Scalars) -> tuple[Tensor, list[Any]]:
-    """A set's table of moves in its dtype; the same, as plain torch takes it tensor by tensor."""
-    table = scalars.moves[tensors.place].to(tensors.compute_dtype)
-    on_cpu = table.device.type == "cpu"
-    return table, table.tolist() if on_cpu else [row.unbind() for row in table.unbind()]
+def again_torch(cells: Cells, again: Displacement, moves: Tensor, out: Tensor) -> Tensor:
+    """The displacement that stands in some elements; ``moves``: their set's table, in its dtype."""
+    factor, _, *numbers = [cells.spread(column) for column in moves.unbind(1)]
+    return basis_torch(cells, again, (1.0, *numbers), out).mul_(factor)

@@ -16,7 +16,7 @@ from triton_hybrid.kernels.rows import (
     store_row,
 )
 from triton_hybrid.kernels.sums import fold, no_sums, reduce_partials
-from triton_hybrid.kernels.together_torch import dots, together
+from triton_hybrid.kernels.together_torch import cells_of, dots
 
 DISPLACEMENT = address_row("displacement")
 
@@ -84,23 +84,11 @@ def gram(tensors: TensorSet, sums: Tensor) -> None:
 
 def gram_torch(tensors: TensorSet, sums: Tensor) -> None:
     """`gram` in plain torch."""
-    products = torch.zeros_like(sums)
-    done: set[int] = set()
-    for party in together(tensors, [True] * len(tensors)).values():
-        weight, last = party.weight(), party.rows("displacement")
-        newest = weight - party.joined("snapshot")
-        parts = party.parts(newest)
-        products[party.indices] = torch.stack([dots(parts, parts), dots(parts, last)], 1).double()
-        party.put("displacement", newest)
-        party.put("snapshot", weight)
-        done.update(party.indices)
-    for index in sorted(set(range(len(tensors))) - done):
-        for part in tensors.torch_blocks(index):
-            rows = tensors.block_rows(index, part)
-            weight = tensors.weight(index, part)
-            newest = weight - rows["snapshot"]
-            products[index, 0] += newest.dot(newest)
-            products[index, 1] += newest.dot(rows["displacement"])
-            rows["displacement"].copy_(newest)
-            rows["snapshot"].copy_(weight)
-    sums.copy_(products)
+    sums.zero_()
+    for cells in cells_of(tensors, [True] * len(tensors)):
+        weight, last = cells.weight(), cells.rows("displacement")
+        newest = weight - cells.joined("snapshot")
+        parts = cells.parts(newest)
+        sums[cells.indices] += torch.stack([dots(parts, parts), dots(parts, last)], dim=1)
+        cells.put("displacement", newest)
+        cells.put("snapshot", weight)

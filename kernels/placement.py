@@ -8,14 +8,13 @@ what the displacement is made of (`residue`) is loaded there too, so it moves no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.displacement import Displacement, again_torch, numbers_torch
+from triton_hybrid.kernels.displacement import Displacement, again_torch
 from triton_hybrid.kernels.ledger import (
     DECISION,
     FRACTION_COLUMN,
@@ -31,7 +30,7 @@ from triton_hybrid.kernels.residue import (
     stands_in_parameter,
 )
 from triton_hybrid.kernels.scalars import Scalars
-from triton_hybrid.kernels.together_torch import Part, Together
+from triton_hybrid.kernels.together_torch import Cells
 
 ACCEPTED = tl.constexpr(1)
 """The decision after which the base update is certain to be made."""
@@ -97,9 +96,8 @@ class Places:
     """Puts weights of a set at a fraction of the displacement that stands, in plain torch."""
 
     def __init__(self, tensors: TensorSet, scalars: Scalars, again: Displacement | None) -> None:
-        self._again, (self._table, self._numbers) = again, numbers_torch(tensors, scalars)
-        self._tensors, compute = tensors, tensors.compute_dtype
-        self._on_cpu = tensors.device.type == "cpu"
+        self._again, compute = again, tensors.compute_dtype
+        self._moves = scalars.moves[tensors.place].to(compute)
         self._out = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
         prediction = scalars.prediction[tensors.place]
         self._parts = prediction[:, PART_COLUMN.value]
@@ -107,54 +105,29 @@ class Places:
         decision = scalars.ledger[INDEX["decision"]]
         self._accepted = (self._parts != 0) & (decision == ACCEPTED.value)
 
-    def _ends(
-        self, cells: Part | Together, its: Sequence[Any], length: int, written: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The weights before and after the displacement."""
+    def of(self, cells: Cells, fraction: Any = None) -> Tensor:
+        """Where a fraction puts the weights; None: the decision."""
         if self._again is None:
-            return cells.joined("snapshot"), cells.weight()
-        moved = again_torch(cells, self._again, its, self._out[:, :length])
-        return load_moved_torch(cells, moved, written)
+            start, w = cells.joined("snapshot"), cells.weight()
+        else:
+            moved = again_torch(cells, self._again, self._moves, self._out)
+            # What is taken back at once, nobody can have written.
+            written = False if fraction is not None else cells.spread(self._parts) < 0
+            start, w = load_moved_torch(cells, moved, written)
+        share = cells.spread(self._fractions) if fraction is None else fraction
+        return at_fraction_torch(start, w, share)
 
-    def of(self, party: Together) -> Tensor:
-        """Where the decision puts short tensors."""
-        its = [party.spread(column) for column in self._table.unbind(1)] if self._again else []
-        start, w = self._ends(party, its, party.total, party.spread(self._parts) < 0)
-        return at_fraction_torch(start, w, party.spread(self._fractions))
-
-    def weight(self, index: int, part: slice) -> Tensor:
+    def weights(self, cells: Cells) -> Tensor:
         """As `TensorSet.weight`, once the decision were carried out (`load_placed`)."""
-        tensors, here = self._tensors, self._accepted[index]
-        cells = Part(tensors, index, part)
-        if self._on_cpu and not bool(here):
-            return tensors.weight(index, part)
-        length, written = len(cells.joined("param")), self._parts[index] < 0
-        start, w = self._ends(cells, self._numbers[index], length, written)
-        placed = at_fraction_torch(start, w, self._fractions[index])
-        if self._on_cpu:
-            return cells.joined("weight").copy_(placed)
-        weight = tensors.weight(index, part)
-        return weight.copy_(torch.where(here, placed, weight))
+        return torch.where(cells.spread(self._accepted), self.of(cells), cells.weight())
 
-    def weights(self, party: Together) -> Tensor:
-        """The same of short tensors."""
-        return torch.where(party.spread(self._accepted), self.of(party), party.weight())
-
-    def place(
-        self, cells: Part, index: int, fraction: Any, where: Any, written: Any = False
-    ) -> Tensor:
-        """Places a block of a tensor; returns the weights. ``where``: 0-dim bool, or True."""
-        length = len(cells.joined("param"))
-        start, w = self._ends(cells, self._numbers[index], length, written)
-        placed = at_fraction_torch(start, w, fraction)
-        if where is True:
-            cells.put_weight(placed)
-            return placed
-        tensors = cells.tensors
-        # What stands there, which is not `w` where a prediction stands in the parameter alone.
-        names = [n for n in ("weight", "param", "remainder") if n in tensors.flat]
-        kept = {name: cells.joined(name).clone() for name in names}
+    def place(self, cells: Cells, where: Any, fraction: Any = None) -> Tensor:
+        """Places weights where a 0-dim bool, or True, says so; returns where they would be."""
+        placed = self.of(cells, fraction)
+        # What stands there, which is not a weight where a prediction stands in the parameter alone.
+        names = [n for n in ("weight", "param", "remainder") if n in cells.tensors.flat]
+        kept = {name: cells.joined(name).clone() for name in names if where is not True}
         cells.put_weight(placed)
         for name, old in kept.items():
             cells.put(name, torch.where(where, cells.joined(name), old))
-        return torch.where(where, placed, w)
+        return placed

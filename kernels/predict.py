@@ -8,15 +8,15 @@ whether anything moves at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.displacement import Displacement
-from triton_hybrid.kernels.launch import Launch, start
+from triton_hybrid.kernels.displacement import Displacement, basis_torch
+from triton_hybrid.kernels.launch import Launch
 from triton_hybrid.kernels.ledger import (
     FACTOR_COLUMN,
     HORIZON,
@@ -44,7 +44,7 @@ from triton_hybrid.kernels.rows import (
 )
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LOG_EXP_AVG, Scalars, own
 from triton_hybrid.kernels.sums import fold, no_sums, reduction
-from triton_hybrid.kernels.together_torch import Part, Together, dots, together
+from triton_hybrid.kernels.together_torch import Cells, cells_of, dots
 
 MOVE_SUMS = 3
 """Sums of a move: slope, squared displacement, non-finite results."""
@@ -137,6 +137,7 @@ def _predict_kernel(
         tl.store(cell + 2, bad)
 
 
+@repeated
 def predict(
     tensors: TensorSet,
     scalars: Scalars,
@@ -147,7 +148,7 @@ def predict(
     share: float,
     first: bool,
     with_slopes: bool = True,
-) -> None:
+) -> list[Launch]:
     """Moves the weights of one tensor set by one predicted step. Two or three launches.
 
     Sums, in ``scalars.sums``: inner product of the bias-corrected exp_avg with the displacement,
@@ -165,23 +166,6 @@ def predict(
         first: Whether no displacement stands in the weights yet.
         with_slopes: False: exp_avg is not read, and the first sum is left as it is.
     """
-    told = float(threshold), float(share), first, with_slopes
-    if coefficients is None:
-        _predict(tensors, scalars, displacement, *told)
-    else:  # other ones at each call
-        start(_launches(tensors, scalars, displacement, *told, coefficients), tensors.device)
-
-
-def _launches(
-    tensors: TensorSet,
-    scalars: Scalars,
-    displacement: Displacement,
-    threshold: float,
-    share: float,
-    first: bool,
-    with_slopes: bool,
-    coefficients: Tensor | None = None,
-) -> list[Launch]:
     rule = tensors.rule
     assert rule is not None
     partials = tensors.room_for(MOVE_SUMS)
@@ -189,7 +173,7 @@ def _launches(
     launch = tensors.prepared(
         _predict_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
         prediction if coefficients is None else coefficients, prediction, moves,
-        scalars.ledger, partials, threshold, share, every=True,
+        scalars.ledger, partials, float(threshold), float(share), every=True,
         FACTORS=displacement.factors, DISPLACEMENT=displacement.block,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
         MASTER=tensors.has_master, AGAIN=displacement.along_rule, FIRST=first, SLOPES=with_slopes,
@@ -198,9 +182,6 @@ def _launches(
     table = moves if displacement.along_rule else None
     sums, chunks = own(scalars.sums, tensors), tensors.chunks(every=True)
     return [launch, reduction(partials, chunks, sums, 0 if with_slopes else 1, table)]
-
-
-_predict = repeated(_launches)
 
 
 def predict_torch(
@@ -220,8 +201,7 @@ def predict_torch(
     takes_part = scalars.prediction[tensors.place, PART_COLUMN.value] > 0
     on_cpu = ledger.device.type == "cpu"
     sums = scalars.sums[tensors.place]
-    written = sums if with_slopes else sums[:, 1:]
-    written.zero_()
+    (sums if with_slopes else sums[:, 1:]).zero_()
     if on_cpu and not bool(moving):
         return
     compute = tensors.compute_dtype
@@ -234,78 +214,39 @@ def predict_torch(
     if displacement.along_rule:
         moved_now = takes_part & moving
         columns = add_to_move_torch(tensors, scalars, columns[0], moved_now, first)
-    table = torch.stack([inverse_correction1, *columns], dim=1).to(compute)
-    numbers = table.tolist() if on_cpu else [row.unbind() for row in table.unbind()]
-
+    inverse1, *factors = torch.stack([inverse_correction1, *columns], dim=1).to(compute).unbind(1)
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
-    taking: Any = takes_part.tolist() if on_cpu else takes_part
-    parties = together(tensors, [(on_cpu and here) or None for here in taking])
-    totals = sums.new_zeros(len(tensors), MOVE_SUMS)
-    done: set[int] = set()
-    for party in parties.values():
-        found = _predict_together(party, displacement, table, scratch, first, with_slopes)
-        totals[party.indices] = found
-        done.update(party.indices)
-    for index, here in enumerate(taking):
-        if index in done:
-            continue
-        inverse1, *factors = numbers[index]
-        total = totals[index]
-        moves = True if on_cpu else moving & here
-        for part in tensors.torch_blocks(index) if not on_cpu or here else ():
-            cells, rows = Part(tensors, index, part), tensors.block_rows(index, part)
-            out = scratch[:, : part.stop - part.start]
-            moved, seen = _move(cells, displacement, rows, factors, out, first, moves)
-            if with_slopes:
-                total[0] += rows["exp_avg"].dot(moved) * inverse1
-            total[1] += moved.dot(moved)
-            # A finite sum has finite terms; on the CPU the second look costs only when not.
-            if not on_cpu or not bool(seen.sum(dtype=compute).isfinite()):
-                total[2] += ~seen.isfinite().all()
-    written.copy_(totals[:, -written.shape[1] :])
+    keys = [here or None for here in takes_part.tolist()] if on_cpu else [True] * len(tensors)
+    for cells in cells_of(tensors, keys):
+        moves = True if on_cpu else moving & cells.spread(takes_part)
+        its, total = [cells.spread(number) for number in factors], sums[cells.indices]
+        moved, seen = _move(cells, displacement, its, scratch, first, moves)
+        parts = cells.parts(moved)
+        if with_slopes:
+            total[:, 0] += dots(cells.rows("exp_avg"), parts) * inverse1[cells.indices]
+        total[:, 1] += dots(parts, parts)
+        # A finite sum has finite terms; on the CPU the second look costs only when not.
+        if not on_cpu or not bool(seen.sum(dtype=compute).isfinite()):
+            total[:, 2] += torch.stack([~part.isfinite().all() for part in cells.parts(seen)])
+        sums[cells.indices] = total
 
 
 def _move(
-    cells: Part | Together,
+    cells: Cells,
     displacement: Displacement,
-    rows: Mapping[str, Tensor],
     factors: Sequence[Any],
     out: Tensor,
     first: bool,
     moves: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Moves a block, unless ``moves`` is False; returns the displacement and what is seen of it."""
+    """Moves some elements, unless ``moves`` is False; returns the displacement, what is seen."""
     if displacement.along_rule:
         *parts, a, b, c, d = factors
-        basis = displacement.torch.block(cells.tensors, rows, (1.0, a, b, c, d), out)
+        basis = basis_torch(cells, displacement, (1.0, a, b, c, d), out)
         return add_move_torch(cells, basis, (parts[0], parts[1], parts[2]), first, moves)
-    moved = displacement.torch.block(cells.tensors, rows, factors, out)
+    moved = basis_torch(cells, displacement, factors, out)
     weight = cells.weight()
     if moves is not True:
         moved.copy_(torch.where(moves, moved, torch.zeros_like(moved)))
         return moved, cells.put_weight(torch.where(moves, weight + moved, weight))
     return moved, cells.put_weight(weight.add_(moved))
-
-
-def _predict_together(
-    party: Together,
-    displacement: Displacement,
-    table: Tensor,
-    scratch: Tensor,
-    first: bool,
-    with_slopes: bool,
-) -> Tensor:
-    """`predict_torch` of short tensors that all move; FP64 ``[tensors, MOVE_SUMS]``."""
-    inverse1, *columns = table.unbind(dim=1)
-    rows = {name: party.joined(name) for name in party.names}
-    factors = [party.spread(column) for column in columns]
-    out = scratch[:, : party.total]
-    moved, seen = _move(party, displacement, rows, factors, out, first, True)
-    moves = party.parts(moved)
-    total = moved.new_zeros(len(moves), MOVE_SUMS, dtype=torch.float64)
-    if with_slopes:
-        total[:, 0] = dots(party.rows("exp_avg"), moves) * inverse1[party.indices]
-    total[:, 1] = dots(moves, moves)
-    if not bool(seen.isfinite().all()):
-        total[:, 2] = torch.stack([~part.isfinite().all() for part in party.parts(seen)])
-    return total

@@ -23,7 +23,8 @@ def repeated(prepare: Callable[..., Sequence[Launch]]) -> Callable[..., None]:
 
     Args:
         prepare: Takes ``tensors`` (one set) or ``sets``, then ``scalars``, or these alone, and then
-            hashable arguments. It launches nothing itself.
+            hashable arguments; a tensor among them counts as itself, whatever it holds. It launches
+            nothing itself.
     """
     first = next(iter(inspect.signature(prepare).parameters))
 

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.displacement import (
-    Displacement,
-    again_torch,
-    computed_again,
-    numbers_torch,
-)
+from triton_hybrid.kernels.displacement import Displacement, again_torch, computed_again
 from triton_hybrid.kernels.launch import Launch
 from triton_hybrid.kernels.ledger import INDEX, LOSS_SCALE, PART_COLUMN, PREDICTION_COLUMNS
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
@@ -40,7 +32,7 @@ from triton_hybrid.kernels.rows import (
 )
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, SIGN, Scalars, own
 from triton_hybrid.kernels.sums import fold, no_sums, reduction
-from triton_hybrid.kernels.together_torch import Part, Together, dots, together
+from triton_hybrid.kernels.together_torch import Cells, cells_of, dots, gradients
 
 SLOPE_SUMS = 3
 """Sums of a verifying gradient: slope, squared gradient, non-finite gradients."""
@@ -146,16 +138,15 @@ def slopes_torch(
     tensors: TensorSet, scalars: Scalars, again: Displacement | None = None, moved: bool = True
 ) -> None:
     """`slopes` in plain torch."""
-    flat, ledger = tensors.flat, scalars.ledger
-    compute = tensors.compute_dtype
+    ledger, compute = scalars.ledger, tensors.compute_dtype
     sums = scalars.sums[tensors.place].zero_()
-    table, numbers = numbers_torch(tensors, scalars)
+    moves = scalars.moves[tensors.place].to(compute)
     out = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
 
-    def gone(cells: Part | Together, its: Sequence[Any], length: int) -> Tensor:
+    def gone(cells: Cells) -> Tensor:
         if again is None:
-            return cells.weight().sub_(cells.joined("snapshot"))
-        found = again_torch(cells, again, its, out[:, :length])
+            return cells.weight() - cells.joined("snapshot")
+        found = again_torch(cells, again, moves, out)
         if tensors.kept == NONE:  # rounded to 16 bits, the move is another
             before, weight = load_moved_torch(cells, found, False)
             return weight - before
@@ -163,46 +154,19 @@ def slopes_torch(
             found.masked_fill_(cells.joined("residue") == UNMOVED, 0.0)
         return found
 
-    done: set[int] = set()
-    for party in together(tensors, [here or None for here in tensors.present]).values():
-        its = [party.spread(column) for column in table.unbind(1)] if again else []
-        along = gone(party, its, party.total) if moved else None
-        sums[party.indices] = _slopes_together(party, along)
-        done.update(party.indices)
-    for index, here in enumerate(tensors.present):
-        if index in done:
-            continue
-        total = sums[index]
-        for part in tensors.torch_blocks(index) if here else ():
-            g = flat["grad"][index][part].to(compute)
-            square = g.dot(g)
-            if moved:
-                along = gone(Part(tensors, index, part), numbers[index], part.stop - part.start)
-                total[0] += g.dot(along)
-            total[1] += square
-            # A finite sum of squares has finite terms; the second look costs only when not.
-            if square.device.type != "cpu" or not bool(square.isfinite()):
-                total[2] += ~g.isfinite().all()
+    for cells in cells_of(tensors, [here or None for here in tensors.present]):
+        grads, total = gradients(cells), sums[cells.indices]
+        squares = dots(grads, grads)
+        if moved:
+            total[:, 0] += dots(grads, cells.parts(gone(cells)))
+        total[:, 1] += squares
+        # A finite sum of squares has finite terms; the second look costs only when not.
+        if squares.device.type != "cpu" or not bool(squares.isfinite().all()):
+            total[:, 2] += torch.stack([~g.isfinite().all() for g in grads])
+        sums[cells.indices] = total
     if again is not None:
         takes_part = scalars.prediction[tensors.place, PART_COLUMN.value] > 0
         sums[:, 0] = torch.where(takes_part, sums[:, 0], 0.0)
     unscale = ledger[INDEX["loss_scale"]].reciprocal()
     sums[:, 0] *= scalars.hyperparameters[tensors.group.long(), HYPER["sign"]] * unscale
     sums[:, 1] *= unscale * unscale
-
-
-def _slopes_together(party: Together, along: Tensor | None) -> Tensor:
-    """The sums of short tensors; FP64 ``[tensors, SLOPE_SUMS]``."""
-    tensors = party.tensors
-    joined, grads = party.joined("grad"), party.rows("grad")
-    if joined.dtype != tensors.compute_dtype:
-        joined = joined.to(tensors.compute_dtype)
-        grads = party.parts(joined)
-    squares = dots(grads, grads)
-    total = joined.new_zeros(len(grads), SLOPE_SUMS, dtype=torch.float64)
-    if along is not None:
-        total[:, 0] = dots(grads, party.parts(along))
-    total[:, 1] = squares
-    if not bool(squares.isfinite().all()):
-        total[:, 2] = torch.stack([~grad.isfinite().all() for grad in grads])
-    return total

@@ -19,7 +19,7 @@ from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet
 from triton_hybrid.kernels.placement import Places, placed_by_update
 from triton_hybrid.kernels.rows import OWN
 from triton_hybrid.kernels.scalars import HYPER, UPDATE_SUMS, Scalars
-from triton_hybrid.kernels.together_torch import Together, dots, together
+from triton_hybrid.kernels.together_torch import Cells, cells_of, dots
 from triton_hybrid.kernels.update_rule import Block, Numbers
 
 
@@ -192,115 +192,88 @@ def _update(
 
     Blocks stay in cache, so what follows the rule's update costs no main memory.
     """
-    rule, flat, compute = tensors.rule, tensors.flat, tensors.compute_dtype
-    assert rule is not None
-    on_host = skip is None
+    on_host, compute = skip is None, tensors.compute_dtype
     numbers = table.tolist() if on_host else [r.unbind() for r in table.to(compute).unbind()]
     known: Any = None
     if rates is not None:
         known = rates.tolist() if on_host else rates.to(compute).unbind()
-        slow_rate, steady = known
-    written = [*rule.writes, *["slow_ema"] * (rates is not None)]
-    sums: list[Any] = [0.0] * UPDATE_SUMS
     scratch = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
     after = tensors.steps + 1.0
-    keys = [tuple(row) if on_host and here else None for here, row in zip(tensors.present, numbers)]
-    parties, done = together(tensors, keys), dict[int, Sequence[float]]()
-    for index, (here, row) in enumerate(zip(tensors.present, numbers)):
-        its = Numbers(*row)
-        if index in parties:
-            party = parties[index]
-            # Before anything is updated: displacements are made of the rows as they were.
-            weight = None if places is None else places.weights(party)
-            found = _update_together(party, its, after, scratch, known, measured, compared, weight)
-            done.update(zip(party.indices, found))
-        if index in done:  # in the order of tensors, whoever is worked on together
-            if measured:
-                sums = [total + term for total, term in zip(sums, done[index])]
-            continue
-        for part in tensors.torch_blocks(index) if here else ():
-            w = (tensors if places is None else places).weight(index, part)
-            g = flat["grad"][index][part].to(compute)
-            if not on_host or its.clip != 1.0:
-                g = g * its.clip
-            rows = tensors.block_rows(index, part)
-            block = Block(w, g, rows, its, after[index], scratch[:, : w.numel()])
-            changed = [w, *(rows[name] for name in written)]
-            before = [] if on_host else [tensor.clone() for tensor in changed]
-            rule.torch.update(block)
-            if rates is not None:
-                s = rows["slow_ema"]
-                if compared:
-                    update, ahead, square = rule.torch_along.compare(block)
-                    sums[0] += square * update.dot(update).double()
-                    sums[1] += square * update.dot(ahead).double()
-                    sums[2] += square * ahead.dot(ahead).double()
-                if on_host:
-                    s.mul_(1.0 - slow_rate).add_(g, alpha=slow_rate * steady)
-                else:
-                    s.add_(slow_rate * (steady * g - s))
-                if measured:
-                    sums[3] += s.dot(s).double()
-            if skip is not None:
-                for now, old in zip(changed, before):
-                    now.copy_(torch.where(skip, old, now))
-            tensors.put_weight(index, part, w)
-    return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=table.device) for x in sums])
+    totals = torch.zeros(len(tensors), UPDATE_SUMS, dtype=torch.float64, device=table.device)
+    keys = [tuple(row) if here else None for here, row in zip(tensors.present, numbers)]
+    for cells in cells_of(tensors, keys):
+        its = Numbers(*numbers[cells.first])
+        # Before anything is updated: displacements are made of the rows as they were.
+        weight = None if places is None else places.weights(cells)
+        total = totals[cells.indices]
+        _update_cells(
+            cells, its, after, scratch, skip, known, total if measured else None, compared, weight
+        )
+        totals[cells.indices] = total
+    if not on_host:
+        return totals.sum(0)
+    sums = [0.0] * UPDATE_SUMS
+    for row in totals.tolist() if measured else ():  # in the order of tensors
+        sums = [total + term for total, term in zip(sums, row)]
+    return torch.tensor(sums, dtype=torch.float64, device=table.device)
 
 
-def _update_together(
-    party: Together,
+def _update_cells(
+    cells: Cells,
     its: Numbers,
     after: Tensor,
     scratch: Tensor,
-    rates: list[float] | None,
-    measured: bool,
+    skip: Any,
+    rates: Any,
+    sums: Tensor | None,
     compared: bool,
     weight: Tensor | None,
-) -> list[Sequence[float]]:
-    """`_update` of short tensors with the same numbers; returns the sums of each.
+) -> None:
+    """`_update` of elements with the same numbers.
 
-    ``weight``: theirs, joined, where it is not the one that is kept.
+    ``sums``: FP64 ``[tensors, UPDATE_SUMS]``, added to, where they are wanted; ``weight``: theirs,
+    where it is not the one that is kept.
     """
-    tensors, indices = party.tensors, party.indices
-    rule, compute = tensors.rule, tensors.compute_dtype
+    tensors, rule = cells.tensors, cells.tensors.rule
     assert rule is not None
-    in_place = rule.torch.takes_lists and tensors.kept == OWN and not tensors.has_master
+    lists = rule.torch.takes_lists and skip is None
+    in_place = lists and tensors.kept == OWN and not tensors.has_master
     if weight is None and not in_place:
-        weight = party.weight()
-    converted = its.clip != 1.0 or tensors.dtype["grad"] != compute
-    needed = converted or rates is not None or not rule.torch.takes_lists
-    g = party.joined("grad").to(compute) if needed else None
-    if g is not None and its.clip != 1.0:
-        g = g * its.clip
-    if rule.torch.takes_lists:
-        weights = party.rows("weight") if weight is None else party.parts(weight)
-        grads = party.parts(g) if converted and g is not None else party.rows("grad")
-        lists: Any = {name: party.rows(name) for name in rule.writes}
-        steps: Any = [*after[indices].unbind()]
-        rule.torch.update(Block(weights, grads, lists, its, steps, scratch))  # type: ignore[arg-type]
-    names = party.names if compared or not rule.torch.takes_lists else []
-    rows = {name: party.joined(name) for name in names}
-    block = Block(weight, g, rows, its, after[indices[0]], scratch[:, : party.total])  # type: ignore[arg-type]
-    if not rule.torch.takes_lists:
+        weight = cells.weight()
+    clipped = skip is not None or its.clip != 1.0
+    g: Any = None
+    if clipped or rates is not None or not lists or tensors.dtype["grad"] != tensors.compute_dtype:
+        g = cells.joined("grad").to(tensors.compute_dtype)
+        g = g * its.clip if clipped else g
+    slow = ["slow_ema"] * (rates is not None)
+    if lists:
+        weights = cells.rows("weight") if weight is None else cells.parts(weight)
+        grads = cells.rows("grad") if g is None else cells.parts(g)
+        moments = {name: cells.rows(name) for name in rule.writes}
+        steps = [*after[cells.indices].unbind()]
+        rule.torch.update(Block(weights, grads, moments, its, steps, scratch))
+    names = slow if lists and not compared else [*rule.reads, *slow]
+    rows = {name: cells.joined(name) for name in names}
+    changed = [*slow] if lists else [*rule.writes, *slow]
+    block = Block(weight, g, rows, its, None, scratch[:, : cells.total])
+    before = {name: rows[name].clone() for name in changed} if skip is not None else {}
+    old = weight.clone() if weight is not None and skip is not None else None
+    if not lists:
         rule.torch.update(block)
-        for name in rule.writes:
-            party.put(name, rows[name])
-    if weight is not None:
-        party.put_weight(weight)
-    if rates is None:
-        return [[0.0] * UPDATE_SUMS] * len(indices)
-    sums: list[list[float]] = [[0.0] * len(indices)] * UPDATE_SUMS
-    if compared:
+    if compared and sums is not None:
         update, ahead, square = rule.torch_along.compare(block)
-        updates, aheads = party.parts(update), party.parts(ahead)
+        updates, aheads = cells.parts(update), cells.parts(ahead)
         for place, pair in enumerate(((updates, updates), (updates, aheads), (aheads, aheads))):
-            sums[place] = [square * x for x in dots(*pair).tolist()]
-    slow_rate, steady = rates
-    slow = rows["slow_ema"] if compared else party.joined("slow_ema")
-    slow.mul_(1.0 - slow_rate).add_(g, alpha=slow_rate * steady)  # type: ignore[arg-type]
-    party.put("slow_ema", slow)
-    if measured:
-        slows = party.rows("slow_ema")
-        sums[3] = dots(slows, slows).tolist()
-    return list(zip(*sums))
+            sums[:, place] += square * dots(*pair).double()
+    if rates is not None:
+        (slow_rate, steady), s = rates, rows["slow_ema"]
+        if skip is None:
+            s.mul_(1.0 - slow_rate).add_(g, alpha=slow_rate * steady)
+        else:
+            s.add_(slow_rate * (steady * g - s))
+        if sums is not None:
+            sums[:, 3] += dots(cells.parts(s), cells.parts(s))
+    for name in changed:
+        cells.put(name, rows[name] if skip is None else torch.where(skip, before[name], rows[name]))
+    if weight is not None:
+        cells.put_weight(weight if old is None else torch.where(skip, old, weight))

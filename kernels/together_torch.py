@@ -8,7 +8,7 @@ own memory would.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class Places:
         self.indices = indices
         self.lengths = [lengths[index] for index in indices]
         self.whole = len(indices) == len(lengths)
-        self.longest = max(indices, key=lengths.__getitem__)
         self.gaps = [-length % ALIGNED for length in self.lengths]
         self.pieces = [piece for pair in zip(self.lengths, self.gaps) for piece in pair]
         padded = [sum(pair) for pair in zip(self.lengths, self.gaps)]
@@ -49,11 +48,7 @@ class Together:
     def __init__(self, tensors: TensorSet, places: Places) -> None:
         self.tensors, self._places = tensors, places
         self.indices, self.total = places.indices, places.total
-
-    @property
-    def names(self) -> list[str]:
-        """The rows of state that are here."""
-        return list(self.tensors.block_rows(self._places.longest))
+        self.first = self.indices[0]
 
     def rows(self, name: str) -> list[Tensor]:
         """The tensors of a row."""
@@ -109,24 +104,38 @@ class Together:
 
 
 class Part:
-    """A block of one tensor of a set, as `Together` has several."""
+    """A block of one tensor of a set, as `Together` is several tensors."""
 
     def __init__(self, tensors: TensorSet, index: int, part: slice) -> None:
-        self.tensors, self._place = tensors, (index, part)
+        self.tensors, self.first, self._place = tensors, index, (index, part)
+        self.indices, self.total = slice(index, index + 1), part.stop - part.start
+
+    def rows(self, name: str) -> list[Tensor]:
+        """The block of a row."""
+        return [self.joined(name)]
 
     def joined(self, name: str) -> Tensor:
         """The block of a row, in place."""
         index, part = self._place
         return self.tensors.flat[name][index][part]
 
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """A block of its own is all that there is."""
+        return [whole]
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """The tensor's number, 0-dim."""
+        return numbers[self.first]
+
     def put(self, name: str, values: Tensor) -> None:
-        """Copies the block of a row back."""
-        self.joined(name).copy_(values)
+        """Copies the block of a row back, if it is not in place."""
+        goal = self.joined(name)
+        if goal.data_ptr() != values.data_ptr():
+            goal.copy_(values)
 
     def weight(self) -> Tensor:
-        """As `TensorSet.weight`, but a copy in each case."""
-        weight = self.tensors.weight(*self._place)
-        return weight.clone() if self.tensors.kept == OWN else weight
+        """As `TensorSet.weight`: where weights have a row of their own, the very row."""
+        return self.tensors.weight(*self._place)
 
     def put_weight(self, weight: Tensor) -> Tensor:
         """Keeps the weights, and rounds the parameters; returns them."""
@@ -136,9 +145,37 @@ class Part:
         return self.joined("param") if self.tensors.has_master else weight
 
 
+Cells = Part | Together
+"""What plain torch works on at a time; both have the same methods."""
+
+
+def gradients(cells: Cells) -> list[Tensor]:
+    """Those of the tensors, in the dtype of the mathematics."""
+    compute = cells.tensors.compute_dtype
+    if cells.tensors.dtype["grad"] == compute:
+        return cells.rows("grad")
+    return cells.parts(cells.joined("grad").to(compute))
+
+
 def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """The inner product of each pair."""
     return torch.stack([*map(torch.dot, left, right)])
+
+
+def cells_of(tensors: TensorSet, keys: Sequence[Hashable | None]) -> Iterator[Cells]:
+    """All elements of the tensors whose key is not None: short ones together, others in blocks.
+
+    A tensor's blocks come one after the other. ``indices`` says whose elements they are, ``first``
+    is the first of them.
+    """
+    parties, done = together(tensors, keys), set[int]()
+    for index, key in enumerate(keys):
+        if index in parties:
+            yield parties[index]
+            done.update(parties[index].indices)
+        elif key is not None and index not in done:
+            for part in tensors.torch_blocks(index):
+                yield Part(tensors, index, part)
 
 
 def together(tensors: TensorSet, keys: Sequence[Hashable | None]) -> dict[int, Together]:

@@ -28,13 +28,13 @@ class Numbers(NamedTuple):
 
 @dataclass
 class Block:
-    """One block of one tensor, for a rule in plain torch."""
+    """Elements of a tensor, or of several, for a rule in plain torch: tensors, or lists of them."""
 
-    w: Tensor  # weights, changed in place
-    g: Tensor  # gradient, clipped
-    rows: Mapping[str, Tensor]  # the block of every other row that the tensor has
-    numbers: Numbers  # of its tensor
-    step: Tensor  # FP32, 0-dim: base updates with this one
+    w: Any  # weights, changed in place
+    g: Any  # gradient, clipped
+    rows: Mapping[str, Any]  # what the rule reads and writes, and the slow EMA
+    numbers: Numbers  # of these tensors
+    step: Any  # FP32, 0-dim: base updates with this one; of lists alone
     scratch: Tensor  # ``[2, elements]``
 
 

@@ -46,7 +46,7 @@ from triton_hybrid.kernels.rows import (
 )
 from triton_hybrid.kernels.scalars import Scalars, own
 from triton_hybrid.kernels.sums import totals
-from triton_hybrid.kernels.together_torch import Part, together
+from triton_hybrid.kernels.together_torch import cells_of
 
 
 @triton.jit
@@ -198,10 +198,10 @@ def check_move_torch(
     on_cpu = ledger.device.type == "cpu"
     if not on_cpu or bool(undone):
         places = Places(tensors, scalars, again)
-        for index, part in enumerate(prediction[tensors.place, PART_COLUMN.value] > 0):
-            for block in tensors.torch_blocks(index) if not on_cpu or bool(part) else ():
-                where = True if on_cpu else undone & part
-                places.place(Part(tensors, index, block), index, 0.0, where)
+        part = prediction[tensors.place, PART_COLUMN.value] > 0
+        keys = [here or None for here in part.tolist()] if on_cpu else [True] * len(tensors)
+        for cells in cells_of(tensors, keys):
+            places.place(cells, True if on_cpu else undone & cells.spread(part), 0.0)
     if not last:
         return
     slope = prediction[:, SLOPE_COLUMN.value]
@@ -302,27 +302,19 @@ def correct_torch(
     if on_cpu and not bool(decided):
         return
     prediction = scalars.prediction[tensors.place]
-    fractions = prediction[:, FRACTION_COLUMN.value].to(tensors.compute_dtype)
-    parts = prediction[:, PART_COLUMN.value]
-    places = Places(tensors, scalars, again)
-    # The masters behind have not moved yet, whatever the fraction.
-    still = parts == 0 if again and stands_in_parameter(tensors) else fractions == 1.0
+    if again and stands_in_parameter(tensors):
+        # The masters behind have not moved yet, whatever the fraction.
+        still = prediction[:, PART_COLUMN.value] == 0
+    else:
+        still = prediction[:, FRACTION_COLUMN.value] == 1.0
     if deferred and placed_by_update(tensors):
         still = still | (tensors.has_gradient() & (ledger[INDEX["decision"]] == ACCEPTED.value))
-    stays = (still & (not restart)).tolist() if on_cpu else [False] * len(tensors)
-    done: set[int] = set()
-    for party in together(tensors, [None if here else True for here in stays]).values():
-        placed = places.of(party)
-        party.put_weight(placed)
+    still = still & (not restart)
+    places = Places(tensors, scalars, again)
+    keys = [None if here else True for here in still.tolist()] if on_cpu else [True] * len(tensors)
+    for cells in cells_of(tensors, keys):
+        where = True if on_cpu else decided & ~cells.spread(still)
+        placed = places.place(cells, where)
         if restart:
-            party.put("snapshot", placed)
-        done.update(party.indices)
-    for index, fraction in enumerate(fractions.unbind()):
-        if index in done or stays[index]:
-            continue
-        where = True if on_cpu else decided & ~still[index]
-        for part in tensors.torch_blocks(index):
-            cells = Part(tensors, index, part)
-            placed = places.place(cells, index, fraction, where, parts[index] < 0)
-            if restart:
-                cells.put("snapshot", torch.where(decided, placed, cells.joined("snapshot")))
+            old = cells.joined("snapshot")
+            cells.put("snapshot", placed if on_cpu else torch.where(decided, placed, old))

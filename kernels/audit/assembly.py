@@ -97,21 +97,32 @@ class Resources(NamedTuple):
     spills: int  # bytes of stack (NVIDIA), or spilled registers (AMD)
 
 
+def nvidia_tool(cubin: bytes, name: str, flag: str) -> str:
+    """What one of NVIDIA's tools, which come with Triton, prints of a cubin.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"{tool} {flag} failed: {run.stdout}{run.stderr}")
+    return run.stdout
+
+
 def nvidia_resources(cubin: bytes) -> Resources:
     """Resources of the kernel in a cubin, as ``cuobjdump`` reads them.
 
     Raises:
         RuntimeError: ``cuobjdump`` failed, or printed something else.
     """
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-    match = re.search(r"REG:(\d+) STACK:(\d+)", run.stdout)
+    printed = nvidia_tool(cubin, "cuobjdump", "-res-usage")
+    match = re.search(r"REG:(\d+) STACK:(\d+)", printed)
     if match is None:
-        raise RuntimeError(f"{' '.join(command)} printed no resources: {run.stdout}{run.stderr}")
+        raise RuntimeError(f"cuobjdump printed no resources: {printed}")
     return Resources(int(match[1]), int(match[2]))
 
 

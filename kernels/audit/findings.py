@@ -17,11 +17,12 @@ from triton_hybrid.kernels.audit.assembly import (
     gcn_accesses,
     llvm_accesses,
     nvidia_resources,
+    nvidia_tool,
     ptx_accesses,
 )
 from triton_hybrid.kernels.audit.cases import Case, cases
 from triton_hybrid.kernels.audit.counts import counted, short_offsets
-from triton_hybrid.kernels.audit.mix import disassembled, gcn_mix, sass_mix
+from triton_hybrid.kernels.audit.mix import gcn_mix, sass_mix
 from triton_hybrid.kernels.audit.occupancy import resident_programs
 from triton_hybrid.kernels.audit.targets import (
     COOPERATIVE,
@@ -138,8 +139,9 @@ def audit(case: Case, target: Target, with_mix: bool = False) -> Finding:
         _check_paper(case, finding)
         if with_mix:
             nvidia = target.gpu.backend == "cuda"
-            code = disassembled(compiled.asm["cubin"]) if nvidia else compiled.asm["amdgcn"]
-            finding.mix = sass_mix(code) if nvidia else gcn_mix(code)
+            asm = compiled.asm
+            sass = nvidia_tool(asm["cubin"], "nvdisasm", "-c") if nvidia else ""
+            finding.mix = sass_mix(sass) if nvidia else gcn_mix(asm["amdgcn"])
     except Exception as error:  # a compiler may raise anything; every case gets its line
         finding.failures.append(f"{type(error).__name__}: {error}")
     return finding

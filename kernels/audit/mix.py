@@ -7,11 +7,6 @@ each wherever they stand: of the path for full chunks, the one for the rest, and
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
-
-import triton
 
 KINDS = ("loads", "stores", "fma", "add, mul", "fp64", "special", "convert", "matrix", "barriers")
 
@@ -56,19 +51,3 @@ def gcn_mix(assembly: str) -> dict[str, int]:
     """Instructions of each kind in AMD assembly, and of all."""
     names = [n for n in _GCN_LINE.findall(assembly) if n.startswith(("v_", "s_", "ds_"))]
     return _sorted(names + re.findall(r"^\s+((?:global|buffer|flat)_\w+)", assembly, re.M), _GCN)
-
-
-def disassembled(cubin: bytes) -> str:
-    """A cubin as text.
-
-    Raises:
-        RuntimeError: ``nvdisasm`` failed.
-    """
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(f"{tool} failed: {run.stderr}")
-    return run.stdout

@@ -90,10 +90,6 @@ def _along(
     return precise_div(x, denominator)
 
 
-def _listed(tensors: Any) -> list[Tensor]:
-    return tensors if isinstance(tensors, list) else [tensors]
-
-
 class _Torch:
     """AdamW in plain torch.
 
@@ -108,7 +104,7 @@ class _Torch:
         m, v = block.rows["exp_avg"], block.rows["exp_avg_sq"]
         if isinstance(numbers.lr, float):
             torch._fused_adamw_(
-                _listed(block.w), _listed(block.g), _listed(m), _listed(v), [], _listed(block.step),
+                block.w, block.g, m, v, [], block.step,
                 lr=numbers.lr, beta1=numbers.beta1, beta2=numbers.beta2,
                 weight_decay=numbers.weight_decay, eps=numbers.eps,
                 amsgrad=False, maximize=False,
