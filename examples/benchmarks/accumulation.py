@@ -1,14 +1,16 @@
 """Adaptive accumulation against fixed windows, on the small language model of the frontier.
 
-    python examples/benchmarks/accumulation.py --output accumulation.json --fixed-budget 2000
-        --budgets 1000 1250 --maximum 4 --lr 5.6e-3 --seeds 1 2 3
+    python examples/benchmarks/accumulation.py --output accumulation.json --maximum 4 --lr 5.6e-3
+        --fixed 2000 --adaptive 900 1053 1250 --seeds 2 3 4 5 6
 
 Budgets count micro-batches, each a forward and a backward pass; every budget has its own complete
 linear schedule, after a rise over a tenth, and the schedule goes by micro-batches. The learning
-rate is that of windows of ``maximum``, the best one on another seed. The speed-up is the budget of
-fixed windows over that at which adaptive ones would reach their final held-out loss: between two
-budgets the loss is interpolated over their logarithm; where the smallest reaches it already, the
-speed-up is "at least" that. What the file holds already is not run again.
+rate is that of windows of ``maximum``, the best one on another seed.
+
+The speed-up of windows, base and predictor is the largest budget of AdamW in fixed windows, without
+prediction, over the budget at which they would reach its final held-out loss: between two budgets
+the loss is interpolated over their logarithm; where the smallest reaches it already, the speed-up
+is "at least" that. What the file holds already is not run again.
 """
 
 from __future__ import annotations
@@ -28,21 +30,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from frontier.optimizers import FUSED_NAMES, FUSED_PARTS
 from frontier.tasks import build_task
 from lib.choices import PREDICTORS
 from lib.environment import environment
-from lib.files import write_json
+from lib.files import save_figure, write_json
 from lib.flags import choice, parse, real_number, whole_number
-from lib.statistics import estimate_ratio
-from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer
+from lib.statistics import estimate, estimate_ratio, paired_ratios
+from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer, split_param_groups
 
 RISE = 0.1  # of a budget, in which the learning rate rises
 PARTS = 10  # of a run, for which noise and windows are told
 
 Count = Annotated[int, whole_number(1)]
+Counts = Annotated[tuple[int, ...], whole_number(1, many=True)]
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Run:
     budget: int  # micro-batches
     micro_batch: int  # sequences of 64 tokens
     lr: float  # of windows of `maximum`
+    base: str
     predictor: str
     seed: int
 
@@ -64,36 +72,35 @@ class Flags:
 
     Attributes:
         output: JSON file; it is continued.
-        maximum: Micro-batches of the longest window, and of the fixed one.
+        maximum: Micro-batches of the longest window, and of the fixed ones.
         micro_batch: Sequences of 64 tokens in a micro-batch.
         lr: Learning rate of windows of ``maximum``.
-        fixed_budget: Micro-batches of the runs with fixed windows; None: no such runs.
-        budgets: Micro-batches of the runs with adaptive windows.
-        ones: Micro-batches of runs with windows of one, whose rate is ``lr``.
+        fixed: Micro-batches of each run with windows of ``maximum``.
+        adaptive: Micro-batches of each run with windows from one to ``maximum``.
         seeds: Of weights and data.
-        predictor: What HybridOptimizer predicts with; none is AdamW.
+        base: Rule of the hidden matrices.
+        predictor: What HybridOptimizer predicts with; none is the base alone.
     """
 
     output: Path
     maximum: Count = 4
     micro_batch: Count = 16
     lr: Annotated[float, real_number(0, above=True)] = 5.6e-3
-    fixed_budget: Annotated[int | None, whole_number(1)] = None
-    budgets: Annotated[tuple[int, ...], whole_number(1, many=True)] = ()
-    ones: Annotated[tuple[int, ...], whole_number(1, many=True)] = ()
+    fixed: Counts = ()
+    adaptive: Counts = ()
     seeds: Annotated[tuple[int, ...], whole_number(0, many=True)] = (1, 2, 3)
+    base: Annotated[str, choice(("adamw", "muon"))] = "adamw"
     predictor: Annotated[str, choice(PREDICTORS)] = "none"
 
     def runs(self) -> Iterator[Run]:
         """All combinations, seed by seed."""
-        fixed = () if self.fixed_budget is None else (self.fixed_budget,)
-        windows = (
-            (self.maximum, self.maximum, fixed), (self.maximum, 1, self.budgets), (1, 1, self.ones)
-        )  # fmt: skip
         for seed in self.seeds:
-            for most, least, budgets in windows:
+            for least, budgets in ((self.maximum, self.fixed), (1, self.adaptive)):
                 for budget in budgets:
-                    yield Run(most, least, budget, self.micro_batch, self.lr, self.predictor, seed)
+                    yield Run(
+                        self.maximum, least, budget, self.micro_batch, self.lr,
+                        self.base, self.predictor, seed,
+                    )  # fmt: skip
 
 
 def rate(index: int, budget: int) -> float:
@@ -102,12 +109,15 @@ def rate(index: int, budget: int) -> float:
     return (index + 1) / rise if index < rise else 1.0 - (index - rise) / (budget - rise)
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run) -> Record:
     """Trains once; returns what came out."""
     task = build_task("lm", {"batch_size": run.micro_batch})
     model = task.model(run.seed)
+    params: Any = model.parameters()
+    if run.base == "muon":
+        params = split_param_groups(model, blocks={FUSED_NAMES: FUSED_PARTS})
     optimizer = HybridOptimizer(
-        model.parameters(),
+        params,
         lr=run.lr,
         weight_decay=task.weight_decay,
         hybrid=HybridConfig(predictor=run.predictor),
@@ -167,33 +177,130 @@ def budget_to(goal: float, points: Sequence[tuple[int, float]]) -> float | None:
     return None
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compares adaptive windows with fixed ones, seed by seed."""
-    found = []
-    same = ("maximum", "micro_batch", "lr", "predictor")
-    for key in sorted({tuple(run[name] for name in same) for run in runs if run["maximum"] > 1}):
-        its = [run for run in runs if tuple(run[name] for name in same) == key]
-        line: dict[str, Any] = {**dict(zip(same, key)), "seeds": {}}
-        for fixed in (run for run in its if run["minimum"] == run["maximum"]):
-            adaptive = [
-                (run["budget"], run["held_out"])
-                for run in its
-                if run["seed"] == fixed["seed"] and run["minimum"] < run["maximum"]
-            ]
-            needed = budget_to(fixed["held_out"], adaptive)
-            reached = [budget for budget, loss in adaptive if loss <= fixed["held_out"]]
-            line["seeds"][fixed["seed"]] = {
-                "fixed": [fixed["budget"], fixed["held_out"]],
-                "adaptive": sorted(adaptive),
-                "speed_up": None if needed is None else fixed["budget"] / needed,
-                "at_least": fixed["budget"] / min(reached) if reached else None,
-            }
-        ratios = [one["speed_up"] for one in line["seeds"].values()]
-        if len(ratios) > 1 and None not in ratios:
-            found_ratio = estimate_ratio(ratios)
-            line["speed_up"] = found_ratio and found_ratio.interval()
-        found.append(line)
+def grouped(runs: Sequence[Record], names: Sequence[str]) -> dict[tuple[Any, ...], list[Record]]:
+    """Runs by the values of some fields."""
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for run in sorted(runs, key=lambda run: int(run["seed"])):
+        found.setdefault(tuple(run[name] for name in names), []).append(run)
     return found
+
+
+def is_reference(run: Record) -> bool:
+    """Whether a run is of AdamW alone in fixed windows."""
+    long = 1 < run["maximum"] == run["minimum"]
+    return long and (run["base"], run["predictor"]) == ("adamw", "none")
+
+
+def speed_ups(runs: Sequence[Record]) -> list[Record]:
+    """How many fewer micro-batches take to the loss of AdamW in fixed windows, seed by seed."""
+    goals: dict[tuple[Any, ...], Record] = {}
+    for run in sorted(filter(is_reference, runs), key=lambda run: int(run["budget"])):
+        goals[run["maximum"], run["micro_batch"], run["seed"]] = run
+    kind = "maximum", "minimum", "micro_batch", "lr", "base", "predictor"
+    found = []
+    for key, its in sorted(grouped(runs, kind).items()):
+        seeds: dict[int, Record] = {}
+        for (seed,), of_seed in grouped(its, ("seed",)).items():
+            goal = goals.get((its[0]["maximum"], its[0]["micro_batch"], seed))
+            if goal is None or goal in of_seed:
+                continue
+            points = sorted((int(run["budget"]), float(run["held_out"])) for run in of_seed)
+            needed = budget_to(goal["held_out"], points)
+            reached = [budget for budget, loss in points if loss <= goal["held_out"]]
+            seeds[seed] = {
+                "fixed": [goal["budget"], goal["held_out"]],
+                "runs": points,
+                "speed_up": needed and goal["budget"] / needed,
+                "at_least": goal["budget"] / min(reached) if reached else None,
+            }
+        if seeds:
+            ratios = [one["speed_up"] for one in seeds.values()]
+            mean = None if None in ratios else estimate_ratio(ratios)
+            found.append(
+                {**dict(zip(kind, key)), "seeds": seeds, "speed_up": mean and mean.interval()}
+            )
+    return found
+
+
+def differences(runs: Sequence[Record]) -> list[Record]:
+    """Adaptive windows beside every fixed one of as many micro-batches, paired by seed."""
+    found = []
+    same = "budget", "micro_batch", "base", "predictor"
+    for key, its in sorted(grouped(runs, same).items()):
+        kinds = grouped(its, ("maximum", "minimum", "lr"))
+        for (most, least, lr), adaptive in kinds.items():
+            if least == most:
+                continue
+            for (window, shortest, fixed_lr), fixed in kinds.items():
+                pairs = [(a, b) for a in adaptive for b in fixed if a["seed"] == b["seed"]]
+                if window != shortest or not pairs:
+                    continue
+                losses = estimate([a["held_out"] - b["held_out"] for a, b in pairs], scale=1.0)
+                times = [[one["processor_seconds"] for one in side] for side in zip(*pairs)]
+                found.append({
+                    **dict(zip(same, key)), "maximum": most, "lr": lr,
+                    "window": window, "window_lr": fixed_lr,
+                    "adaptive": statistics.mean(a["held_out"] for a, _ in pairs),
+                    "fixed": statistics.mean(b["held_out"] for _, b in pairs),
+                    "difference": losses and losses.interval(),
+                    "processor_time": paired_ratios(*times).interval(),
+                })  # fmt: skip
+    return found
+
+
+def plot(runs: Sequence[Record], path: Path) -> None:
+    """Draws final losses over budgets, and what windows and noise were in the course of a run.
+
+    Lines are means over seeds; those of adaptive windows are dashed.
+    """
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    losses, noise, windows = figure.subplots(1, 3)
+    losses.set_prop_cycle(color=colormaps["tab20"].resampled(20)(range(20)))
+    tenths = [(part + 0.5) / PARTS for part in range(PARTS)]
+    kinds = grouped(runs, ("micro_batch", "maximum", "minimum", "base", "predictor", "lr"))
+    for (micro_batch, most, least, base, predictor, lr), its in sorted(kinds.items()):
+        label = f"{micro_batch} x 64 tokens, {least} to {most}, {base}, {predictor}, lr {lr:g}"
+        budgets, means = zip(*(
+            (budget, statistics.mean(run["held_out"] for run in same))
+            for (budget,), same in sorted(grouped(its, ("budget",)).items())
+        ))  # fmt: skip
+        style = "--" if least < most else "-"
+        (line,) = losses.plot(budgets, means, marker="o", ms=4, ls=style, label=label)
+        if least == most:
+            continue
+        longest = [run for run in its if run["budget"] == budgets[-1]]
+        for axis, name in ((noise, "noise_scale"), (windows, "mean_windows")):
+            known = [
+                [x for x in part if x is not None] for part in zip(*(run[name] for run in longest))
+            ]
+            values = [statistics.mean(part) if part else math.nan for part in known]
+            axis.plot(tenths[: len(values)], values, ls="--", color=line.get_color())
+    losses.set(xlabel="micro-batches", ylabel="held-out loss at the end", xscale="log")
+    losses.legend(fontsize=6)
+    noise.set(
+        xlabel="part of the longest run", ylabel="noise scale, micro-batches", yscale="symlog"
+    )
+    windows.set(xlabel="part of the longest run", ylabel="mean window, micro-batches")
+    save_figure(path, figure)
+
+
+def show(console: Console, lines: Sequence[Record], names: Sequence[str]) -> None:
+    """Prints lines as a table; intervals as mean (low to high)."""
+    table = Table(*names)
+    for line in lines:
+        table.add_row(*(_cell(line[name]) for name in names))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict) and "mean" in value:
+        ends = (value[name] for name in ("mean", "low", "high"))
+        mean, low, high = ("?" if end is None else f"{end:.3f}" for end in ends)
+        return f"{mean} ({low} to {high})"
+    if isinstance(value, dict):
+        its = [(one["speed_up"], one["at_least"]) for one in value.values()]
+        return ", ".join(f"{x:.2f}" if x else f">= {y:.2f}" if y else "-" for x, y in its)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,20 +313,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in flags.runs():
         if all({name: one[name] for name in names} != asdict(run) for one in known):
             known.append(train(run))
-            console.print({**known[-1], "noise_scale": "..."}, highlight=False)
+            console.print({**asdict(run), "held_out": known[-1]["held_out"]}, highlight=False)
         content = {"example": "accumulation", **environment(torch.device("cpu"))}
-        content |= {"data": build_task("lm", {}).data(), "summary": summary(known)}
-        content["runs"] = known
+        content |= {"data": build_task("lm", {}).data(), "speed_ups": speed_ups(known)}
+        content |= {"differences": differences(known), "runs": known}
         write_json(flags.output, content)
-    headings = "maximum", "micro-batch", "lr", "predictor", "seed", "fixed", "adaptive", "speed-up"
-    table = Table(*headings)
-    for line in summary(known):
-        for seed, one in line["seeds"].items():
-            its = [str(line[name]) for name in ("maximum", "micro_batch", "lr", "predictor")]
-            ratio = "" if one["at_least"] is None else f"at least {one['at_least']:.2f}"
-            ratio = ratio if one["speed_up"] is None else f"{one['speed_up']:.2f}"
-            table.add_row(*its, str(seed), str(one["fixed"]), str(one["adaptive"]), ratio)
-    console.print(table)
+    plot(known, flags.output.with_suffix(".png"))
+    kind = "maximum", "minimum", "lr", "base", "predictor", "seeds", "speed_up"
+    show(console, speed_ups(known), kind)
+    beside = "maximum", "lr", "window", "window_lr", "budget", "adaptive", "fixed"
+    show(console, differences(known), ("micro_batch", *beside, "difference", "processor_time"))
     return 0
 
 
