@@ -68,7 +68,8 @@ def train(
         if optimizer.needs_backward:
             x, target = next(source)
             dtype = next(model.parameters()).dtype
-            loss = (model(x[part].to(dtype)).float() - target[part]).square().mean()
+            wide = torch.promote_types(dtype, torch.float32)
+            loss = (model(x[part].to(dtype)).to(wide) - target[part]).square().mean()
             loss.backward()
             optimizer.observe_loss(loss)
             total = loss.detach().clone()
