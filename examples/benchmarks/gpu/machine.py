@@ -102,8 +102,10 @@ def correctness(context: Context, tests: Sequence[str] = (), folder: Path = ROOT
             command += ["-n", str(processes), "--dist", "load", "--maxschedchunk", "2"]
         with log.open("w") as output:
             process = subprocess.Popen(
-                command, cwd=folder, stdout=output, stderr=output, env=variables
-            )
+                command, cwd=folder, stdout=output, stderr=output, env=variables,
+                # A shell lets what it starts in the background ignore interrupts, and so pytest.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
             left = max(context.deadline - FAREWELL - time.monotonic(), 0.0)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(left)
