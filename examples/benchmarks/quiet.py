@@ -228,9 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in tasks:
             tasks[name] = run_task(name, options.seeds, options.evaluations, options.predictor)
             content |= {
-                "environment": environment(
-                    torch.device("cpu"), ("scikit-learn", "pytorch-optimizer")
-                ),
+                "environment": environment(torch.device("cpu"), PACKAGES),
                 "configuration": configuration,
                 **summary(tasks, options.predictor, options.evaluations),
             }
