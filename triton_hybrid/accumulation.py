@@ -16,6 +16,7 @@ and asks `window_complete`; the optimizer divides by the number that was really 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from triton_hybrid.checks import Configuration, is_int, require, warn
 from triton_hybrid.distributed import Ranks
+from triton_hybrid.flat_shards import gradient_beside
 from triton_hybrid.noise_scale import NoiseScale, squared_norm
 from triton_hybrid.shards import by_share
 
@@ -41,7 +43,8 @@ SAME = 1e-9
 """Relative difference up to which numbers of all ranks are one number."""
 
 Marks = list[tuple[int, int, int]]
-"""Place, identity and version of each gradient: what a backward pass changes."""
+"""Place, serial number and version of each gradient: what a backward pass changes."""
+_SERIALS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -269,7 +272,7 @@ class Windows:
         if not self._marks:
             self.count, self._begun = 0, False
         elif self.count:
-            device = next(p.grad.device for p in params if p.grad is not None)
+            device = params[0].device
             self._squares = torch.tensor(squares, dtype=torch.float64, device=device)
 
     def report(self) -> dict[str, Any]:
@@ -308,10 +311,22 @@ def rate_factor(count: int, maximum: int, noise: float) -> float:
 
 def _marks(params: Sequence[Tensor]) -> Marks:
     """Of the gradients that are there."""
-    grads = ((place, param.grad) for place, param in enumerate(params))
+    grads = ((place, gradient_beside(param)) for place, param in enumerate(params))
     # A DTensor grows in its part, and its own version stays.
     return [
-        (place, id(grad), getattr(grad, "_local_tensor", grad)._version)
+        (place, _serial(grad), getattr(grad, "_local_tensor", grad)._version)
         for place, grad in grads
         if grad is not None
     ]
+
+
+def _serial(grad: Any) -> int:
+    """A number that no other tensor has; `id` may be that of one that is no more.
+
+    FSDP1 makes new gradients in each backward pass, often where the last ones were.
+    """
+    try:
+        return int(grad._hybrid_serial)
+    except AttributeError:
+        grad._hybrid_serial = serial = next(_SERIALS)
+        return serial

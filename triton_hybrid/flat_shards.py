@@ -99,13 +99,20 @@ def flat_gradient(param: Any) -> Any:
 
     ``grad`` is None there; but whether a tensor has a gradient must be the same on all ranks.
     """
+    grad = gradient_beside(param)
+    return grad if grad is None or grad is param.grad else param.detach()
+
+
+def gradient_beside(param: Any) -> Any:
+    """A parameter's gradient; where FSDP1 left this rank nothing of it, that of the same flat one.
+
+    Those of one flat parameter have gradients together; where no piece is here, padding has.
+    """
     if param.grad is not None or param.numel() or (handle := handle_of(param)) is None:
         return param.grad
     flat = handle.flat_param
-    pieces = zip(flat._params, flat._shard_param_infos)
-    # Those of one flat parameter have gradients together; where no piece is here, padding has.
-    first = next((piece for piece, its in pieces if its.in_shard and piece.requires_grad), flat)
-    return None if first.grad is None else param.detach()
+    pieces = zip(flat._params or (), flat._shard_param_infos)
+    return next((piece for piece, its in pieces if its.in_shard and piece.requires_grad), flat).grad
 
 
 def saved_rows(param: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:

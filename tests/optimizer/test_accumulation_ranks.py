@@ -84,6 +84,27 @@ def _one_has_no_data(rank: int, world: int) -> tuple[Tensor, Tensor, float]:
     return before, param.detach().clone(), optimizer.stats().loss_scale
 
 
+def _padding_alone(rank: int, world: int) -> tuple[list[int], int, float | None]:
+    """FSDP1 leaves the second rank nothing but padding, and it counts with the first."""
+    model = wrapped(nn.Sequential(*(nn.Identity(), nn.Identity()), nn.Linear(1, 1, bias=False)))
+    optimizer = HybridOptimizer(
+        model.parameters(),
+        hybrid=HybridConfig(predictor="none"),
+        accumulation=AccumulationConfig(4, minimum=2),
+    )
+    assert (sum(p.numel() for p in model.parameters()) == 0) == (rank == 1)
+    generator, lengths = torch.Generator().manual_seed(0), []
+    for _ in range(8):
+        for count in range(1, 5):  # noqa: B007
+            model(torch.randn(4, 1, generator=generator)).sum().backward()
+            if optimizer.window_complete:
+                break
+        lengths.append(count)
+        optimizer.step()
+        optimizer.zero_grad()
+    return lengths, optimizer.stats().micro_batches, optimizer.stats().noise_scale
+
+
 def _like_one_process(rank: int, world: int) -> dict[str, Any]:
     """Lengths of windows, noise, and losses before and after, however the parameters lie."""
     ways: dict[str, Any] = {
@@ -154,7 +175,7 @@ def _not_reduced(rank: int, world: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    scenarios = [_train, _one_has_no_data, _like_one_process, _not_reduced]
+    scenarios = [_train, _one_has_no_data, _padding_alone, _like_one_process, _not_reduced]
     return run_on_ranks(RANKS, scenarios)
 
 
@@ -180,6 +201,15 @@ def test_a_rank_without_data_is_no_error_and_nobody_steps(results: dict[str, lis
     for before, after, loss_scale in of_all(results, _one_has_no_data):
         assert torch.equal(before, after)
         assert loss_scale == 8.0
+
+
+def test_a_rank_that_holds_padding_alone_counts_with_the_others(
+    results: dict[str, list[Any]],
+) -> None:
+    (lengths, count, noise), theirs = of_all(results, _padding_alone)
+    assert theirs == (lengths, count, noise)
+    assert noise is not None
+    assert count == sum(lengths)
 
 
 def test_ranks_choose_the_same_windows(results: dict[str, list[Any]]) -> None:
