@@ -14,16 +14,27 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import assert_same_on_all, of_all, run_on_ranks
 from test_transformers import ROWS
 from test_wrappers import loop
-from training import assert_same_weights, fast_config, make_model, weights
+from torch.distributed.fsdp import fully_shard
+from training import (
+    assert_same_weights,
+    backward,
+    fast_config,
+    make_batches,
+    make_model,
+    weights,
+)
 from transformers import Trainer
 
 from triton_hybrid import HybridOptimizer
 from triton_hybrid.integrations import wrappers
 from triton_hybrid.integrations.transformers import HybridCallback
+from triton_hybrid.shards import is_dtensor, local
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 FOLDER = Path()
@@ -149,6 +160,47 @@ def lightning(rank: int, world: int) -> list[Any]:
     return results
 
 
+class Sharded(test_lightning.Model):
+    device_mesh: Any  # Lightning's
+
+    def configure_model(self) -> None:
+        for layer in self.net.children():
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def lightning_shards(rank: int, world: int) -> None:
+    """``ModelParallelStrategy`` with FSDP2: phases and weights of ``ddp``."""
+    as_launched(rank, world)
+    strategies = {
+        test_lightning.Model: lambda: "ddp",
+        Sharded: lambda: ModelParallelStrategy(world, 1, process_group_backend="gloo"),
+    }
+    for inline in (True, False):
+        runs = []
+        for kind, strategy in strategies.items():
+            watched = Watched()
+            trainer = test_lightning.fit(
+                kind(inline, not inline),
+                FOLDER / "lightning",
+                epochs=4,
+                devices=world,
+                strategy=strategy(),
+                callbacks=[watched],
+                enable_checkpointing=False,
+            )
+            run = result(trainer.optimizers[0], watched.phases)
+            runs.append((run["phases"], [whole(param) for param in run["weights"]]))
+        assert runs[0][0] == runs[1][0]
+        torch.testing.assert_close(runs[0][1], runs[1][1], rtol=1e-4, atol=1e-6)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    found: torch.Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
+    return found
+
+
 def accelerated(rank: int, world: int) -> list[Any]:
     as_launched(rank, world)
     results = []
@@ -164,7 +216,141 @@ def accelerated(rank: int, world: int) -> list[Any]:
     return results
 
 
-SCENARIOS = [hugging_face, plain_trainer, lightning, accelerated]
+def with_shards_on_cpus() -> None:
+    """Accelerate shards on GPUs alone; what it does there works here, if it is told so."""
+    make = AcceleratorState.__init__
+
+    def made(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        make(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            known = {"device": torch.device("cpu"), "distributed_type": DistributedType.FSDP}
+            PartialState._shared_state.update(known)
+            vars(self).update(known, fsdp_plugin=fsdp_plugin)
+
+    AcceleratorState.__init__ = made
+
+
+def parts(optimizer: Any) -> list[torch.Tensor]:
+    return [local(param.detach()).clone() for param in weights(optimizer)]
+
+
+def shards(version: int, inline: bool) -> tuple[Accelerator, Any, Any]:
+    """What accelerate makes of the model's parameters after the optimizer was made of them."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=version,
+        reshard_after_forward=True if version == 2 else "FULL_SHARD",
+        auto_wrap_policy="size_based_wrap",
+        min_num_params=1,
+        use_orig_params=None if version == 2 else True,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = make_model()
+    config = fast_config(inline=inline)
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config)
+    return accelerator, *accelerator.prepare(model, optimizer)
+
+
+def losses_in_loop(model: Any, optimizer: Any, run_backward: Any) -> list[float]:
+    losses: list[float] = []
+
+    def noted(loss: torch.Tensor) -> None:
+        losses.append(float(loss))
+        run_backward(loss)
+
+    loop(model, optimizer, noted)
+    return losses
+
+
+def accelerated_shards(rank: int, world: int) -> list[Any]:
+    """FSDP2 and FSDP1 as accelerate sets them up: phases and losses of one process."""
+    as_launched(rank, world)
+    with_shards_on_cpus()
+    results = []
+    for inline in (True, False):
+        alone = make_model()
+        config = fast_config(inline=inline)
+        plain = HybridOptimizer(alone.parameters(), lr=1e-2, hybrid=config, process_group=False)
+        expected, losses = Phases(plain), losses_in_loop(alone, plain, torch.Tensor.backward)
+        for version in (2, 1):
+            accelerator, model, wrapped = shards(version, inline)
+            assert accelerator.distributed_type is DistributedType.FSDP
+            phases = Phases(wrappers.unwrap(wrapped))
+            found = losses_in_loop(model, wrapped, accelerator.backward)
+            assert phases.seen == expected.seen
+            assert found == pytest.approx(losses, rel=1e-5)
+            assert sum(part.numel() for part in parts(wrappers.unwrap(wrapped))) < sum(
+                param.numel() for param in alone.parameters()
+            ), "it was cut"
+            results.append([found, phases.seen])
+    return results
+
+
+def resumed_shards(rank: int, world: int) -> None:
+    """Accelerate's checkpoints of FSDP2 go on bit for bit, in any phase.
+
+    Those of FSDP1 do not on CPUs, nor does torch's AdamW: torch hands out the same memory twice.
+    """
+    as_launched(rank, world)
+    for stop in (5, 6, 12):
+        ends = []
+        for resumed in (False, True):
+            accelerator, model, optimizer = shards(2, False)
+            source, folder = make_batches(), str(FOLDER / f"shards {stop}")
+            if resumed:
+                accelerator.load_state(folder)
+                for _ in range(wrappers.stats(optimizer).gradient_evaluations):
+                    next(source)
+            for step in range(stop if resumed else 0, 25):
+                if step == stop and not resumed:
+                    accelerator.save_state(folder)
+                if wrappers.needs_backward(optimizer):
+                    backward(model, next(source))
+                optimizer.step()
+                optimizer.zero_grad()
+            ends.append(parts(wrappers.unwrap(optimizer)))
+        assert_same_weights(*ends)
+
+
+def hugging_face_shards(rank: int, world: int) -> list[Any]:
+    """`HybridTrainer` in the stepped drive with ``fsdp``; it resumes bit for bit."""
+    as_launched(rank, world)
+    sharded = {
+        "version": 2,
+        "reshard_after_forward": True,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["GPT2Block"],
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }
+    changes: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "fsdp": True,
+        "fsdp_config": sharded,
+        "save_strategy": "steps",
+        "save_steps": 7,
+        "max_steps": 20,
+    }
+    folder = FOLDER / "trainer's shards"
+    trainer, _ = test_transformers.stepped(folder, **changes)
+    phases = Phases(wrappers.unwrap(trainer.create_optimizer()))
+    trainer.train()
+    assert trainer.accelerator.distributed_type is DistributedType.FSDP
+    end = parts(wrappers.unwrap(trainer.optimizer))
+    for step in (7, 14):
+        other, _ = test_transformers.stepped(folder, **changes)
+        other.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        assert_same_weights(end, parts(wrappers.unwrap(other.optimizer)))
+    run = result(trainer.optimizer, phases)
+    return [run["phases"], run["ledger"], run["gradients"], losses_of(trainer)]
+
+
+SCENARIOS = [
+    hugging_face, plain_trainer, lightning, lightning_shards, accelerated, accelerated_shards,
+    resumed_shards, hugging_face_shards,
+]  # fmt: skip
+"""The last one writes to the environment."""
 
 
 @pytest.fixture(scope="module")
