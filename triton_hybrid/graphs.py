@@ -103,6 +103,11 @@ class GraphedSteps:
             return loss
         return self._announced(optimizer, closure)
 
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return len(self._graphs)
+
     def _bound(self) -> Engine | None:
         """The engine whose steps are captured."""
         return None if self._engine is None else self._engine()
