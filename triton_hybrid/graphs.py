@@ -94,6 +94,8 @@ class GraphedSteps:
                 GradScaler was used; nothing has changed.
         """
         optimizer = self.optimizer
+        if optimizer._scaler() is not None:
+            raise RuntimeError(f"GraphedSteps: {SCALED}")
         if optimizer._engine is None or optimizer._engine is not self._bound():
             self._check_place()
             self.reset()
@@ -127,8 +129,6 @@ class GraphedSteps:
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         optimizer, binding = self.optimizer, self.optimizer._binding
-        if optimizer._scaler() is not None:
-            raise RuntimeError(f"GraphedSteps: {SCALED}")
         optimizer._forget_swaps()
         phase, groups = optimizer.phase, optimizer.param_groups
         if phase is Phase.PREDICT:
@@ -138,20 +138,19 @@ class GraphedSteps:
         engine = binding.bind(groups, optimizer.state)  # uploads what has changed
         if engine is None:
             return loss
-        if engine is not self._bound() or (
-            phase.needs_gradient and not self._has_gradients(engine)
-        ):
+        ready = engine is self._bound() and (phase is Phase.PREDICT or self._has_gradients(engine))
+        if not ready:
             _eager_step(optimizer)  # the next one begins anew, if the engine is another
             return loss
         kind, runs = self._kind(engine), self._ran
         # What comes again later comes periodically; the first cycles have kinds of their own.
-        again = runs.get(kind, 0) > (self._last == kind) * optimizer.hybrid.full_steps
+        often = runs.get(kind, 0) > (self._last == kind) * optimizer.hybrid.full_steps
         self._last = kind
         if kind in self._graphs:
             graph, after = self._graphs[kind]
             graph.replay()
             self._go_on(engine, phase, after, started)
-        elif again:
+        elif often and phase is not Phase.WARMUP:
             self._graphs[kind] = graph, _ = self._capture(engine)
             graph.replay()
         else:

@@ -264,6 +264,26 @@ def test_state_dict_in_the_middle_of_a_stretch_goes_on_bit_for_bit(
     assert not graphs & again
 
 
+def test_the_loop_of_the_page(graphs_made: list[FakeGraph]) -> None:
+    (model, _), loader = run_of("fp32"), [torch.randn(8, 12) for _ in range(40)]
+    # docs: begin loop
+    from triton_hybrid.graphs import GraphedSteps
+
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-3, capturable=True)
+    graphs = GraphedSteps(optimizer)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(loader))
+    for batch in loader:
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.observe_loss(loss)
+        graphs.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=False)  # gradients stay in their memory
+    # docs: end
+    assert 3 <= graphs.captured <= 4 < sum(graph.replays for graph in graphs_made)
+    assert optimizer.stats().gradient_evaluations == len(loader)
+
+
 class OnDevice(Tensor):
     """A tensor that says it is on a GPU, and cannot be read."""
 
