@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,7 +76,7 @@ class GraphedSteps:
 
     def reset(self) -> None:
         """Drops the graphs, and begins anew with eager steps; after gradients were moved."""
-        self._graphs: dict[Any, tuple[Any, list[Any]]] = {}  # with what the host knows afterwards
+        self._graphs: dict[Any, tuple[Any, Any]] = {}  # with what the predictors know afterwards
         self._ran: dict[Any, int] = {}  # how often steps of a kind ran eagerly
         self._last: Any = None  # the kind of the last step
         self._present: list[list[bool]] = []  # who had a gradient then
@@ -185,14 +185,10 @@ class GraphedSteps:
     def _kind(self, engine: Engine) -> Any:
         """Everything on the host that decides what the coming step launches."""
         controller, predictor = self.optimizer._progress.controller, engine.predictor
-        plain = [_plain(its) for its in self._models(engine)]
-        return controller.kind, predictor.ready, engine.stretches.known, *map(tuple, plain)
+        numbers = [tuple(its.items()) for its in _numbers(engine).values()]
+        return controller.kind, predictor.ready, engine.stretches.known, *numbers
 
-    def _models(self, engine: Engine) -> Iterable[Any]:
-        """What of the predictors changes on the host."""
-        return dict.fromkeys((engine.choice, engine.predictor))
-
-    def _capture(self, engine: Engine) -> tuple[Any, list[Any]]:
+    def _capture(self, engine: Engine) -> tuple[Any, dict[Any, dict[str, Any]]]:
         """A graph of the coming step, and its predictors' numbers after it.
 
         The host goes on as after an eager step; the device waits for the replay.
@@ -207,13 +203,13 @@ class GraphedSteps:
             # The threads of a loader that pins memory may go on meanwhile.
             with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                 _eager_step(self.optimizer)
-        return graph, [(its, dict(_plain(its))) for its in self._models(engine)]
+        return graph, _numbers(engine)
 
     @contextmanager
     def _unless_it_fails(self, engine: Engine) -> Iterator[None]:
         """Puts the host back to before a capture that raises: the device did nothing."""
         progress, windows = self.optimizer._progress, self.optimizer._binding.windows
-        changed = [progress.controller, windows, engine, *self._models(engine)]
+        changed = [progress.controller, windows, engine, *_numbers(engine)]
         dicts = [
             progress.steps,
             progress.seconds,
@@ -227,11 +223,11 @@ class GraphedSteps:
                 its.update(values)  # type: ignore[arg-type]
             raise
 
-    def _go_on(self, engine: Engine, phase: Phase, after: list[Any], started: float) -> None:
+    def _go_on(self, engine: Engine, phase: Phase, after: Any, started: float) -> None:
         """Does on the host what an eager step does: as in `HybridOptimizer.step`."""
         optimizer, progress = self.optimizer, self.optimizer._progress
         controller, predictor = progress.controller, engine.predictor
-        for its, values in after:
+        for its, values in after.items():
             vars(its).update(values)
         progress.steps[phase] += 1
         if phase is Phase.PREDICT:
@@ -254,6 +250,9 @@ def _eager_step(optimizer: HybridOptimizer) -> None:
     inspect.unwrap(type(optimizer).step)(optimizer)
 
 
-def _plain(its: Any) -> Iterable[tuple[str, Any]]:
-    """Numbers among the attributes of something: what decides on the host."""
-    return [(name, value) for name, value in vars(its).items() if isinstance(value, _PLAIN)]
+def _numbers(engine: Engine) -> dict[Any, dict[str, Any]]:
+    """Of the predictors, the attributes by which they decide on the host."""
+    return {
+        its: {name: value for name, value in vars(its).items() if isinstance(value, _PLAIN)}
+        for its in (engine.choice, engine.predictor)
+    }
