@@ -97,7 +97,7 @@ class Binding:
             self._rebind(members, state, groups)
             if initialising:
                 return None
-        elif not capturable:
+        elif bound.uncapturable:
             refuse_unready(groups, bound.device, capturable)
         assert self.engine is not None
         self.engine.refresh(groups)

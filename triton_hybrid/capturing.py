@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.groups import first_device
-from triton_hybrid.kernels.capture import capturing, refuse_capture
+from triton_hybrid.kernels.capture import refuse_capture
 
 _USE = "triton_hybrid.graphs.GraphedSteps captures when everything is ready"
 SCALED = (
@@ -28,8 +28,6 @@ def refuse_unready(
         device: Of what is bound; None before the first step, and where it must be bound anew.
         capturable: As in HybridOptimizer.
     """
-    if device is not None and not capturing(device):  # nearly always
-        return
     if not capturable:
         refuse_capture(
             device or first_device(groups),

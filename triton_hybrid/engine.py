@@ -25,6 +25,7 @@ from triton_hybrid.hyperparameters import (
 )
 from triton_hybrid.kernels.addresses import refill
 from triton_hybrid.kernels.backend import BACKENDS
+from triton_hybrid.kernels.capture import CAPTURED_ON
 from triton_hybrid.kernels.launch import require_launchable
 from triton_hybrid.kernels.layout import overlapping
 from triton_hybrid.kernels.ledger import (
@@ -81,6 +82,7 @@ class Engine:
         if self.backend.name == "triton":
             require_launchable(self.device)
         self.settings, self.reduce = settings, reduce
+        self.uncapturable = not settings.capturable and self.device.type in CAPTURED_ON
         self.config = config = settings.config
         if reduce is not None and config.offload != "none":
             raise NotImplementedError(
