@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triton_hybrid.kernels.capture import NEVER_RUN, refuse_capture
 from triton_hybrid.kernels.rows import MOST_ROWS
 
 MOST_COLUMNS = 2
@@ -31,7 +32,7 @@ class AddressTable:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self._lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         self._device = device
-        self._places: dict[int, list[int]] = {}
+        self.places: dict[int, list[int]] = {}
         self._host: dict[int, Tensor] = {}  # the same, int64
         self._odd: set[int] = set()  # rows with an address that is no multiple of 16 bytes
         self._moved: set[int] = set()  # rows that the device does not know yet
@@ -41,11 +42,11 @@ class AddressTable:
 
     def put(self, row: int, places: list[int]) -> None:
         """Takes the addresses of a row, 0 of empty tensors; nothing happens if they are known."""
-        if places == self._places.get(row):
+        if places == self.places.get(row):
             return
         numbers = array.array("q", places)
         odd = len(numbers.tobytes()[_LOWEST].translate(None, _EVEN)) > 0
-        self._places[row], self._host[row] = places, torch.frombuffer(numbers, dtype=torch.int64)
+        self.places[row], self._host[row] = places, torch.frombuffer(numbers, dtype=torch.int64)
         self._moved.add(row)
         self._realigned = self._realigned or odd or row in self._odd
         (self._odd.add if odd else self._odd.discard)(row)
@@ -53,6 +54,7 @@ class AddressTable:
     def tables(self) -> tuple[Tensor, Tensor]:
         """``addresses`` and ``extents`` on the device; only what changed is uploaded."""
         if self._tables is None:
+            refuse_capture(self._device, NEVER_RUN)
             self._tables = self._whole().to(self._device), self._extents().to(self._device)
             self._columns = dict(enumerate(self._tables[0].unbind(1)))
         elif not self._moved:
@@ -83,7 +85,17 @@ class AddressTable:
 
 
 def refill(goal: Tensor, host: Tensor) -> None:
-    """Copies a small host tensor into one on the device without waiting for it."""
+    """Copies a small host tensor into one on the device without waiting for it.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured, whose replays would bring the same numbers.
+    """
+    refuse_capture(
+        goal.device,
+        "a replay would bring learning rates or addresses as they are now. Gradients must stay in "
+        "their memory, in the memory order of their parameters (zero_grad(set_to_none=False)), and "
+        "a step must run after learning rates were changed, before one is captured",
+    )
     # A fresh pinned buffer each time: its allocator does not hand it out again before the
     # copy has run, so no earlier copy is overwritten in flight.
     asynchronous = goal.device.type == "cuda"

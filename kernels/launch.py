@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton_hybrid.kernels.capture import NEVER_RUN, refuse_capture
 
 NUM_WARPS = 2
 """A row of 16-bit elements changes hands between the warps of a program, and so does every sum:
@@ -98,10 +99,18 @@ def prepared(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: A
 
 
 def start(launches: Iterable[Launch], device: torch.device) -> None:
-    """Makes launches on a device, perhaps the first ones of their kernels."""
+    """Makes launches on a device, perhaps the first ones of their kernels.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured, and the driver loads no kernel meanwhile.
+    """
     with on_device(device):
         for launch in launches:
-            launch.again()
+            try:
+                launch.again()
+            except RuntimeError:
+                refuse_capture(device, NEVER_RUN)
+                raise
             settle(launch.kernel)
 
 

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.addresses import AddressTable
+from triton_hybrid.kernels.capture import NEVER_RUN, refuse_capture
 from triton_hybrid.kernels.launch import (
     LAUNCH,
     Launch,
@@ -183,6 +184,10 @@ class TensorSet:
         self._addresses.put(ROW["grad"], [*map(Tensor.data_ptr, here)])
         return True
 
+    def places_of(self, name: str) -> list[int]:
+        """Where the tensors of a row lie; 0 where there is none."""
+        return self._addresses.places[ROW[name]]
+
     def _set_dtype(self, name: str, dtype: torch.dtype) -> None:
         """Kernels read weight and state with one dtype; another would be read as garbage."""
         known = {**self.dtype, name: dtype}
@@ -213,6 +218,7 @@ class TensorSet:
         if every not in self._in_use:
             key = (True,) * len(self) if every else tuple(self.present)
             if key not in self._chunks:
+                refuse_capture(self.device, NEVER_RUN)
                 self._chunks[key] = ChunkTable(self.lengths, key, self.tiling.chunk, self.device)
                 # A model whose unused parameters differ from step to step must not grow a table
                 # for each pattern.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from triton_hybrid.accumulation import Windows
+from triton_hybrid.capturing import refuse_number, refuse_scaler, refuse_unready
 from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.checks import warn
 from triton_hybrid.config import Settings
@@ -68,7 +69,9 @@ class Binding:
         Anybody may replace parameters in the groups, their memory or their state between steps, so
         what is bound is compared every time.
         """
-        if self.engine is None or self._sees_changes(groups, state):
+        bound, capturable = self.engine, self.settings.capturable
+        if bound is None or self._sees_changes(groups, state):
+            refuse_unready(groups, None, capturable)
             members = [
                 Member(param, group, group_index, index, param)
                 for group_index, group in enumerate(groups)
@@ -94,6 +97,8 @@ class Binding:
             self._rebind(members, state, groups)
             if initialising:
                 return None
+        elif bound.uncapturable:
+            refuse_unready(groups, bound.device, capturable)
         assert self.engine is not None
         self.engine.refresh(groups)
         if self.windows is not None:
@@ -216,6 +221,7 @@ class Binding:
         if self.engine is None:
             self._pending_losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         else:
+            refuse_number(self.engine.device, loss)
             self.engine.observe_loss(loss)
 
     def loss_scale(self) -> Tensor | float:
@@ -285,6 +291,7 @@ class Binding:
         if found and self.windows is not None:
             self.windows.require_count()  # before others wait for this rank
         if scaler and (found or self.ranks.together):
+            refuse_scaler(engine.device)
             engine.scales.borrow(*scaler)
         if not self.ranks.together:
             return found

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triton_hybrid.checks import warn
+from triton_hybrid.kernels.capture import capturing, refuse_capture
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.scalars import Scalars
 
@@ -99,8 +100,20 @@ class Ranks:
         return self.reduce(torch.stack([values, values * values])) / self.size, self.size
 
     def reduce(self, values: Tensor) -> Tensor:
-        """Sums FP64 numbers over the ranks, in place; every rank gets the same bits."""
+        """Sums FP64 numbers over the ranks, in place; every rank gets the same bits.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, and the group's backend is not NCCL.
+        """
         if self.together:
+            if capturing(values.device):
+                backend = dist.get_backend_config(self.group)
+                if "nccl" not in backend:
+                    refuse_capture(
+                        values.device,
+                        f"process_group with backend {backend!r} exchanges numbers through the "
+                        "host; use NCCL, or process_group=False",
+                    )
             dist.all_reduce(values, group=self.group)
         return values
 

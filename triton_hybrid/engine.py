@@ -25,12 +25,12 @@ from triton_hybrid.hyperparameters import (
 )
 from triton_hybrid.kernels.addresses import refill
 from triton_hybrid.kernels.backend import BACKENDS
+from triton_hybrid.kernels.capture import CAPTURED_ON
 from triton_hybrid.kernels.launch import require_launchable
 from triton_hybrid.kernels.layout import overlapping
 from triton_hybrid.kernels.ledger import (
     FINGERPRINT_COLUMN,
     INDEX,
-    PART_COLUMN,
     read_ledger,
     write_ledger,
 )
@@ -43,6 +43,7 @@ from triton_hybrid.rules import RULES
 from triton_hybrid.scales import Scales
 from triton_hybrid.shards import OTHERS, is_managed, is_part, local_gradient
 from triton_hybrid.state import Batch, Member, State, StepPlan
+from triton_hybrid.stretch import Stretches
 
 _GRADIENT = operator.attrgetter("grad")
 
@@ -81,6 +82,7 @@ class Engine:
         if self.backend.name == "triton":
             require_launchable(self.device)
         self.settings, self.reduce = settings, reduce
+        self.uncapturable = not settings.capturable and self.device.type in CAPTURED_ON
         self.config = config = settings.config
         if reduce is not None and config.offload != "none":
             raise NotImplementedError(
@@ -99,9 +101,6 @@ class Engine:
             table = torch.zeros_like(table)
         self.scales = Scales(self.scalars, table)
         self._written = self.scalars.ledger[INDEX["written"]]
-        self._parts = self.scalars.prediction[:, PART_COLUMN.value :]
-        self._start = self._parts.clone()
-        self._start_of: Any = None  # what `_start` was made of: how stretches begin
         self._seen: list[Any] = []  # what the table of hyperparameters was made of
         self.hyperparameters: list[list[float]] = []  # as they are on the device
         self._losses = 0  # observed since the last gradient
@@ -119,6 +118,7 @@ class Engine:
             batch.adopt_tables(self.scalars)
         self.offload = Offload(self.batches, state, config, self.choice.lends_moments)
         self.choice.bind(self)
+        self.stretches = Stretches(self)
         if self.predictor.predicts:
             # Compiled now, and its tables made: memory does not grow after the first step.
             self.fingerprints()
@@ -166,6 +166,10 @@ class Engine:
                 grads = [None if grad is None else grad.float() for grad in grads]
             batch.tensors.set_row("grad", grads)
         return found
+
+    def end_gradient(self) -> None:
+        """Forgets what was said of the gradient that a step takes."""
+        self._losses, self._measured = 0, False
 
     def forget_gradients(self) -> None:
         """Ends a step in which no rank had gradients."""
@@ -216,7 +220,8 @@ class Engine:
 
     def base_step(self, plan: StepPlan) -> None:
         """Updates moments, weights and slow EMA, unless the gradient is not finite."""
-        predictor, known, self._losses, self._measured = self.predictor, self._measured, 0, False
+        predictor, known = self.predictor, self._measured
+        self.end_gradient()
         self.choice.before_step(plan.followed)
         scale = predictor.base_rates()
         if scale is not None:
@@ -251,6 +256,11 @@ class Engine:
         self.predictor.verify(last)
         if self.settings.capturable:  # then nobody else looks
             self._written.zero_()
+
+    @property
+    def rates_on_device(self) -> bool:
+        """Whether a learning rate is known to the device alone."""
+        return not self._seen
 
     @property
     def reads_are_free(self) -> bool:
@@ -315,7 +325,7 @@ class Engine:
             group[LARGEST_LR], group[LAST_LR] = largest, last
             rows.append(row_of(group, lr, largest, self.choice.mixes))
         self.beta1s = {group["betas"][0] for group in groups}
-        if rows != self.hyperparameters or on_device:
+        if rows != self.hyperparameters:  # of rates on the device, what follows writes the columns
             self.hyperparameters = rows
             refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))
         for index, lr in on_device.items():
@@ -325,32 +335,8 @@ class Engine:
     # ------------------------------------------------------------- what others do to the weights
 
     def begin_stretch(self) -> None:
-        """Says which tensors the coming predictions move, and that nothing is noted of any.
-
-        Those that had a gradient in the step that ends, at a learning rate that is not 0: what
-        AdamW would leave alone, predictions leave alone.
-        """
-        least, predictor = self.predictor.least_beta1, self.predictor
-        rates, betas = HYPER["lr"], HYPER["beta1"]
-        moving = [(row[rates] != 0, row[betas] > least) for row in self.hyperparameters]
-        reason, start = (predictor, moving, [its.present for its in self._sets]), self._parts
-        if self._seen and reason == self._start_of:
-            start.copy_(self._start)
-            return
-        start.zero_()
-        if predictor.again is None:
-            self.scalars.moves[:, 0].fill_(math.nan)  # a snapshot is kept instead
-        for batch in self.batches:
-            tensors = batch.tensors
-            rows = self.scalars.hyperparameters[tensors.group.long()]
-            moves = (rows[:, rates] != 0) & tensors.has_gradient()
-            moves &= rows[:, betas] > least
-            part = start[tensors.place, 0]
-            part.copy_(torch.zeros_like(moves) if predictor.leaves(batch) else moves)
-        # While a graph is captured nothing is copied yet.
-        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            self._start.copy_(start)
-            self._start_of = reason
+        """Says which tensors the coming predictions move, and that nothing is noted of any."""
+        self.stretches.begin()
 
     def note_weights(self, every: bool) -> None:
         """Notes how this step leaves the parameters, or those that a prediction has moved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 from triton_hybrid.config import HybridConfig
 
@@ -99,6 +100,19 @@ class PhaseController:
         """Predicted steps that come next, if a prediction does."""
         left = self._config.max_predict_steps - self.predicted
         return min(self._config.correction_interval - self.in_row, left)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal where the coming steps do the same up to the next that reads a gradient.
+
+        That is, where nobody asks the device (`NOBODY_ASKED`), and beside what the predictor knows.
+        """
+        if self.phase is Phase.PREDICT:
+            return self.phase, self.in_row
+        if self.phase is Phase.CORRECT:
+            left = self._config.max_predict_steps - self.predicted
+            return self.phase, max(0, min(left, self._config.correction_interval))
+        return self.phase, min(self.remaining, 2)
 
     def after_gradient(self, report: Report, ready: bool, refit_steps: int) -> None:
         """Moves on after a Warmup, Full or Correct step."""

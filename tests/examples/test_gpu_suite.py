@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any
 import gpu_suite_sections
 import pytest
 import torch
+from fake_graphs import FakeGraph, graphs_made
 from triton_hybrid.kernels.audit.cases import cases
 from triton_hybrid.kernels.launch import INTERPRETED, default_tiling
 
@@ -28,8 +30,11 @@ from gpu.record import Record, SectionResult
 from gpu.timing import DROPPED, ratios, spread, turns
 from gpu.worker import Task, Worker
 from lib.gpt2_shapes import PARAMETERS, gpt2_small_shapes
-from triton_hybrid import offload
+from triton_hybrid import AccumulationConfig, offload
+from triton_hybrid.graphs import GraphedSteps
+from triton_hybrid.phases import PhaseController
 
+__all__ = ["graphs_made"]  # a fixture
 pytestmark = pytest.mark.usefixtures("own_cache")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the suite itself runs there")
 CPU = torch.device("cpu")
@@ -366,6 +371,24 @@ def test_runs_that_time_does_not_allow_are_named_and_made_the_next_time(
     assert [row["from_before"] for row in whole.rows] == [True, False, False, False]
     assert whole.rows[0] == {**cut.rows[0], "from_before": True}
     assert whole.rows[2]["predicted"] > 0
+
+
+def test_graphs_replay_eager_steps(
+    graphs_made: list[FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for graphs, and a kind that forgets who predicts."""
+    monkeypatch.setattr(promises, "graphed", lambda _, optimizer: GraphedSteps(optimizer))
+    context = context_for(SectionResult("", ""))
+    for predictor in ("none", *promises.CAPTURED):
+        config = replace(promises.STEPPED, predictor=predictor)
+        held, detail = promises.replayed(torch.float32, config, None, context)
+        assert held, detail
+    assert promises.replayed(torch.bfloat16, promises.STILL, AccumulationConfig(4), context)[0]
+    monkeypatch.setattr(PhaseController, "kind", property(lambda self: ()))
+    config = replace(promises.STEPPED, predictor="slow_ema")
+    held, detail = promises.replayed(torch.float32, config, None, context)
+    assert not held
+    assert "tensors differ" in detail
 
 
 @interpreted

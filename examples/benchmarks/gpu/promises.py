@@ -27,8 +27,9 @@ from gpu.training import (
     room,
 )
 from lib.gpt2_shapes import PARAMETERS
-from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer, Phase
+from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer
 from triton_hybrid.config import OFFLOADS
+from triton_hybrid.graphs import GraphedSteps
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.rules import OPTIONS, RULES
 
@@ -145,14 +146,14 @@ def watch(context: Context, config: HybridConfig) -> None:
 
 
 SHAPES = ((300, 40), (300,), (40, 257), (1,))
-EAGER, REPLAYED = 12, 6  # steps before a capture, in which every phase is seen, and after it
+REPLAYED = 48  # steps, the later half of them from graphs
 COMPILING, WATCHED = 24, 48  # steps that may wait, and that may not
-CAPTURED = ("slow_ema", "linear")
+CAPTURED = ("slow_ema", "linear", "secant")
 STILL = HybridConfig(warmup_steps=0, predictor="none")
 
 
 def waiting(context: Context) -> None:
-    """Lets torch raise where a step waits for the device; then captures and replays steps."""
+    """Lets torch raise where a step waits for the device; then takes steps from graphs."""
     for predictor in PREDICTORS:
         guarded(context, f"no synchronisation, {predictor}", partial(unwatched_steps, predictor))
     for dtype in (torch.float32, torch.bfloat16):
@@ -216,13 +217,18 @@ def everything(optimizer: HybridOptimizer) -> list[Tensor]:
     return [*params, *(value for value in entries if isinstance(value, Tensor))]
 
 
+def graphed(context: Context, optimizer: HybridOptimizer) -> GraphedSteps | None:
+    """What takes its steps from graphs, where there are some."""
+    return GraphedSteps(optimizer) if context.on_gpu else None
+
+
 def replayed(
     dtype: torch.dtype,
     config: HybridConfig,
     windows: AccumulationConfig | None,
     context: Context,
 ) -> tuple[bool, str]:
-    """Captures a step of each phase, and replays them beside an optimizer that steps eagerly.
+    """Takes steps from a graph for each kind, beside an optimizer that steps eagerly.
 
     On the CPU both do.
     """
@@ -233,60 +239,34 @@ def replayed(
     eager, captured = (
         HybridOptimizer(params, capturable=True, **settings) for params in (left, right)
     )
-    offsets, lengths = itertools.count(2), set[int]()
-
-    def accumulate() -> None:
+    graphs, offsets, lengths = graphed(context, captured), itertools.count(2), set[int]()
+    step, seen, late = captured.step if graphs is None else graphs.step, set[str](), 0
+    for number in range(REPLAYED):
         for optimizer in (eager, captured):
             optimizer.zero_grad(set_to_none=False)
-        length = 0
+            optimizer.param_groups[0]["lr"] *= 0.99  # which no graph may bake in
+        length = 0 if eager.needs_backward else 1
         while not length or not all([o.window_complete for o in (eager, captured)]):
             noise = context.normal(SHAPES, 0.2, next(offsets), dtype)
             torch._foreach_add_(gradients, torch._foreach_add(signal, noise))
             length += 1
         lengths.add(length)
-
-    def both(second: Callable[[], object]) -> None:
-        accumulate()
-        eager.step()
-        second()
-
-    steps: list[Callable[[], object]] = [captured.step]
-    side = torch.cuda.Stream() if context.on_gpu else None  # type: ignore[no-untyped-call]
-    if side is not None:  # as torch asks for before a capture
-        side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(EAGER):
-            both(captured.step)
-        while captured.phase is not Phase.FULL:
-            both(captured.step)
-    accumulate()  # a whole window, without which there is no step to capture
-    context.synchronise()
-    if context.on_gpu:
-        steps = [graph.replay for graph in graphs_of(captured)]
-    seen, replays = set[str](), REPLAYED * len(steps)
-    for number in range(replays):
         seen.add(eager.phase.value)
-        both(steps[number % len(steps)])
+        eager.step()
+        before = 0 if graphs is None else graphs.captured
+        step()
+        if graphs is not None and graphs.captured > before:
+            late = number
     context.synchronise()
     apart = different(everything(eager), everything(captured))
     counted, taken = (float(everything(o)[-1]) for o in (captured, eager))
-    expected = {"full"} if config.predictor == "none" else {"full", "predict", "correct"}
-    detail = f"{apart} tensors differ, {counted:.0f} of {taken:.0f} steps counted, {len(steps)} "
-    detail += f"graphs, phases {', '.join(sorted(seen))}, windows of {sorted(lengths)}"
-    return apart == 0 and counted == taken and expected <= seen, detail
-
-
-def graphs_of(optimizer: HybridOptimizer) -> list[torch.cuda.CUDAGraph]:
-    """A graph for each step from this Full step up to the next.
-
-    Capturing runs nothing on the device: the first replay goes on from where the last step was.
-    """
-    graphs: list[torch.cuda.CUDAGraph] = []
-    while not graphs or optimizer.phase is not Phase.FULL:
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            optimizer.step()
-    return graphs
+    predicts = {"predict", "correct"} if config.predictor != "none" else set[str]()
+    count = 0 if graphs is None else graphs.captured
+    detail = f"{apart} tensors differ, {counted:.0f} of {taken:.0f} steps counted, {count} graphs, "
+    detail += f"the last captured in step {late} of {REPLAYED}, phases {', '.join(sorted(seen))}, "
+    detail += f"windows of {sorted(lengths)}"
+    held = graphs is None or (count > bool(predicts) and late < REPLAYED / 2)
+    return held and apart == 0 and counted == taken and predicts | {"full"} <= seen, detail
 
 
 LONG = {**QUICK, "full_steps": 2, "max_predict_steps": 7, "correction_interval": 7}
