@@ -63,6 +63,14 @@ class Together:
             rows = [x for row, gap in zip(rows, self._places.gaps) for x in (row, zeros[:gap])]
         return torch.cat(rows)
 
+    def stacked(self, names: Sequence[str]) -> Tensor:
+        """Several rows, ``[names, total]``."""
+        rows = self.rows(names[0])
+        zeros = rows[0].new_zeros(ALIGNED)
+        gaps = [zeros[:gap] for gap in self._places.gaps]
+        pairs = (pair for name in names for pair in zip(self.rows(name), gaps))
+        return torch.cat([piece for pair in pairs for piece in pair]).view(len(names), -1)
+
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Views of the tensors in a row that is in one piece."""
         if not any(self._places.gaps):
@@ -119,6 +127,10 @@ class Part:
         index, part = self._place
         return self.tensors.flat[name][index][part]
 
+    def stacked(self, names: Sequence[str]) -> Tensor:
+        """The blocks of several rows, ``[names, total]``."""
+        return torch.stack([self.joined(name) for name in names])
+
     def parts(self, whole: Tensor) -> list[Tensor]:
         """A block of its own is all that there is."""
         return [whole]
@@ -162,7 +174,9 @@ def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return torch.stack([*map(torch.dot, left, right)])
 
 
-def cells_of(tensors: TensorSet, keys: Sequence[Hashable | None]) -> Iterator[Cells]:
+def cells_of(
+    tensors: TensorSet, keys: Sequence[Hashable | None], block: int = TORCH_BLOCK
+) -> Iterator[Cells]:
     """All elements of the tensors whose key is not None: short ones together, others in blocks.
 
     A tensor's blocks come one after the other. ``indices`` says whose elements they are, ``first``
@@ -174,7 +188,7 @@ def cells_of(tensors: TensorSet, keys: Sequence[Hashable | None]) -> Iterator[Ce
             yield parties[index]
             done.update(parties[index].indices)
         elif key is not None and index not in done:
-            for part in tensors.torch_blocks(index):
+            for part in tensors.torch_blocks(index, block):
                 yield Part(tensors, index, part)
 
 
