@@ -13,10 +13,17 @@ from torch import Tensor
 from triton_hybrid.kernels.launch import INTERPRETED, LAUNCH
 from triton_hybrid.kernels.ledger import LOSS_SCALE, PART_COLUMN, PREDICTION_COLUMNS
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
+from triton_hybrid.kernels.pairs import (
+    CHANGES,
+    LAST_GRADIENT,
+    MOVES,
+    newest,
+    remembered,
+    tile,
+)
 from triton_hybrid.kernels.rows import (
     EXP_AVG,
     GRAD,
-    MOST_ROWS,
     SNAPSHOT,
     TAIL_SHARE,
     address_row,
@@ -37,15 +44,9 @@ from triton_hybrid.kernels.scalars import (
 )
 from triton_hybrid.kernels.sums import reduce_partials
 
-LONGEST_HISTORY = 32
 EXP_AVG_SQ = address_row("exp_avg_sq")
-LAST_GRADIENT = address_row("last_gradient")
-# Rows of one kind lie side by side in the address table.
-MOVES, *_ = (address_row(f"move_{slot}") for slot in range(LONGEST_HISTORY))
-CHANGES, *_ = (address_row(f"change_{slot}") for slot in range(LONGEST_HISTORY))
 PART = 4096 if INTERPRETED else 32
 """Elements of all pairs that a program holds in registers at a time."""
-_N_ROWS = tl.constexpr(MOST_ROWS)
 WARPS = 4
 """Twice the usual: the pairs take so many registers that a block is spread over more threads."""
 
@@ -145,26 +146,8 @@ def settle(tensors: TensorSet, scalars: Scalars, orders: Tensor, history: int) -
 
 
 @triton.jit
-def _tile(
-    addresses, first, tensor, begin, length,
-    HISTORY: tl.constexpr, ROWS: tl.constexpr, STATE: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """A block of every row of a kind, ``[ROWS, BLOCK]``; beyond `HISTORY` the last one again."""
-    rows = tl.minimum(tl.arange(0, ROWS), HISTORY - 1)
-    pointers = tl.load(addresses + tensor * _N_ROWS + first + rows).to(tl.pointer_type(STATE))
-    offsets = begin + tl.arange(0, BLOCK)
-    if FULL:
-        values = tl.load(tl.multiple_of(pointers, 16)[:, None] + offsets[None, :])
-    else:
-        cells = pointers[:, None] + offsets[None, :]
-        values = tl.load(cells, mask=(offsets < length)[None, :], other=0.0)
-    return values
-
-
-@triton.jit
 def _products_chunk(
-    addresses, tensor, start, length, row, step, along, against, moves_square,
+    addresses, tensor, start, length, row, step, trial, along, against, moves_square,
     square, usual, slope,
     CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr, HISTORY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -182,11 +165,17 @@ def _products_chunk(
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         g = load_row(addresses, LAST_GRADIENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         denominator = DENOMINATOR(addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL)
+        before, squares = g, g * g
+        for back in range(HISTORY):
+            slot, there = newest(trial, back, HISTORY)
+            before -= load_row(
+                addresses, CHANGES + slot, tensor, begin, length, STATE, STATE, BLOCK, FULL
+            )
+            squares += tl.where(there, before * before, 0.0)
+        denominator = remembered(squares, trial, row, denominator, STATE)
         metric = lr.to(STATE) / denominator
-        moves = _tile(addresses, MOVES, tensor, begin, length, HISTORY, ROWS, STATE, BLOCK, FULL)
-        changes = _tile(
-            addresses, CHANGES, tensor, begin, length, HISTORY, ROWS, STATE, BLOCK, FULL
-        )
+        moves = tile(addresses, MOVES, tensor, begin, length, HISTORY, ROWS, STATE, BLOCK, FULL)
+        changes = tile(addresses, CHANGES, tensor, begin, length, HISTORY, ROWS, STATE, BLOCK, FULL)
         # Where the rate is 0 nothing moves.
         inverse = denominator * (1.0 / tl.where(lr > 0, lr, 1.0)).to(STATE)
         moves_square += tl.sum(moves * moves * inverse[None, :], axis=1).to(tl.float64)
@@ -211,7 +200,7 @@ def _products_chunk(
 @triton.jit
 def _products_kernel(
     addresses, extents, places, n_chunks,
-    group, hyperparameters, steps, prediction, partials,
+    group, hyperparameters, steps, prediction, trial, partials,
     CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr, HISTORY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
@@ -230,7 +219,7 @@ def _products_kernel(
         for FULL in tl.static_range(2):
             if takes_part & (full == FULL):
                 along, against, moves_square, square, usual, slope = _products_chunk(
-                    addresses, tensor, start, length, row, step,
+                    addresses, tensor, start, length, row, step, trial,
                     along, against, moves_square, square, usual, slope,
                     CONSTANTS, DENOMINATOR, HISTORY, ROWS, COLUMNS,
                     PARAM_TYPE, STATE, KEPT, PART, CHUNK, FULL,
@@ -247,12 +236,14 @@ def _products_kernel(
     tl.store(own + ROWS + 2, slope)
 
 
-def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) -> None:
+def products(
+    tensors: TensorSet, scalars: Scalars, trial: Tensor, out: Tensor, history: int
+) -> None:
     """Adds the inner products of one tensor set, over the tensors that take part. One launch.
 
     With the moves S, the changes Y, the newest gradient g and the metric D, learning rate over the
-    rule's denominator, those are ``[S; D Y]ᵀ [Y, g]`` (``[2, history, history + 1]``, row by row),
-    the squared moves sᵀD⁻¹s, gᵀ D g, the squared step of the rule in the metric, mᵀ D m
+    denominator of ``pairs.py``, those are ``[S; D Y]ᵀ [Y, g]`` (``[2, history, history + 1]``, row
+    by row), the squared moves sᵀD⁻¹s, gᵀ D g, the squared step of the rule in the metric, mᵀ D m
     with its bias-corrected exp_avg m, and Σ learning rate · weight decay · g · weight.
 
     A pass reads 8 · history + 16 bytes a parameter in FP32. Sums are FP32 within a block, FP64 over
@@ -261,6 +252,7 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
     Args:
         tensors: With rows ``weight``, ``last_gradient``, the pairs and those of the denominator.
         scalars: Of these tensors.
+        trial: FP64; its slot and its number of pairs are read.
         out: FP64 ``[products_size(history)]``, added to.
         history: Pairs that are kept, all of them finite.
     """
@@ -271,7 +263,7 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
     partials = torch.empty(tensors.tiling.programs, size, dtype=torch.float64, device=out.device)
     tensors.launch(
         _products_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
-        own(scalars.prediction, tensors), partials, every=True,
+        own(scalars.prediction, tensors), trial, partials, every=True,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, HISTORY=history,
         ROWS=rows, COLUMNS=columns, PART=min(PART, tensors.tiling.block),
         options={**LAUNCH, "num_warps": WARPS},
@@ -284,7 +276,7 @@ def products(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) ->
 
 @triton.jit
 def _move_chunk(
-    addresses, tensor, start, length, row, step, solution, history,
+    addresses, tensor, start, length, row, step, trial, solution, history,
     CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
@@ -300,20 +292,23 @@ def _move_chunk(
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         g = load_row(addresses, LAST_GRADIENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         v = load_row(addresses, EXP_AVG_SQ, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-        metric = lr.to(STATE) / DENOMINATOR(
-            addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL
-        )
-        rest = g
+        denominator = DENOMINATOR(addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL)
+        rest, before, squares = g, g, g * g
         along = tl.zeros([BLOCK], STATE)
-        for number in range(history):
-            alpha = tl.load(solution + 3 + number).to(STATE)
-            delta = tl.load(solution + 3 + history + number).to(STATE)
-            rest -= alpha * load_row(
-                addresses, CHANGES + number, tensor, begin, length, STATE, STATE, BLOCK, FULL
+        for back in range(history):
+            slot, there = newest(trial, back, history)
+            alpha = tl.load(solution + 3 + slot).to(STATE)
+            delta = tl.load(solution + 3 + history + slot).to(STATE)
+            change = load_row(
+                addresses, CHANGES + slot, tensor, begin, length, STATE, STATE, BLOCK, FULL
             )
+            rest -= alpha * change
+            before -= change
+            squares += tl.where(there, before * before, 0.0)
             along += delta * load_row(
-                addresses, MOVES + number, tensor, begin, length, STATE, STATE, BLOCK, FULL
+                addresses, MOVES + slot, tensor, begin, length, STATE, STATE, BLOCK, FULL
             )
+        metric = lr.to(STATE) / remembered(squares, trial, row, denominator, STATE)
         moved = -gamma * metric * rest - along - decay * w
         # What never had a gradient stays.
         moved = tl.where(v != 0, moved, 0.0)
@@ -331,7 +326,7 @@ def _move_chunk(
 @triton.jit
 def _move_kernel(
     addresses, extents, places, n_chunks,
-    group, hyperparameters, steps, prediction, solution, history, partials,
+    group, hyperparameters, steps, prediction, trial, solution, history, partials,
     CONSTANTS: tl.constexpr, DENOMINATOR: tl.constexpr,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
@@ -348,7 +343,7 @@ def _move_kernel(
             for FULL in tl.static_range(2):
                 if takes_part & (full == FULL):
                     slope, square, bad = _move_chunk(
-                        addresses, tensor, start, length, row, step, solution, history,
+                        addresses, tensor, start, length, row, step, trial, solution, history,
                         CONSTANTS, DENOMINATOR, PARAM_TYPE, STATE, MASTER, KEPT,
                         BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
@@ -358,7 +353,9 @@ def _move_kernel(
         tl.store(cell + 2, bad)
 
 
-def move(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: int) -> None:
+def move(
+    tensors: TensorSet, scalars: Scalars, trial: Tensor, solution: Tensor, history: int
+) -> None:
     """Moves the weights of the tensors that take part. Two launches.
 
     Sums, in ``scalars.sums``: slope of ``last_gradient`` along the move, the squared move in the
@@ -369,6 +366,7 @@ def move(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: int) -
     Args:
         tensors: With rows ``param``, ``weight``, ``last_gradient``, ``exp_avg_sq`` and the pairs.
         scalars: Of these tensors.
+        trial: As `products` takes it.
         solution: FP64 ``[3 + 2 · history]`` of `solve`: whether to move, γ, share of the weight
             decay, α and δ by pair; a weight w moves by -γ D (g - Y α) - S δ - share · decay · w.
         history: Pairs that are kept.
@@ -380,7 +378,7 @@ def move(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: int) -
     warps = WARPS // 2 if "waves_per_eu" in LAUNCH else WARPS
     tensors.launch(
         _move_kernel, tensors.group, scalars.hyperparameters, tensors.steps,
-        own(scalars.prediction, tensors), solution, history, partials, every=True,
+        own(scalars.prediction, tensors), trial, solution, history, partials, every=True,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, MASTER=tensors.has_master,
         options={**LAUNCH, "num_warps": warps},
     )  # fmt: skip

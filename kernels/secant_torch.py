@@ -11,6 +11,7 @@ from triton_hybrid.kernels.ledger import INDEX, PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.kernels.together_torch import Cells, cells_of, dots
+from triton_hybrid.kernels.trial import LEAST_PAIRS
 
 PART = 1 << 14
 """Elements of a long tensor that are worked on at a time: those of all pairs stay in cache."""
@@ -61,8 +62,26 @@ def _note(cells: Cells, name: str, value: Tensor, now: Any) -> Tensor:
     return found
 
 
+def _remembered(g: Tensor, changes: Tensor, trial: Tensor) -> tuple[Tensor, Any]:
+    """Mean square of the gradients of the pairs (``pairs.py``); whether there are enough."""
+    history = len(changes)
+    if trial.device.type == "cpu":
+        slot, pairs = map(int, trial[:2].tolist())
+        if pairs < LEAST_PAIRS.value:
+            return g, False
+        newest = [(slot - 1 - back) % history for back in range(pairs)]
+        before = g - changes[newest].cumsum(0)
+        return before.square_().sum(0).addcmul_(g, g).div_(pairs + 1), True
+    slot, pairs = trial[0], trial[1]
+    back = torch.arange(history, device=trial.device)
+    newest = torch.remainder(slot.long() - 1 - back, history)
+    before = g - changes[newest].cumsum(0)
+    squares = torch.where((back < pairs).unsqueeze(1), before.square(), 0.0).sum(0)
+    return (squares + g * g) / (pairs + 1.0).to(g.dtype), pairs >= LEAST_PAIRS.value
+
+
 def _metric(tensors: TensorSet, scalars: Scalars) -> Tensor:
-    """FP64 ``[tensors, 7]``: the rule's numbers; rate; decay; bias correction."""
+    """FP64 ``[tensors, 8]``: the rule's numbers; rate; decay; bias correction; ε."""
     rule = tensors.rule
     assert rule is not None
     row = scalars.hyperparameters[tensors.group.long()]
@@ -71,11 +90,11 @@ def _metric(tensors: TensorSet, scalars: Scalars) -> Tensor:
     correction1 = 1.0 - (step * row[:, HYPER["log_exp_avg"]]).exp()
     decay = lr * row[:, HYPER["weight_decay"]]
     its = rule.torch_along.numbers(row, step)
-    return torch.stack([*its, lr, decay, correction1], dim=1)
+    return torch.stack([*its, lr, decay, correction1, row[:, HYPER["eps"]]], dim=1)
 
 
 def _blocks(
-    tensors: TensorSet, scalars: Scalars, history: int
+    tensors: TensorSet, scalars: Scalars, trial: Tensor, history: int
 ) -> Iterator[tuple[Cells, Tensor, Tensor, Tensor, dict[str, Tensor], Sequence[Any]]]:
     """Of elements with the same numbers: moves, changes, metric, rows; part, decay, correction.
 
@@ -92,19 +111,25 @@ def _blocks(
         keys = [its if here else None for its, here in zip(numbers, parts.tolist())]
     names = [f"{kind}_{slot}" for kind in ("move", "change") for slot in range(history)]
     for cells in cells_of(tensors, keys, PART):
-        a, b, c, d, lr, decay, correction1 = numbers[cells.first]
+        a, b, c, d, lr, decay, correction1, eps = numbers[cells.first]
         rows = {name: cells.joined(name) for name in ("last_gradient", "exp_avg", "exp_avg_sq")}
         out = rows["exp_avg"].new_empty(2, cells.total)
         ones = torch.ones_like(out[0])
         metric = rule.torch_along.along(rows, ones, (a, b, c, d), out).mul_(lr)
         here: Any = 1.0 if on_cpu else parts[cells.first]
         moves, changes = cells.stacked(names).split(history)
+        square, known = _remembered(rows["last_gradient"], changes, trial)
+        if known is not False:
+            remembered = (square > 0) & known
+            metric = torch.where(remembered, lr / (square.sqrt() + eps), metric)
         yield cells, moves, changes, metric * here, rows, (here, decay, correction1)
 
 
-def products_torch(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) -> None:
+def products_torch(
+    tensors: TensorSet, scalars: Scalars, trial: Tensor, out: Tensor, history: int
+) -> None:
     """`products` in plain torch."""
-    for cells, moves, changes, metric, rows, others in _blocks(tensors, scalars, history):
+    for cells, moves, changes, metric, rows, others in _blocks(tensors, scalars, trial, history):
         here, decay, correction1 = others
         if isinstance(here, Tensor):
             moves, changes = moves * here, changes * here
@@ -120,7 +145,9 @@ def products_torch(tensors: TensorSet, scalars: Scalars, out: Tensor, history: i
         out += torch.cat([(left @ right.T).flatten(), squares, torch.stack(rest)]).double()
 
 
-def move_torch(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: int) -> None:
+def move_torch(
+    tensors: TensorSet, scalars: Scalars, trial: Tensor, solution: Tensor, history: int
+) -> None:
     """`move` in plain torch."""
     on_cpu = solution.device.type == "cpu"
     sums = scalars.sums[tensors.place].zero_()
@@ -129,7 +156,7 @@ def move_torch(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: 
         return
     _, gamma, share, *_ = solution.to(tensors.compute_dtype).unbind()
     alpha, delta = solution[3:].to(tensors.compute_dtype).split(history)
-    for cells, moves, changes, metric, rows, others in _blocks(tensors, scalars, history):
+    for cells, moves, changes, metric, rows, others in _blocks(tensors, scalars, trial, history):
         here, decay, _ = others
         g, w = rows["last_gradient"], cells.weight()
         moved = -gamma * metric * (g - alpha @ changes) - delta @ moves - share * decay * w

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.ledger import BLOCKED_LIMIT, INDEX, LONGEST_COOLDOWN
 from triton_hybrid.kernels.ledger_torch import count, enter
@@ -23,6 +24,8 @@ last, and whether such a loss was another one."""
 ORDERS = ("pair", "restart", "fraction", "slot")
 """What `judge` and `limit` want done to weights and rows (see `settle`)."""
 
+LEAST_PAIRS = tl.constexpr(3)
+"""Pairs from which on the gradients that they remember make the metric (``pairs.py``)."""
 SUFFICIENT = 1e-4
 """Share of the decrease promised by the slope that a move must bring (Armijo 1966)."""
 ROUNDING = 1e-6
@@ -97,8 +100,10 @@ def judge(
     share = -slope / (2.0 * (change - slope))
     share = torch.where(nonfinite | share.isnan(), SHORTEST, share.clamp(SHORTEST, LONGEST))
     fraction = torch.where(shortened, share, torch.where(undone, 0.0, 1.0))
-    # A pair without curvature along the move would be left out, and would cost another one.
-    pair = ~nonfinite & (its["based"] > 0) & ~written & (~standing | (after > slope))
+    # A pair without curvature along the move would be left out, and would cost another one; one
+    # of a move that does not last is no link in the chain of gradients that makes the metric.
+    curved = ~standing | (accepted & (after > slope))
+    pair = ~nonfinite & (its["based"] > 0) & ~written & curved
     restart = ~nonfinite & ~failed
     again = restart & (its["again"] > 0)
     enter(its, again, noise=(~((loss - base).abs() <= SAME * base.abs())).double())
@@ -143,7 +148,7 @@ def solve(products: Tensor, trial: Tensor, history: int) -> Tensor:
 
     The two loops of L-BFGS (Nocedal 1980) for the gradient g and the pairs S, Y, oldest first, are
     two triangular systems. With R the upper triangle of SᵀY, E its diagonal, and γ D the first
-    inverse Hessian, D = learning rate / (√v̂ + ε)::
+    inverse Hessian, D the metric (``pairs.py``)::
 
         R α = Sᵀg,   Rᵀδ = E α - γ Yᵀ D (g - Y α),   move = -γ D (g - Y α) - S δ
 

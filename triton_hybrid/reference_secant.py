@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from torch import Tensor, cat, split
+from torch import Tensor, cat, split, where
 
 from triton_hybrid.phases import Phase, Report
 
@@ -93,7 +93,7 @@ class SecantReference:
         rounded = known and abs(change) <= 1e-6 * abs(trial.loss) and trapezoid <= enough
         fell = not ledger.nonfinite and (change <= enough or rounded)
         curved = after > trial.slope if ledger.moved else True
-        if trial.based and curved and not ledger.nonfinite:
+        if trial.based and curved and fell | (not ledger.moved) and not ledger.nonfinite:
             self.pairs = [*self.pairs, (moved, g - trial.g)][-self.run.config.history :]
         if ledger.moved and not fell:
             ledger.horizon *= 0.5
@@ -121,7 +121,7 @@ class SecantReference:
     def move(self) -> None:
         """The two loops of L-BFGS (Nocedal 1980) in AdamW's metric, within a trust radius."""
         o, trial, g = self.run.options, self.trial, self.trial.g
-        v = flat(p.v / (1.0 - o.betas[1] ** p.steps) for p in self.run.tensors)
+        v = self.second_moment()
         m = flat(p.m / (1.0 - o.betas[0] ** p.steps) for p in self.run.tensors)
         metric, gamma, q = o.lr / (v.sqrt() + o.eps), 1.0, g.clone()
 
@@ -142,8 +142,9 @@ class SecantReference:
         decay = o.lr * o.weight_decay * trial.w
         uphill = -float(g @ decay)
         kept = min(1.0, 0.01 * float(g @ r) / uphill) if uphill > 0 else 1.0
-        moved = -(r + kept * decay) * (v > 0)
-        length = (moved * moved / metric)[v > 0].sum().sqrt()
+        seen = flat(p.v for p in self.run.tensors) > 0
+        moved = -(r + kept * decay) * seen
+        length = (moved * moved / metric)[seen].sum().sqrt()
         radius = 3.0 * self.run.ledger.horizon * (m * m * metric).sum().sqrt()
         share = min(1.0, float(radius / length.clamp(min=1e-300)))
         trial.slope = share * float(g @ moved)
@@ -151,6 +152,18 @@ class SecantReference:
             return self.give_up()
         self.run.ledger.moved = 1
         self.place(trial.w + share * moved)
+
+    def second_moment(self) -> Tensor:
+        """The mean square of the gradients that the pairs remember; the rule's, where none is."""
+        beta2, g = self.run.options.betas[1], self.trial.g
+        v = flat(p.v / (1.0 - beta2**p.steps) for p in self.run.tensors)
+        if len(self.pairs) < 3:
+            return v
+        squares = g * g
+        for _, change in reversed(self.pairs):
+            g = g - change
+            squares += g * g
+        return where(squares > 0, squares / (len(self.pairs) + 1), v)
 
     def give_up(self) -> None:
         """Drops the pairs, and waits twice as long with each rollback in a row."""

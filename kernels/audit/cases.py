@@ -36,6 +36,7 @@ from triton_hybrid.kernels.slopes import slopes
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.sums import reduce_partials
 from triton_hybrid.kernels.trapezoid import base_slope
+from triton_hybrid.kernels.trial import TRIAL
 from triton_hybrid.kernels.verify import check_move, correct
 
 from triton_hybrid.config import HybridConfig
@@ -243,7 +244,8 @@ def _secant_cases(precision: Precision) -> list[Case]:
     ) -> Case:
         def call(problem: Problem) -> None:
             numbers = torch.zeros(size, dtype=torch.float64)
-            launcher(problem.tensors, problem.scalars, numbers, history)
+            trial = () if launcher is settle else (torch.zeros(len(TRIAL), dtype=torch.float64),)
+            launcher(problem.tensors, problem.scalars, *trial, numbers, history)
 
         launch = _launch(0, call, precision, ADAMW)
         floor = sum(reads + writes + inner * history) or None
@@ -251,10 +253,11 @@ def _secant_cases(precision: Precision) -> list[Case]:
         return Case(name, launch, reads, writes, inner, times=history, floor=floor, **counted)
 
     # Every pair once, the gradient and what its metric and the slopes need; in a cache after that
-    # the changes, for each column of the products, and the rows that fill up a power of two.
+    # the changes, for the metric and for each column of the products, and the rows that fill up a
+    # power of two.
     pairs: dict[str, Any] = {"on_paper": sum(weights) + 3 * wide + 2 * wide * history}
     padding = 2 * (triton.next_power_of_2(history) - history)
-    pairs["repeats"] = wide * (padding + history + 1)
+    pairs["repeats"] = wide * (padding + 2 * history + 1)
     return [
         case("settle", settle, 4, (*weights, wide, narrow, wide), (*(wide,) * 4, *weights)),
         case("products", pair_products, products_size(history), **pairs),

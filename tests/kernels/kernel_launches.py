@@ -20,6 +20,7 @@ from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import ROW
 from triton_hybrid.kernels.secant import products_size
+from triton_hybrid.kernels.trial import new_trial
 
 from triton_hybrid.predictors.linear import Linear
 from triton_hybrid.predictors.slow_ema import SlowEMA
@@ -99,10 +100,11 @@ class Checked:
         self._check(problem)
         return problem.products
 
-    def products(self, problem: Problem, history: int) -> Tensor:
+    def products(self, problem: Problem, history: int, trial: Tensor | None = None) -> Tensor:
         """The inner products of the pairs."""
         out = problem.arena.put(torch.zeros(products_size(history), dtype=torch.float64))
-        self.backend.products(problem.tensors, problem.scalars, out, history)
+        trial = pairs_of(problem) if trial is None else trial
+        self.backend.products(problem.tensors, problem.scalars, trial, out, history)
         self._check(problem)
         return out
 
@@ -115,11 +117,14 @@ class Checked:
         problem.assert_unchanged(before)
         return found
 
-    def move(self, problem: Problem, solution: Tensor, history: int) -> None:
+    def move(
+        self, problem: Problem, solution: Tensor, history: int, trial: Tensor | None = None
+    ) -> None:
         """A quasi-Newton move."""
         problem.poison(3)
         solution = solution.to(problem.ledger.device)
-        self.backend.move(problem.tensors, problem.scalars, solution, history)
+        trial = pairs_of(problem) if trial is None else trial
+        self.backend.move(problem.tensors, problem.scalars, trial, solution, history)
         self._check(problem)
 
     def settle(self, problem: Problem, orders: Tensor, history: int) -> None:
@@ -136,6 +141,11 @@ class Checked:
 
 KERNELS, PLAIN = Checked(TRITON), Checked(TORCH)
 HISTORY = 3
+
+
+def pairs_of(problem: Problem, slot: int = 1, pairs: int = HISTORY) -> Tensor:
+    """A trial with so many pairs, the next in a slot."""
+    return problem.arena.put(new_trial(torch.device("cpu"), {"slot": slot, "pairs": pairs}))
 
 
 def solution() -> Tensor:

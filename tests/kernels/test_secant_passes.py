@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_launches import BACKENDS, KERNELS, PLAIN, Checked
+from kernel_launches import BACKENDS, KERNELS, PLAIN, Checked, pairs_of
 from kernel_memory import assert_near, assert_same_bits
 from kernel_problems import Make, Problem, problems
 from kernel_specs import ONE, THREE, fewer, plain
@@ -40,16 +40,24 @@ def test_products_match_the_fp64_oracle(make: Make) -> None:
 
 
 @BACKENDS
-def test_products_are_those_of_their_definition(backend: Checked) -> None:
-    """A set of one, written down."""
+@pytest.mark.parametrize(("slot", "pairs"), [(0, 3), (2, 3), (2, 2), (0, 0)])
+def test_products_are_those_of_their_definition(backend: Checked, slot: int, pairs: int) -> None:
+    """A set of one, written down; with fewer than three pairs the metric is the rule's."""
     problem = Problem(plain((70,)), tiling=THREE).confident()
     lr, eps, decay, beta1, beta2 = (
         float(problem.scalars.hyperparameters[0, HYPER[name]])
         for name in ("lr", "eps", "weight_decay", "beta1", "beta2")
     )
+    for name in ("last_gradient", *(f"change_{i}" for i in range(HISTORY))):
+        problem.rows[name][0][:9] = 0.0
     row = {name: tensors[0].double() for name, tensors in problem.rows.items()}
     step = float(problem.tensors.steps[0])
-    metric = lr / ((row["exp_avg_sq"] / (1 - beta2**step)).sqrt() + eps)
+    second = row["exp_avg_sq"] / (1 - beta2**step)
+    remembered = gradients_of(row, slot)
+    assert not remembered[:, :9].any(), "for which the rule's stands"
+    if pairs == 3:
+        second[9:] = remembered[:, 9:].square().mean(0)
+    metric = lr / (second.sqrt() + eps)
     m, g = row["exp_avg"] / (1 - beta1**step), row["last_gradient"]
     moves = torch.stack([row[f"move_{i}"] for i in range(HISTORY)])
     changes = torch.stack([row[f"change_{i}"] for i in range(HISTORY)])
@@ -58,19 +66,30 @@ def test_products_are_those_of_their_definition(backend: Checked) -> None:
     expected += [(moves.square() / metric).sum(1), (metric * g * g).sum().view(1)]
     expected += [(metric * m * m).sum().view(1), (lr * decay * g * row["weight"]).sum().view(1)]
     assert len(torch.cat(expected)) == products_size(HISTORY)
-    assert_near(backend.products(problem, HISTORY), torch.cat(expected), "products", 1e-5, 1e-6)
+    trial = pairs_of(problem, slot, pairs)
+    found = backend.products(problem, HISTORY, trial)
+    assert_near(found, torch.cat(expected), "products", 1e-5, 1e-6)
     problem.prediction[:, PART_COLUMN.value] = 0.0
     assert not backend.products(problem, HISTORY).any(), "who takes no part adds nothing"
 
 
+def gradients_of(row: dict[str, Tensor], slot: int) -> Tensor:
+    """Those that `HISTORY` pairs remember, newest first, the next pair in a slot."""
+    found = [row["last_gradient"]]
+    for back in range(HISTORY):
+        found.append(found[-1] - row[f"change_{(slot - 1 - back) % HISTORY}"])
+    return torch.stack(found)
+
+
 @fewer()
-@given(make=problems(max_size=3), seed=st.integers(0, 9))
-def test_the_move_matches_the_fp64_oracle(make: Make, seed: int) -> None:
+@given(make=problems(max_size=3), seed=st.integers(0, 9), pairs=st.integers(2, 3))
+def test_the_move_matches_the_fp64_oracle(make: Make, seed: int, pairs: int) -> None:
     problem, twin = make().confident(), make().confident()
     oracle, before = problem.promoted(), problem.snapshot()
-    PLAIN.move(oracle, solution(seed), HISTORY)
+    trial = pairs_of(problem, seed % HISTORY, pairs)
+    PLAIN.move(oracle, solution(seed), HISTORY, trial)
     for actual, backend in ((problem, KERNELS), (twin, PLAIN)):
-        backend.move(actual, solution(seed), HISTORY)
+        backend.move(actual, solution(seed), HISTORY, trial)
         actual.assert_near(oracle, ["weight"], rtol=1e-5, atol=2e-6)
         for column, name in enumerate(("slope", "square")):
             expected = oracle.sums[:, column]
@@ -97,6 +116,31 @@ def test_a_move_leaves_alone_what_takes_no_part_and_what_never_had_a_gradient(
     backend.move(problem, idle, HISTORY)
     problem.assert_unchanged(again)
     assert not problem.sums.any()
+
+
+@BACKENDS
+def test_the_move_is_that_of_its_definition(backend: Checked) -> None:
+    """In the metric of the gradients that the pairs remember, from any slot."""
+    for slot in range(HISTORY):
+        problem = Problem(plain((70,))).confident()
+        row = {name: tensors[0].double() for name, tensors in problem.rows.items()}
+        lr, eps, decay = (
+            float(problem.scalars.hyperparameters[0, HYPER[name]])
+            for name in ("lr", "eps", "weight_decay")
+        )
+        metric = lr / (gradients_of(row, slot).square().mean(0).sqrt() + eps)
+        _, gamma, share, *rest = solution(3)
+        alpha, delta = torch.stack(rest).split(HISTORY)
+        changes, moves = (
+            torch.stack([row[f"{kind}_{i}"] for i in range(HISTORY)]) for kind in ("change", "move")
+        )
+        moved = -gamma * metric * (row["last_gradient"] - alpha @ changes) - delta @ moves
+        moved -= share * lr * decay * row["weight"]
+        backend.move(problem, solution(3), HISTORY, pairs_of(problem, slot))
+        found = problem.values("weight")[0]
+        assert_near(found.double(), row["weight"] + moved, "weight", 1e-5, 1e-6)
+        square = float((moved * moved / metric).sum())
+        assert problem.sums[0, 1].item() == pytest.approx(square, rel=1e-4)
 
 
 @BACKENDS
@@ -221,7 +265,8 @@ def test_sufficient_decrease(
     assert known["ready"] == (decision == 1)
     assert known["slope"] == pytest.approx(share * slope if decision == 4 else slope)
     assert problem.ledger[INDEX["hold"]] == (decision != 1)
-    assert known["pairs"] == (0 if decision == 2 else 4)
+    assert known["pairs"] == {1: 4, 2: 0, 4: 3}[decision], "of a move that lasts"
+    assert orders[0] == (decision == 1)
     assert problem.ledger[INDEX["cooldown"]] == (5.0 if decision == 2 else 0.0)
 
 

@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.secant import LONGEST_HISTORY, products_size
+from triton_hybrid.kernels.pairs import LONGEST_HISTORY
+from triton_hybrid.kernels.secant import products_size
 from triton_hybrid.kernels.trial import TRIAL, judge, limit, new_trial, solve
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.predictors.predictor import Predictor
@@ -124,12 +125,14 @@ class Secant(Predictor):
         engine, scalars, history = self.engine, self.engine.scalars, self.config.history
         self._products.zero_()
         engine.add_up(
-            lambda batch, own: engine.backend.products(batch.tensors, scalars, own, history),
+            lambda batch, own: engine.backend.products(
+                batch.tensors, scalars, self._trial, own, history
+            ),
             self._products,
         )
         solution = solve(self._products, self._trial, history)
         for batch in engine.batches:
-            engine.backend.move(batch.tensors, scalars, solution, history)
+            engine.backend.move(batch.tensors, scalars, self._trial, solution, history)
         engine.over_ranks(scalars.sums)
         cooldown = float(self.config.full_steps)
         orders = limit(scalars.ledger, self._trial, scalars.sums, self._products, cooldown)

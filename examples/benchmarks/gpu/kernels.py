@@ -19,6 +19,7 @@ from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.secant import products_size
 from triton_hybrid.kernels.step import cooperative_launches
+from triton_hybrid.kernels.trial import new_trial
 
 from gpu.context import Context, different, parameters
 from gpu.timing import Clock, Run, ratios, spread
@@ -212,10 +213,11 @@ def secant_runs(sets: tuple[TensorSet, Scalars]) -> dict[str, Run]:
     orders = torch.tensor([1.0, 1.0, 0.5, 0.0], **wide)
     solution = torch.full((3 + 2 * HISTORY,), 1e-3, **wide)
     products = torch.zeros(products_size(HISTORY), **wide)
+    trial = new_trial(sets[0].device, {"pairs": HISTORY})
     return {
         "secant settle fp32": partial(TRITON.settle, *sets, orders, HISTORY),
-        "secant products fp32": partial(TRITON.products, *sets, products, HISTORY),
-        "secant move fp32": partial(TRITON.move, *sets, solution, HISTORY),
+        "secant products fp32": partial(TRITON.products, *sets, trial, products, HISTORY),
+        "secant move fp32": partial(TRITON.move, *sets, trial, solution, HISTORY),
     }
 
 
