@@ -42,16 +42,15 @@ def tile(
 
 
 @triton.jit
-def newest(trial, back, history):
-    """The slot of the newest pair but so many, and whether there is such a pair."""
-    slot = tl.load(trial).to(tl.int32) - 1 - back
-    return tl.where(slot < 0, slot + history, slot), back < tl.load(trial + 1)
+def newest(slot, back, history):
+    """Where the newest pair but so many lies, if the next one is written to a slot."""
+    found = slot - 1 - back
+    return tl.where(found < 0, found + history, found)
 
 
 @triton.jit
-def remembered(squares, trial, row, otherwise, STATE: tl.constexpr):
-    """The denominator from squared gradients of the pairs; the rule's, where there are none."""
-    pairs = tl.load(trial + 1)
+def remembered(squares, pairs, row, otherwise, STATE: tl.constexpr):
+    """The denominator from the sum of squared gradients; the rule's, where there are none."""
     share = tl.where(pairs >= LEAST_PAIRS, 1.0 / (pairs + 1.0), 0.0).to(STATE)
     root = tl.sqrt(squares * share)
     return tl.where(root > 0, root + tl.load(row + EPS).to(STATE), otherwise)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton_hybrid.kernels.capture import capturing
 
 Number = Any
 """A float, or a 0-dim FP64 tensor."""
@@ -21,8 +22,9 @@ Truth = Any
 
 
 def numbers_of(vector: Tensor) -> list[Number]:
-    """The entries of an FP64 vector."""
-    return vector.tolist() if vector.device.type == "cpu" else [*vector.unbind()]
+    """The entries of an FP64 vector; tensors on the CPU too while a graph is being captured."""
+    on_host = vector.device.type == "cpu" and not capturing(vector.device)
+    return vector.tolist() if on_host else [*vector.unbind()]
 
 
 def named(vector: Tensor, names: Iterable[str]) -> dict[str, Number]:
@@ -37,9 +39,9 @@ def write(vector: Tensor, entries: Mapping[str, Number]) -> None:
 
 def vector_of(numbers: list[Number], device: torch.device) -> Tensor:
     """An FP64 vector of numbers."""
-    if device.type == "cpu":
-        return torch.tensor(numbers, dtype=torch.float64, device=device)
-    return torch.stack(numbers)
+    if any(isinstance(number, Tensor) for number in numbers):
+        return torch.stack([torch.as_tensor(its, device=device).double() for its in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def total(column: Tensor) -> Number:
@@ -49,7 +51,7 @@ def total(column: Tensor) -> Number:
 
 def number(x: Tensor | float) -> Number:
     """What a 0-dim tensor holds, where reading it waits for nobody."""
-    return x.item() if isinstance(x, Tensor) and x.device.type == "cpu" else x
+    return numbers_of(x.reshape(1))[0] if isinstance(x, Tensor) else x
 
 
 def beside(x: Number, value: float) -> Number:
@@ -89,10 +91,8 @@ def larger(x: Number, y: Number) -> Number:
 
 
 def sqrt(x: Number) -> Number:
-    """The root, NaN of what is negative."""
-    if isinstance(x, Tensor):
-        return x.sqrt()
-    return math.sqrt(x) if x >= 0.0 else math.nan
+    """The root by torch, one in a hundred of which is another than Python's."""
+    return x.sqrt() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64).sqrt().item()
 
 
 def log(x: Number) -> Number:
@@ -115,6 +115,11 @@ def reciprocal(x: Number) -> Number:
     if isinstance(x, Tensor):
         return x.reciprocal()
     return 1.0 / x if x else math.inf
+
+
+def divide(x: Number, y: Number) -> Number:
+    """X / y: 0 / 0 is NaN."""
+    return x / y if isinstance(y, Tensor) or y else x * math.copysign(math.inf, y)
 
 
 def rounded(x: Number) -> Number:

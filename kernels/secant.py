@@ -158,21 +158,30 @@ def _products_chunk(
     lr = tl.load(row + LR)
     decay = lr * tl.load(row + WEIGHT_DECAY)
     _, a, b, c, d = CONSTANTS(row, step, step, STATE)
-    inverse_correction1 = (1.0 / (1.0 - tl.exp(step * tl.load(row + LOG_EXP_AVG)))).to(STATE)
+    correction1 = 1.0 - tl.exp(step * tl.load(row + LOG_EXP_AVG))
+    # Corrected at the end: one number less to hold, which AMD's scalar registers need.
+    average = tl.full((), 0.0, tl.float64)
     columns = tl.arange(0, COLUMNS)
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
-        w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         g = load_row(addresses, LAST_GRADIENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-        denominator = DENOMINATOR(addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL)
         before, squares = g, g * g
-        for back in range(HISTORY):
-            slot, there = newest(trial, back, HISTORY)
+        slot, pairs = tl.load(trial).to(tl.int32), tl.load(trial + 1).to(tl.int32)
+        for back in range(0, pairs):
             before -= load_row(
-                addresses, CHANGES + slot, tensor, begin, length, STATE, STATE, BLOCK, FULL
+                addresses,
+                CHANGES + newest(slot, back, HISTORY),
+                tensor,
+                begin,
+                length,
+                STATE,
+                STATE,
+                BLOCK,
+                FULL,
             )
-            squares += tl.where(there, before * before, 0.0)
-        denominator = remembered(squares, trial, row, denominator, STATE)
+            squares += before * before
+        denominator = DENOMINATOR(addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL)
+        denominator = remembered(squares, pairs, row, denominator, STATE)
         metric = lr.to(STATE) / denominator
         moves = tile(addresses, MOVES, tensor, begin, length, HISTORY, ROWS, STATE, BLOCK, FULL)
         changes = tile(addresses, CHANGES, tensor, begin, length, HISTORY, ROWS, STATE, BLOCK, FULL)
@@ -182,8 +191,8 @@ def _products_chunk(
         changes = changes * metric[None, :]
         square += tl.sum(metric * g * g, axis=0).to(tl.float64)
         m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-        m = m * inverse_correction1
-        usual += tl.sum(metric * m * m, axis=0).to(tl.float64)
+        average += tl.sum(metric * m * m, axis=0).to(tl.float64)
+        w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         slope += decay * tl.sum(g * w, axis=0).to(tl.float64)
         for number in range(HISTORY + 1):
             # The last column is the gradient's.
@@ -194,6 +203,7 @@ def _products_chunk(
             now = (columns == number)[None, :]
             along += tl.where(now, left[:, None], 0.0)
             against += tl.where(now, right[:, None], 0.0)
+    usual += average / (correction1 * correction1)
     return along, against, moves_square, square, usual, slope
 
 
@@ -287,6 +297,7 @@ def _move_chunk(
     gamma = tl.load(solution + 1).to(STATE)
     decay = (lr * tl.load(row + WEIGHT_DECAY) * tl.load(solution + 2)).to(STATE)
     _, a, b, c, d = CONSTANTS(row, step, step, STATE)
+    slot, pairs = tl.load(trial).to(tl.int32), tl.load(trial + 1).to(tl.int32)
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
@@ -296,19 +307,19 @@ def _move_chunk(
         rest, before, squares = g, g, g * g
         along = tl.zeros([BLOCK], STATE)
         for back in range(history):
-            slot, there = newest(trial, back, history)
-            alpha = tl.load(solution + 3 + slot).to(STATE)
-            delta = tl.load(solution + 3 + history + slot).to(STATE)
+            pair = newest(slot, back, history)
+            alpha = tl.load(solution + 3 + pair).to(STATE)
+            delta = tl.load(solution + 3 + history + pair).to(STATE)
             change = load_row(
-                addresses, CHANGES + slot, tensor, begin, length, STATE, STATE, BLOCK, FULL
+                addresses, CHANGES + pair, tensor, begin, length, STATE, STATE, BLOCK, FULL
             )
             rest -= alpha * change
             before -= change
-            squares += tl.where(there, before * before, 0.0)
+            squares += tl.where(back < pairs, before * before, 0.0)
             along += delta * load_row(
-                addresses, MOVES + slot, tensor, begin, length, STATE, STATE, BLOCK, FULL
+                addresses, MOVES + pair, tensor, begin, length, STATE, STATE, BLOCK, FULL
             )
-        metric = lr.to(STATE) / remembered(squares, trial, row, denominator, STATE)
+        metric = lr.to(STATE) / remembered(squares, pairs, row, denominator, STATE)
         moved = -gamma * metric * rest - along - decay * w
         # What never had a gradient stays.
         moved = tl.where(v != 0, moved, 0.0)

@@ -115,7 +115,7 @@ class Gradient(NamedTuple):
         applied = negate(nonfinite | (entries["hold"] > 0))
         coefficient = beside(norm, 1.0)
         if max_norm is not None:
-            coefficient = clamp(max_norm / (norm + 1e-6), most=1.0)
+            coefficient = clamp(max_norm * reciprocal(norm + 1e-6), most=1.0)
         return cls(norm, nonfinite, applied, coefficient, unscale)
 
 

@@ -40,6 +40,14 @@ class Places:
         padded = [sum(pair) for pair in zip(self.lengths, self.gaps)]
         self.repeats = torch.tensor(padded, dtype=torch.int64, device="cpu")
         self.total = sum(self.pieces)
+        self._zeros: dict[torch.dtype, list[Tensor]] = {}
+
+    def zeros(self, dtype: torch.dtype) -> list[Tensor]:
+        """What fills the gaps; made once, for a slice costs as much as any operation."""
+        if dtype not in self._zeros:
+            row = torch.zeros(ALIGNED, dtype=dtype, device="cpu")
+            self._zeros[dtype] = [row[:gap] for gap in self.gaps]
+        return self._zeros[dtype]
 
 
 class Together:
@@ -59,16 +67,13 @@ class Together:
         """A row in one piece, with zeros in the gaps."""
         rows = self.rows(name)
         if any(self._places.gaps):
-            zeros = rows[0].new_zeros(ALIGNED)
-            rows = [x for row, gap in zip(rows, self._places.gaps) for x in (row, zeros[:gap])]
+            rows = [x for pair in zip(rows, self._places.zeros(rows[0].dtype)) for x in pair]
         return torch.cat(rows)
 
     def stacked(self, names: Sequence[str]) -> Tensor:
         """Several rows, ``[names, total]``."""
-        rows = self.rows(names[0])
-        zeros = rows[0].new_zeros(ALIGNED)
-        gaps = [zeros[:gap] for gap in self._places.gaps]
-        pairs = (pair for name in names for pair in zip(self.rows(name), gaps))
+        zeros = self._places.zeros(self.rows(names[0])[0].dtype)
+        pairs = (pair for name in names for pair in zip(self.rows(name), zeros))
         return torch.cat([piece for pair in pairs for piece in pair]).view(len(names), -1)
 
     def parts(self, whole: Tensor) -> list[Tensor]:
