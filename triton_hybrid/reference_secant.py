@@ -119,7 +119,7 @@ class SecantReference:
         return decision, last and ledger.cooldown <= 1
 
     def move(self) -> None:
-        """The two loops of L-BFGS (Nocedal 1980) in AdamW's metric, within a trust radius."""
+        """The two loops of L-BFGS (Nocedal 1980) in a diagonal metric, within a trust radius."""
         o, trial, g = self.run.options, self.trial, self.trial.g
         v = self.second_moment()
         m = flat(p.m / (1.0 - o.betas[0] ** p.steps) for p in self.run.tensors)

@@ -196,6 +196,33 @@ def test_clipping_and_loss_scales_leave_the_pairs_alone() -> None:
     assert changes.abs().max() > 0
 
 
+def test_the_pairs_remember_the_gradients_of_the_places_that_were_kept() -> None:
+    """The last one less the changes, newest first; a move that was shortened makes no pair."""
+    params, loss = quadratic()
+    optimizer, kept, shortened, most = made(params, history=4), [], 0, 0
+    for _ in range(60):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.observe_loss(value.detach())
+        assert params[0].grad is not None
+        gradient = params[0].grad.clone()
+        optimizer.step()
+        trial = optimizer._engine.predictor.state()  # type: ignore[union-attr]
+        if trial["shortened"] or not trial["based"]:
+            shortened += trial["shortened"] > 0
+            continue
+        kept.append(gradient)
+        state = optimizer.state[params[0]]
+        found = state["last_gradient"].clone()
+        for back in range(int(trial["pairs"])):
+            found -= state[f"change_{int(trial['slot'] - 1 - back) % 4}"]
+            torch.testing.assert_close(found, kept[-2 - back], rtol=1e-9, atol=1e-12)
+        most = max(most, int(trial["pairs"]))
+    assert shortened >= 3
+    assert most == 4
+
+
 def test_it_leaves_alone_what_adamw_leaves_alone() -> None:
     """No gradient since the last point, learning rate 0, elements without any gradient."""
     params, loss = quadratic()

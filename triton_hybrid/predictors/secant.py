@@ -1,11 +1,12 @@
-"""``secant``: a quasi-Newton move in AdamW's metric, from the last moves and gradient changes.
+"""``secant``: a quasi-Newton move from the last moves and gradient changes.
 
-    displacement = -γ D (g - Y α) - S δ,   D = lr / (√v̂ + ε)
+    displacement = -γ D (g - Y α) - S δ,   D = lr / (√v + ε)
 
 S and Y are the last `history` moves and the gradient changes along them; α and δ come from the two
-loops of L-BFGS with γ D as the first inverse Hessian. The pairs are reached by inner products alone
-(Chen, Wang and Zhou, "Large-scale L-BFGS using MapReduce", 2014); as v̂ changes with every
-gradient, so do those in its metric, and all of them are taken anew in one pass.
+loops of L-BFGS with γ D as the first inverse Hessian. v is the mean square of the gradients that
+the pairs remember, g less the changes, newest first (``kernels/pairs.py``). The pairs are reached
+by inner products alone (Chen, Wang and Zhou, "Large-scale L-BFGS using MapReduce", 2014); as v
+changes with every gradient, so do those in its metric, and all of them are taken anew in one pass.
 
 The gradient that judges a move makes the next one: no step of the base rule lies between them,
 whose moments go on being updated. The phases are those of every predictor:
@@ -14,9 +15,9 @@ whose moments go on being updated. The phases are those of every predictor:
   base step but the move.
 * Predict: the move. Several in a row would be unverified, so `correction_interval` and
   `max_predict_steps` do not apply.
-* Correct: accepted, the pair is noted, and Predict follows; shortened, Correct follows, and the
-  shorter move is judged; or rolled back bit for bit, and the pairs are dropped: a Full phase of
-  `full_steps`, twice as many with each rollback in a row.
+* Correct: accepted, the pair is noted, and Predict follows; shortened, no pair is noted, Correct
+  follows, and the shorter move is judged; or rolled back bit for bit, and the pairs are dropped: a
+  Full phase of `full_steps`, twice as many with each rollback in a row.
 
 Weight decay is no part of the objective, as in AdamW: accepted moves contain it, once a gradient,
 as far as it costs them a hundredth of their slope. Clipping limits what the moments see; the pairs
