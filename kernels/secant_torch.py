@@ -64,20 +64,17 @@ def _note(cells: Cells, name: str, value: Tensor, now: Any) -> Tensor:
 
 def _remembered(g: Tensor, changes: Tensor, trial: Tensor) -> tuple[Tensor, Any]:
     """Mean square of the gradients of the pairs (``pairs.py``); whether there are enough."""
-    history = len(changes)
-    if trial.device.type == "cpu":
-        slot, pairs = map(int, trial[:2].tolist())
-        if pairs < LEAST_PAIRS.value:
-            return g, False
-        newest = [(slot - 1 - back) % history for back in range(pairs)]
-        before = g - changes[newest].cumsum(0)
-        return before.square_().sum(0).addcmul_(g, g).div_(pairs + 1), True
-    slot, pairs = trial[0], trial[1]
-    back = torch.arange(history, device=trial.device)
-    newest = torch.remainder(slot.long() - 1 - back, history)
-    before = g - changes[newest].cumsum(0)
-    squares = torch.where((back < pairs).unsqueeze(1), before.square(), 0.0).sum(0)
-    return (squares + g * g) / (pairs + 1.0).to(g.dtype), pairs >= LEAST_PAIRS.value
+    on_cpu, history = trial.device.type == "cpu", len(changes)
+    slot, pairs = trial[:2].tolist() if on_cpu else trial[:2].unbind()
+    enough = pairs >= LEAST_PAIRS.value
+    if enough is False:
+        return g, enough
+    count = int(pairs) if on_cpu else history
+    back = torch.arange(1, count + 1, device=trial.device)
+    before = g - changes[torch.remainder(slot - back, history).long()].cumsum(0)
+    if not on_cpu:
+        before = torch.where((back <= pairs).unsqueeze(1), before, 0.0)
+    return before.square_().sum(0).addcmul_(g, g) / (pairs + 1.0), enough
 
 
 def _metric(tensors: TensorSet, scalars: Scalars) -> Tensor:
@@ -120,8 +117,7 @@ def _blocks(
         moves, changes = cells.stacked(names).split(history)
         square, known = _remembered(rows["last_gradient"], changes, trial)
         if known is not False:
-            remembered = (square > 0) & known
-            metric = torch.where(remembered, lr / (square.sqrt() + eps), metric)
+            metric = torch.where((square > 0) & known, lr / (square.sqrt() + eps), metric)
         yield cells, moves, changes, metric * here, rows, (here, decay, correction1)
 
 
