@@ -268,10 +268,10 @@ class TensorSet:
         """Launches what `prepared` prepares."""
         start([self.prepared(kernel, *arguments, **keywords)], self.device)
 
-    def torch_blocks(self, index: int) -> Iterator[slice]:
+    def torch_blocks(self, index: int, block: int = TORCH_BLOCK) -> Iterator[slice]:
         """Slices of one tensor for plain torch, small enough to stay in cache."""
-        for begin in range(0, self.lengths[index], TORCH_BLOCK):
-            yield slice(begin, min(begin + TORCH_BLOCK, self.lengths[index]))
+        for begin in range(0, self.lengths[index], block):
+            yield slice(begin, min(begin + block, self.lengths[index]))
 
     def block_rows(
         self, index: int, part: slice = slice(None), names: Iterable[str] | None = None

@@ -25,7 +25,7 @@ from triton_hybrid.kernels.ledger import (
     PREDICTION_COLUMNS,
     gate,
 )
-from triton_hybrid.kernels.ledger_torch import gate_torch
+from triton_hybrid.kernels.ledger_torch import entries_of, gate_torch
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.residue import (
@@ -197,12 +197,12 @@ def predict_torch(
 ) -> None:
     """`predict` in plain torch."""
     ledger = scalars.ledger
-    moving = gate_torch(ledger, threshold)
+    moving = gate_torch(entries_of(ledger), threshold)
     takes_part = scalars.prediction[tensors.place, PART_COLUMN.value] > 0
     on_cpu = ledger.device.type == "cpu"
     sums = scalars.sums[tensors.place]
     (sums if with_slopes else sums[:, 1:]).zero_()
-    if on_cpu and not bool(moving):
+    if moving is False:
         return
     compute = tensors.compute_dtype
     decay = scalars.hyperparameters[tensors.group.long(), HYPER["log_exp_avg"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,56 +10,59 @@ from torch import Tensor
 from triton_hybrid.kernels.ledger import INDEX, PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.scalars import HYPER, Scalars
+from triton_hybrid.kernels.together_torch import Cells, cells_of, dots
 
 PART = 1 << 14
-"""Elements of all pairs that are worked on at a time: they stay in cache."""
-
-
-def assign(target: Tensor, value: Tensor, where: Any) -> None:
-    """Copies where a condition holds, a bool on the CPU and a 0-dim tensor elsewhere."""
-    if where is True:
-        target.copy_(value)
-    elif where is not False:
-        target.copy_(torch.where(where, value, target))
+"""Elements of a long tensor that are worked on at a time: those of all pairs stay in cache."""
 
 
 def settle_torch(tensors: TensorSet, scalars: Scalars, orders: Tensor, history: int) -> None:
     """`settle` in plain torch."""
     on_cpu = orders.device.type == "cpu"
     pair, restart, fraction, slot = orders.tolist() if on_cpu else orders.unbind()
-    if on_cpu and not pair and not restart and fraction == 1.0:
+    noted, placed = not on_cpu or bool(pair or restart), not on_cpu or fraction != 1.0
+    if not noted and not placed:
         return
     pair, restart = pair > 0, restart > 0
     sign = scalars.hyperparameters[tensors.group.long(), HYPER["sign"]]
     factors = (sign / scalars.ledger[INDEX["loss_scale"]]).to(tensors.compute_dtype)
     parts = scalars.prediction[tensors.place, PART_COLUMN.value] > 0
-    for index, here in enumerate(tensors.present):
-        for part in tensors.torch_blocks(index):
-            w = tensors.weight(index, part)
-            flat = tensors.flat
-            snapshot, last = flat["snapshot"][index][part], flat["last_gradient"][index][part]
-            if not (on_cpu and not pair and not restart):
-                g = torch.zeros_like(last)
-                if here:
-                    g = flat["grad"][index][part].to(last.dtype) * factors[index]
-                moved = w - snapshot if here else g
-                change = g - last if here else g
-                for number in range(history):
-                    now = pair and slot == number if on_cpu else pair & (slot == number)
-                    if now is not False:
-                        assign(flat[f"move_{number}"][index][part], moved, now)
-                        assign(flat[f"change_{number}"][index][part], change, now)
-                assign(snapshot, w, restart)
-                assign(last, g, restart)
-            if not (on_cpu and fraction == 1.0):
-                share = torch.as_tensor(fraction, device=w.device).to(w.dtype)
-                placed = torch.where(share == 0.0, snapshot, snapshot + share * (w - snapshot))
-                w.copy_(torch.where(parts[index] & (share != 1.0), placed, w))
-                tensors.put_weight(index, part, w)
+    slots = [int(slot)] if on_cpu else range(history)
+    known = factors.tolist() if on_cpu else factors
+    keys = [*zip(tensors.present, parts.tolist(), known)] if on_cpu else [True] * len(tensors)
+    for cells in cells_of(tensors, keys, PART):
+        w, snapshot = cells.weight(), cells.joined("snapshot")
+        here = tensors.present[cells.first]
+        if noted:
+            last = cells.joined("last_gradient")
+            g = torch.zeros_like(last)
+            if here:
+                g = cells.joined("grad").to(last.dtype) * known[cells.first]
+            moved, change = (w - snapshot, g - last) if here else (g, g)
+            for number in slots:
+                now = pair if on_cpu else pair & (slot == number)
+                _note(cells, f"move_{number}", moved, now)
+                _note(cells, f"change_{number}", change, now)
+            snapshot = _note(cells, "snapshot", w, restart)
+            _note(cells, "last_gradient", g, restart)
+        if placed:
+            share = torch.as_tensor(fraction, device=w.device).to(w.dtype)
+            at = torch.where(share == 0.0, snapshot, snapshot + share * (w - snapshot))
+            moves = cells.spread(parts) & (share != 1.0)
+            cells.put_weight(torch.where(moves, at, w))
 
 
-def _metric(tensors: TensorSet, scalars: Scalars) -> tuple[Tensor, ...]:
-    """FP64 columns ``[tensors]``: the rule's numbers; rate; decay; bias correction."""
+def _note(cells: Cells, name: str, value: Tensor, now: Any) -> Tensor:
+    """Gives a row a value where ``now``, a bool on the CPU, holds; returns the row."""
+    if now is False:
+        return cells.joined(name)
+    found = value if now is True else torch.where(now, value, cells.joined(name))
+    cells.put(name, found)
+    return found
+
+
+def _metric(tensors: TensorSet, scalars: Scalars) -> Tensor:
+    """FP64 ``[tensors, 7]``: the rule's numbers; rate; decay; bias correction."""
     rule = tensors.rule
     assert rule is not None
     row = scalars.hyperparameters[tensors.group.long()]
@@ -67,56 +70,54 @@ def _metric(tensors: TensorSet, scalars: Scalars) -> tuple[Tensor, ...]:
     lr = row[:, HYPER["lr"]]
     correction1 = 1.0 - (step * row[:, HYPER["log_exp_avg"]]).exp()
     decay = lr * row[:, HYPER["weight_decay"]]
-    return *rule.torch_along.numbers(row, step), lr, decay, correction1
+    its = rule.torch_along.numbers(row, step)
+    return torch.stack([*its, lr, decay, correction1], dim=1)
 
 
 def _blocks(
     tensors: TensorSet, scalars: Scalars, history: int
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor, dict[str, Tensor], Tensor, Any]]:
-    """Of each block: moves, changes, metric, rows, weights; place, part, decay, correction."""
+) -> Iterator[tuple[Cells, Tensor, Tensor, Tensor, dict[str, Tensor], Sequence[Any]]]:
+    """Of elements with the same numbers: moves, changes, metric, rows; part, decay, correction.
+
+    Floats on the CPU, else 0-dim.
+    """
     rule, on_cpu = tensors.rule, scalars.ledger.device.type == "cpu"
     assert rule is not None
-    table = torch.stack(_metric(tensors, scalars), dim=1).to(tensors.compute_dtype)
-    numbers = table.tolist() if on_cpu else [row.unbind() for row in table.unbind()]
+    table = _metric(tensors, scalars).to(tensors.compute_dtype)
     parts = scalars.prediction[tensors.place, PART_COLUMN.value] > 0
-    takes_part = parts.tolist() if on_cpu else parts
-    names = [[f"{kind}_{slot}" for slot in range(history)] for kind in ("move", "change")]
-    scratch = torch.empty(2, PART, dtype=tensors.compute_dtype, device=tensors.device)
-    for index, here in enumerate(takes_part):
-        a, b, c, d, lr, *others = numbers[index]
-        for begin in range(0, tensors.lengths[index], PART) if not on_cpu or here else ():
-            part = slice(begin, min(begin + PART, tensors.lengths[index]))
-            w = tensors.weight(index, part)
-            rows = tensors.block_rows(index, part, ("last_gradient", "exp_avg", "exp_avg_sq"))
-            ones = torch.ones_like(w)
-            out = scratch[:, : w.numel()]
-            metric = rule.torch_along.along(rows, ones, (a, b, c, d), out).mul_(lr)
-            if not on_cpu:
-                metric = metric * here
-            moves, changes = (
-                torch.stack([tensors.flat[name][index][part] for name in its]) for its in names
-            )
-            yield index, moves, changes, metric, rows, w, (part, here, *others)
+    numbers: Any = [row.unbind() for row in table.unbind()]
+    keys: list[Any] = [True] * len(tensors)
+    if on_cpu:
+        numbers = [*map(tuple, table.tolist())]
+        keys = [its if here else None for its, here in zip(numbers, parts.tolist())]
+    names = [f"{kind}_{slot}" for kind in ("move", "change") for slot in range(history)]
+    for cells in cells_of(tensors, keys, PART):
+        a, b, c, d, lr, decay, correction1 = numbers[cells.first]
+        rows = {name: cells.joined(name) for name in ("last_gradient", "exp_avg", "exp_avg_sq")}
+        out = rows["exp_avg"].new_empty(2, cells.total)
+        ones = torch.ones_like(out[0])
+        metric = rule.torch_along.along(rows, ones, (a, b, c, d), out).mul_(lr)
+        here: Any = 1.0 if on_cpu else parts[cells.first]
+        moves, changes = cells.stacked(names).split(history)
+        yield cells, moves, changes, metric * here, rows, (here, decay, correction1)
 
 
 def products_torch(tensors: TensorSet, scalars: Scalars, out: Tensor, history: int) -> None:
     """`products` in plain torch."""
-    gram = torch.zeros(2 * history, history + 1, dtype=torch.float64, device=tensors.device)
-    squares = torch.zeros(history, dtype=torch.float64, device=tensors.device)
-    rest = torch.zeros(3, dtype=torch.float64, device=tensors.device)
-    for _, moves, changes, metric, rows, w, others in _blocks(tensors, scalars, history):
-        _, here, decay, correction1 = others
-        if here is not True:
+    for cells, moves, changes, metric, rows, others in _blocks(tensors, scalars, history):
+        here, decay, correction1 = others
+        if isinstance(here, Tensor):
             moves, changes = moves * here, changes * here
-        g = rows["last_gradient"]
+        g, average = rows["last_gradient"], rows["exp_avg"]
         left, right = torch.cat([moves, changes * metric]), torch.cat([changes, g.unsqueeze(0)])
-        gram += (left @ right.T).double()
         # Where the rate is 0 nothing moves.
-        squares += (moves.square() / torch.where(metric > 0, metric, 1.0)).sum(1)
-        rest[0] += (metric * g).dot(g)
-        rest[1] += (metric * rows["exp_avg"]).dot(rows["exp_avg"]) / correction1**2
-        rest[2] += decay * g.dot(w) * here
-    out += torch.cat([gram.flatten(), squares, rest])
+        squares = (moves.square() / torch.where(metric > 0, metric, 1.0)).sum(1)
+        rest = [
+            (metric * g).dot(g),
+            (metric * average).dot(average) / correction1**2,
+            decay * g.dot(cells.weight()) * here,
+        ]
+        out += torch.cat([(left @ right.T).flatten(), squares, torch.stack(rest)]).double()
 
 
 def move_torch(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: int) -> None:
@@ -128,15 +129,20 @@ def move_torch(tensors: TensorSet, scalars: Scalars, solution: Tensor, history: 
         return
     _, gamma, share, *_ = solution.to(tensors.compute_dtype).unbind()
     alpha, delta = solution[3:].to(tensors.compute_dtype).split(history)
-    for index, moves, changes, metric, rows, w, others in _blocks(tensors, scalars, history):
-        part, here, decay, _ = others
-        g = rows["last_gradient"]
+    for cells, moves, changes, metric, rows, others in _blocks(tensors, scalars, history):
+        here, decay, _ = others
+        g, w = rows["last_gradient"], cells.weight()
         moved = -gamma * metric * (g - alpha @ changes) - delta @ moves - share * decay * w
-        moves_here = (rows["exp_avg_sq"] != 0) & moving & here
+        moves_here = rows["exp_avg_sq"] != 0
+        if not on_cpu:
+            moves_here &= moving & here
         moved = torch.where(moves_here, moved, 0.0)
-        w.copy_(torch.where(moves_here, w + moved, w))
-        tensors.put_weight(index, part, w)
-        seen = tensors.flat["param"][index][part] if tensors.has_master else w
-        sums[index, 0] += g.dot(moved)
-        sums[index, 1] += torch.where(moves_here, moved * moved / metric, 0.0).sum()
-        sums[index, 2] += ~seen.isfinite().all()
+        seen = cells.put_weight(torch.where(moves_here, w + moved, w))
+        squares = torch.where(moves_here, moved * moved / metric, 0.0)
+        total = sums[cells.indices]
+        total[:, 0] += dots(cells.parts(g), cells.parts(moved))
+        total[:, 1] += torch.stack([*map(torch.sum, cells.parts(squares))])
+        # A finite sum has finite terms; on the CPU the second look costs only when not.
+        if not on_cpu or not bool(seen.sum(dtype=tensors.compute_dtype).isfinite()):
+            total[:, 2] += torch.stack([~part.isfinite().all() for part in cells.parts(seen)])
+        sums[cells.indices] = total

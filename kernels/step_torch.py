@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton_hybrid.kernels.displacement import Displacement
-from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.ledger_torch import (
+    count,
+    entries_of,
     move_loss_scale_torch,
     observe_torch,
     slow_decay_torch,
@@ -18,6 +20,21 @@ from triton_hybrid.kernels.ledger_torch import (
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet
 from triton_hybrid.kernels.placement import Places, placed_by_update
 from triton_hybrid.kernels.rows import OWN
+from triton_hybrid.kernels.scalar_math import (
+    Number,
+    Truth,
+    beside,
+    clamp,
+    finite,
+    negate,
+    number,
+    numbers_of,
+    reciprocal,
+    sqrt,
+    vector_of,
+    where,
+    write,
+)
 from triton_hybrid.kernels.scalars import HYPER, UPDATE_SUMS, Scalars
 from triton_hybrid.kernels.together_torch import Cells, cells_of, dots
 from triton_hybrid.kernels.update_rule import Block, Numbers
@@ -46,17 +63,18 @@ def step_torch(
         measure_torch(sets, scalars)
     gradient = Gradient.of(scalars, max_norm)
     _, _, applied, coefficient, unscale = gradient
+    on_cpu = ledger.device.type == "cpu"
 
     rates = None
     if slow_beta > 0:
         rates = averaging_rates(ledger, slow_beta, gradient.norm, coefficient)
     measured = measured and rates is not None
     sums = torch.zeros(UPDATE_SUMS, dtype=torch.float64, device=ledger.device)
-    skip = None if ledger.device.type == "cpu" else ~applied
-    if skip is not None or bool(applied):
+    skip = None if on_cpu else ~applied
+    if applied is not False:
         for tensors in sets:
             compared = measured and not tensors.frozen
-            clip = coefficient * unscale
+            clip = torch.as_tensor(coefficient * unscale, dtype=torch.float64)
             assert tensors.rule is not None
             if tensors.rule.prepare_torch is not None:
                 tensors.rule.prepare_torch(tensors, scalars, clip, skip)
@@ -69,7 +87,7 @@ def step_torch(
             here: float | Tensor = 1.0
             if not all(tensors.present):
                 here = torch.tensor(tensors.present, device=ledger.device)
-            tensors.steps.add_(applied.float() * here)
+            tensors.steps.add_(here if on_cpu else applied.float() * here)
 
     if measured and reduce is not None:
         sums = reduce(sums)
@@ -79,25 +97,25 @@ def step_torch(
 
 
 class Gradient(NamedTuple):
-    """What the gradients of a step have in common; each 0-dim."""
+    """What the gradients of a step have in common."""
 
-    norm: Tensor  # of all, without the loss scale
-    nonfinite: Tensor
-    applied: Tensor  # whether the update is made
-    coefficient: Tensor  # what clips them
-    unscale: Tensor  # what undoes the loss scale
+    norm: Number  # of all, without the loss scale
+    nonfinite: Truth
+    applied: Truth  # whether the update is made
+    coefficient: Number  # what clips them
+    unscale: Number  # what undoes the loss scale
 
     @classmethod
     def of(cls, scalars: Scalars, max_norm: float | None) -> Gradient:
         """From ``scalars.gradient`` and the ledger."""
-        ledger, (square, bad) = scalars.ledger, scalars.gradient.unbind()
-        unscale = ledger[INDEX["loss_scale"]].reciprocal()
-        norm = square.sqrt() * unscale
-        nonfinite = (bad > 0) | (ledger[INDEX["found_inf"]] > 0)
-        applied = ~(nonfinite | (ledger[INDEX["hold"]] > 0))
-        coefficient = torch.ones_like(norm)
+        entries, (square, bad) = entries_of(scalars.ledger), numbers_of(scalars.gradient)
+        unscale = reciprocal(entries["loss_scale"])
+        norm = sqrt(square) * unscale
+        nonfinite = (bad > 0) | (entries["found_inf"] > 0)
+        applied = negate(nonfinite | (entries["hold"] > 0))
+        coefficient = beside(norm, 1.0)
         if max_norm is not None:
-            coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            coefficient = clamp(max_norm * reciprocal(norm + 1e-6), most=1.0)
         return cls(norm, nonfinite, applied, coefficient, unscale)
 
 
@@ -115,20 +133,20 @@ def close_step_torch(
     ``sums``: what `UPDATE_SUMS` names; ``steady``: what the slow EMA took of the gradient, None: 1.
     """
     norm, nonfinite, applied, coefficient, _ = gradient
-    ledger[INDEX["norm"]] = torch.where(nonfinite, ledger[INDEX["norm"]], norm)
-    ledger[INDEX["nonfinite"]] = nonfinite.double()
-    ledger[INDEX["skipped"]] += nonfinite
-    ledger[INDEX["applied"]] += applied
+    entries = entries_of(ledger)
+    entries["norm"] = where(nonfinite, entries["norm"], norm)
+    entries["nonfinite"] = nonfinite * beside(norm, 1.0)
+    count(entries, skipped=nonfinite, applied=applied)
     if observed:
         used = norm * coefficient
         # A norm that overflowed would spoil every running mean for good.
-        seen = applied & used.isfinite()
-        used = used if steady is None else used * steady
-        observe_torch(ledger, norm, used, sums, slow_beta, seen, measured)
-    ledger[INDEX["loss"]] = torch.nan
-    ledger[INDEX["hold"]] = 0.0
-    ledger[INDEX["found_inf"]] = 0.0
-    move_loss_scale_torch(ledger, nonfinite)
+        seen = applied & finite(used)
+        used = used if steady is None else used * number(steady)
+        observe_torch(entries, norm, used, numbers_of(sums), slow_beta, seen, measured)
+    for name, value in (("loss", math.nan), ("hold", 0.0), ("found_inf", 0.0)):
+        entries[name] = beside(norm, value)
+    move_loss_scale_torch(entries, nonfinite)
+    write(ledger, entries)
 
 
 def measure_torch(sets: Sequence[TensorSet], scalars: Scalars) -> None:
@@ -150,10 +168,11 @@ def measure_torch(sets: Sequence[TensorSet], scalars: Scalars) -> None:
         bad.copy_(~torch.stack([g.isfinite().all() for g in grads]).all())
 
 
-def averaging_rates(ledger: Tensor, slow_beta: float, norm: Tensor, coefficient: Tensor) -> Tensor:
+def averaging_rates(ledger: Tensor, slow_beta: float, norm: Number, coefficient: Number) -> Tensor:
     """FP64 ``[2]``: rate of the slow EMA, factor on its gradient."""
-    share = slow_share_torch(ledger, norm, coefficient)
-    return torch.stack([1.0 - slow_decay_torch(ledger, slow_beta), share])
+    entries = entries_of(ledger)
+    share = slow_share_torch(entries, number(norm), number(coefficient))
+    return vector_of([1.0 - slow_decay_torch(entries, slow_beta), share], ledger.device)
 
 
 def update_numbers(tensors: TensorSet, scalars: Scalars, clip: Tensor) -> Tensor:

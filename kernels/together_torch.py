@@ -40,6 +40,14 @@ class Places:
         padded = [sum(pair) for pair in zip(self.lengths, self.gaps)]
         self.repeats = torch.tensor(padded, dtype=torch.int64, device="cpu")
         self.total = sum(self.pieces)
+        self._zeros: dict[torch.dtype, list[Tensor]] = {}
+
+    def zeros(self, dtype: torch.dtype) -> list[Tensor]:
+        """What fills the gaps; made once, for a slice costs as much as any operation."""
+        if dtype not in self._zeros:
+            row = torch.zeros(ALIGNED, dtype=dtype, device="cpu")
+            self._zeros[dtype] = [row[:gap] for gap in self.gaps]
+        return self._zeros[dtype]
 
 
 class Together:
@@ -59,9 +67,14 @@ class Together:
         """A row in one piece, with zeros in the gaps."""
         rows = self.rows(name)
         if any(self._places.gaps):
-            zeros = rows[0].new_zeros(ALIGNED)
-            rows = [x for row, gap in zip(rows, self._places.gaps) for x in (row, zeros[:gap])]
+            rows = [x for pair in zip(rows, self._places.zeros(rows[0].dtype)) for x in pair]
         return torch.cat(rows)
+
+    def stacked(self, names: Sequence[str]) -> Tensor:
+        """Several rows, ``[names, total]``."""
+        zeros = self._places.zeros(self.rows(names[0])[0].dtype)
+        pairs = (pair for name in names for pair in zip(self.rows(name), zeros))
+        return torch.cat([piece for pair in pairs for piece in pair]).view(len(names), -1)
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Views of the tensors in a row that is in one piece."""
@@ -119,6 +132,10 @@ class Part:
         index, part = self._place
         return self.tensors.flat[name][index][part]
 
+    def stacked(self, names: Sequence[str]) -> Tensor:
+        """The blocks of several rows, ``[names, total]``."""
+        return torch.stack([self.joined(name) for name in names])
+
     def parts(self, whole: Tensor) -> list[Tensor]:
         """A block of its own is all that there is."""
         return [whole]
@@ -162,7 +179,9 @@ def dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return torch.stack([*map(torch.dot, left, right)])
 
 
-def cells_of(tensors: TensorSet, keys: Sequence[Hashable | None]) -> Iterator[Cells]:
+def cells_of(
+    tensors: TensorSet, keys: Sequence[Hashable | None], block: int = TORCH_BLOCK
+) -> Iterator[Cells]:
     """All elements of the tensors whose key is not None: short ones together, others in blocks.
 
     A tensor's blocks come one after the other. ``indices`` says whose elements they are, ``first``
@@ -174,7 +193,7 @@ def cells_of(tensors: TensorSet, keys: Sequence[Hashable | None]) -> Iterator[Ce
             yield parties[index]
             done.update(parties[index].indices)
         elif key is not None and index not in done:
-            for part in tensors.torch_blocks(index):
+            for part in tensors.torch_blocks(index, block):
                 yield Part(tensors, index, part)
 
 

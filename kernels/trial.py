@@ -13,7 +13,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from triton_hybrid.kernels.ledger import BLOCKED_LIMIT, INDEX, LONGEST_COOLDOWN
-from triton_hybrid.kernels.ledger_torch import count, enter
+from triton_hybrid.kernels.ledger_torch import Entries, count, enter
+from triton_hybrid.kernels.scalar_math import (
+    Truth,
+    beside,
+    clamp,
+    divide,
+    exp2,
+    finite,
+    larger,
+    named,
+    negate,
+    number,
+    numbers_of,
+    sqrt,
+    vector_of,
+    where,
+    write,
+)
 
 TRIAL = ("slot", "pairs", "based", "loss", "slope", "shortened", "ready", "again", "noise")
 """Entries of a trial: which pair is written next, how many there are, whether the snapshot is where
@@ -76,65 +93,66 @@ def judge(
     Returns:
         The `ORDERS`, FP64.
     """
-    entries, its = dict(zip(INDEX, ledger.unbind())), dict(zip(TRIAL, trial.unbind()))
-    after, _, bad = sums.sum(0).unbind()
+    entries, its = named(ledger, INDEX), named(trial, TRIAL)
+    after, _, bad = numbers_of(sums.sum(0))
     nonfinite = (bad > 0) | (entries["found_inf"] > 0)
     standing, written = entries["moved"] > 0, entries["written"] > 0
     loss, base, slope = entries["loss"], its["loss"], its["slope"]
 
-    known = ~loss.isnan() & ~base.isnan()
+    known = (loss == loss) & (base == base)
     trapezoid = 0.5 * (slope + after)
-    change = torch.where(known, loss - base, trapezoid)
-    rounded = known & (change.abs() <= ROUNDING * base.abs()) & (trapezoid <= SUFFICIENT * slope)
+    change = where(known, loss - base, trapezoid)
+    rounded = known & (abs(change) <= ROUNDING * abs(base)) & (trapezoid <= SUFFICIENT * slope)
     fell = (change <= SUFFICIENT * slope) | rounded
-    blocked = torch.where(nonfinite & standing, entries["blocked"] + 1.0, 0.0)
+    blocked = where(nonfinite & standing, entries["blocked"] + 1.0, 0.0)
     to_blame = nonfinite & (blocked >= BLOCKED_LIMIT.value)
-    accepted = standing & ~nonfinite & fell
-    failed = standing & ((~nonfinite & ~fell) | to_blame)
+    accepted = standing & negate(nonfinite) & fell
+    failed = standing & (negate(nonfinite | fell) | to_blame)
     undone = failed & ((its["shortened"] >= MOST_SHORTENED) | written)
-    shortened = failed & ~undone
+    shortened = failed & negate(undone)
 
-    share = -slope / (2.0 * (change - slope))
-    share = torch.where(nonfinite | share.isnan(), SHORTEST, share.clamp(SHORTEST, LONGEST))
-    fraction = torch.where(shortened, share, torch.where(undone, 0.0, 1.0))
+    share = divide(-slope, 2.0 * (change - slope))
+    share = where(nonfinite | (share != share), SHORTEST, clamp(share, SHORTEST, LONGEST))
+    fraction = where(shortened, share, where(undone, beside(slope, 0.0), 1.0))
     # A pair without curvature along the move would be left out, and would cost another one.
-    pair = ~nonfinite & (its["based"] > 0) & ~written & (~standing | (after > slope))
-    restart = ~nonfinite & ~failed
+    pair = negate(nonfinite | written) & (its["based"] > 0) & (negate(standing) | (after > slope))
+    restart = negate(nonfinite | failed)
     again = restart & (its["again"] > 0)
-    enter(its, again, noise=(~((loss - base).abs() <= SAME * base.abs())).double())
-    orders = torch.stack([pair.double(), restart.double(), fraction, its["slot"]])
+    one = beside(slope, 1.0)
+    enter(its, again, noise=one * negate(abs(loss - base) <= SAME * abs(base)))
+    orders = vector_of([one * pair, one * restart, fraction, its["slot"]], trial.device)
 
-    written, learnt = written & (accepted | undone), ~written
-    enter(its, pair, slot=torch.remainder(its["slot"] + 1.0, history))
-    enter(its, pair, pairs=(its["pairs"] + 1.0).clamp(max=history))
+    written, learnt = written & (accepted | undone), negate(written)
+    enter(its, pair, slot=(its["slot"] + 1.0) % history)
+    enter(its, pair, pairs=clamp(its["pairs"] + 1.0, most=history))
     enter(its, restart, based=1.0, loss=loss, shortened=0.0)
     enter(its, shortened, slope=fraction * slope, shortened=its["shortened"] + 1.0)
     enter(its, undone | written, pairs=0.0, based=0.0, shortened=0.0)
-    its["again"] = torch.where(restart | written, 0.0, its["again"].clamp(min=undone.double()))
-    its["ready"] = (restart & ~written & (entries["cooldown"] <= 1.0)).double() * last
+    its["again"] = where(restart | written, 0.0, larger(its["again"], one * undone))
+    its["ready"] = one * (restart & negate(written) & (entries["cooldown"] <= 1.0)) * last
 
     accepted, rejected = accepted & learnt, undone & learnt
-    grown = (entries["horizon"] * GROWTH).clamp(max=LARGEST_HORIZON)
+    grown = clamp(entries["horizon"] * GROWTH, most=LARGEST_HORIZON)
     enter(entries, accepted, horizon=grown, rejections=0.0)
     enter(entries, failed & learnt, horizon=SHRINKAGE * entries["horizon"])
-    enter(entries, failed & learnt, hold=1.0, loss=torch.nan)
+    enter(entries, failed & learnt, hold=1.0, loss=math.nan)
     wait_longer(entries, rejected, cooldown)
-    by_loss = rejected & known & ~nonfinite
-    count(entries, accepted=accepted, cause_nonfinite=rejected & nonfinite, cause_loss=by_loss)
-    count(entries, cause_norm=rejected & ~known & ~nonfinite)
+    seen = rejected & negate(nonfinite)
+    count(entries, accepted=accepted, cause_nonfinite=rejected & nonfinite)
+    count(entries, cause_loss=seen & known, cause_norm=seen & negate(known))
     enter(entries, accepted | undone, moved=0.0, stretch=0.0, jump_square=0.0, written=0.0)
-    entries["blocked"] = torch.where(standing & ~failed, blocked, 0.0)
-    entries["confidence"] = torch.ones_like(loss)
+    entries["blocked"] = where(standing & negate(failed), blocked, 0.0)
+    entries["confidence"] = one
     entries["decision"] = accepted + 2.0 * rejected + 3.0 * written + 4.0 * shortened
-    ledger.copy_(torch.stack(list(entries.values())))
-    trial.copy_(torch.stack([entry.double() for entry in its.values()]))
+    write(ledger, entries)
+    write(trial, its)
     return orders
 
 
-def wait_longer(entries: dict[str, Tensor], rejected: Tensor, cooldown: float) -> None:
+def wait_longer(entries: Entries, rejected: Truth, cooldown: float) -> None:
     """Forces steps of the base rule, twice as many with each rollback in a row."""
-    doublings = entries["rejections"].clamp(max=LONGEST_COOLDOWN.value)
-    enter(entries, rejected, cooldown=cooldown * torch.exp2(doublings))
+    doublings = clamp(entries["rejections"], most=LONGEST_COOLDOWN.value)
+    enter(entries, rejected, cooldown=cooldown * exp2(doublings))
     count(entries, rejections=rejected, rejected=rejected)
 
 
@@ -214,22 +232,22 @@ def limit(ledger: Tensor, trial: Tensor, sums: Tensor, products: Tensor, cooldow
     Returns:
         The `ORDERS`, FP64: a fraction for the move just made.
     """
-    entries, its = dict(zip(INDEX, ledger.unbind())), dict(zip(TRIAL, trial.unbind()))
-    slope, square, bad = sums.sum(0).unbind()
+    entries, its = named(ledger, INDEX), named(trial, TRIAL)
+    slope, square, bad = numbers_of(sums.sum(0))
     moving = its["ready"] > 0
-    usual = products[-2].sqrt()
+    usual = sqrt(number(products[-2]))
     radius = RADIUS * entries["horizon"] * usual
-    fraction = (radius / square.sqrt().clamp(min=1e-300)).clamp(max=1.0)
-    good = (bad == 0) & square.isfinite() & (slope < 0)
-    kept, undone = moving & good, moving & ~good
-    fraction = torch.where(kept, fraction, torch.where(undone, 0.0, 1.0))
+    fraction = clamp(radius / clamp(sqrt(square), 1e-300), most=1.0)
+    good = (bad == 0) & finite(square) & (slope < 0)
+    kept, undone = moving & good, moving & negate(good)
+    fraction = where(kept, fraction, where(undone, beside(slope, 0.0), 1.0))
 
     enter(its, moving, slope=fraction * slope, ready=0.0)
     enter(its, undone, pairs=0.0, based=0.0, again=1.0)
     wait_longer(entries, undone, cooldown)
     count(entries, cause_nonfinite=undone & (bad > 0), cause_jump=undone & (bad == 0))
     enter(entries, kept, moved=1.0, stretch=1.0, jump_square=fraction * fraction * square)
-    ledger.copy_(torch.stack(list(entries.values())))
-    trial.copy_(torch.stack(list(its.values())))
-    zero = torch.zeros_like(fraction)
-    return torch.stack([zero, zero, fraction, zero])
+    write(ledger, entries)
+    write(trial, its)
+    zero = beside(slope, 0.0)
+    return vector_of([zero, zero, fraction, zero], trial.device)

@@ -30,7 +30,13 @@ from triton_hybrid.kernels.ledger import (
     gate,
     reject,
 )
-from triton_hybrid.kernels.ledger_torch import gate_torch, reject_torch
+from triton_hybrid.kernels.ledger_torch import (
+    count,
+    enter,
+    entries_of,
+    gate_torch,
+    reject_torch,
+)
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.placement import ACCEPTED, Places, at_fraction, placed_by_update
 from triton_hybrid.kernels.repeated import repeated
@@ -44,6 +50,7 @@ from triton_hybrid.kernels.rows import (
     store_row,
     store_weight,
 )
+from triton_hybrid.kernels.scalar_math import negate, sqrt, total, where, write
 from triton_hybrid.kernels.scalars import Scalars, own
 from triton_hybrid.kernels.sums import totals
 from triton_hybrid.kernels.together_torch import cells_of
@@ -188,15 +195,15 @@ def check_move_torch(
 ) -> None:
     """`check_move` in plain torch."""
     ledger, sums, prediction = scalars.ledger, scalars.sums, scalars.prediction
-    moving = gate_torch(ledger, threshold)
-    entries = dict(zip(INDEX, ledger.unbind()))
-    distance = entries["jump_square"].sqrt() + sums[:, 1].sum().sqrt()
-    nonfinite = (sums[:, 2].sum() > 0) | distance.isnan()
-    too_far = (distance > limit * entries["update_square"].sqrt()) & ~nonfinite
+    entries = entries_of(ledger)
+    moving = gate_torch(entries, threshold)
+    distance = sqrt(entries["jump_square"]) + sqrt(total(sums[:, 1]))
+    nonfinite = (total(sums[:, 2]) > 0) | (distance != distance)
+    too_far = (distance > limit * sqrt(entries["update_square"])) & negate(nonfinite)
     rejected = moving & (nonfinite | too_far)
-    undone = rejected | (moving & (sums[:, 0].sum() > 0))
+    undone = rejected | (moving & (total(sums[:, 0]) > 0))
     on_cpu = ledger.device.type == "cpu"
-    if not on_cpu or bool(undone):
+    if undone is not False:
         places = Places(tensors, scalars, again)
         part = prediction[tensors.place, PART_COLUMN.value] > 0
         keys = [here or None for here in part.tolist()] if on_cpu else [True] * len(tensors)
@@ -204,20 +211,15 @@ def check_move_torch(
             places.place(cells, True if on_cpu else undone & cells.spread(part), 0.0)
     if not last:
         return
-    slope = prediction[:, SLOPE_COLUMN.value]
-    advanced = torch.where(moving, (slope.double() + sums[:, 0]).float(), slope)
-    prediction[:, SLOPE_COLUMN.value] = torch.where(undone, torch.zeros_like(slope), advanced)
-    zero = torch.zeros_like(distance)
-    kept = moving & ~undone
-    entries["stretch"] = torch.where(kept, entries["stretch"] + 1.0, entries["stretch"])
-    entries["jump_square"] = torch.where(kept, distance * distance, entries["jump_square"])
-    entries["moved"] = torch.where(kept, zero + 1.0, entries["moved"])
-    for name in ("stretch", "jump_square", "moved"):
-        entries[name] = torch.where(undone, zero, entries[name])
+    slopes = prediction[:, SLOPE_COLUMN.value]
+    advanced = where(moving, (slopes.double() + sums[:, 0]).float(), slopes)
+    slopes.copy_(where(undone, torch.zeros_like(slopes), advanced))
+    kept, further = moving & negate(undone), entries["stretch"] + 1.0
+    enter(entries, kept, stretch=further, jump_square=distance * distance, moved=1.0)
+    enter(entries, undone, stretch=0.0, jump_square=0.0, moved=0.0)
     reject_torch(entries, cooldown, rejected)
-    entries["cause_nonfinite"] = entries["cause_nonfinite"] + (rejected & nonfinite)
-    entries["cause_jump"] = entries["cause_jump"] + (rejected & too_far)
-    ledger.copy_(torch.stack(list(entries.values())))
+    count(entries, cause_nonfinite=rejected & nonfinite, cause_jump=rejected & too_far)
+    write(ledger, entries)
 
 
 @triton.jit

@@ -30,7 +30,8 @@ from training import (
     weights,
 )
 from triton_hybrid.kernels.ledger import INDEX, read_ledger, write_ledger
-from triton_hybrid.kernels.ledger_torch import move_loss_scale_torch
+from triton_hybrid.kernels.ledger_torch import entries_of, move_loss_scale_torch
+from triton_hybrid.kernels.scalar_math import write
 
 from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 from triton_hybrid.rules import RULES
@@ -58,7 +59,9 @@ def test_scale_moves_as_torch_moves_it(scale: float, tracker: int, nonfinite: bo
     torch._amp_update_scale_(theirs, count, torch.tensor(float(nonfinite)), 2.0, 0.5, 2000)
     start = {"loss_scale": float(torch.tensor(scale)), "growth_tracker": tracker}
     ours = write_ledger(start, torch.device("cpu"))
-    move_loss_scale_torch(ours, torch.tensor(nonfinite))
+    entries = entries_of(ours)
+    move_loss_scale_torch(entries, nonfinite)
+    write(ours, entries)
     assert float(ours[INDEX["loss_scale"]]) == float(theirs)
     # Torch counts on where a tracker has passed its interval, which never happens.
     if tracker < 2000:
@@ -74,7 +77,9 @@ def test_step_moves_the_scale(
     problem = Problem(plain((5,), (3, 4)))
     problem.note(loss_scale=float(torch.tensor(scale)), growth_tracker=tracker)
     expected = problem.ledger.clone()
-    move_loss_scale_torch(expected, torch.tensor(nonfinite, device=expected.device))
+    entries = entries_of(expected)
+    move_loss_scale_torch(entries, torch.tensor(nonfinite, device=expected.device))
+    write(expected, entries)
     if nonfinite:
         problem.rows["grad"][1][0, 0] = math.inf
     backend.step(problem)

@@ -34,6 +34,7 @@ from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import QUINTIC, orthogonalise
 from triton_hybrid.kernels.newton_schulz_torch import orthogonalise_torch
 from triton_hybrid.kernels.rows import address_row, load_row
+from triton_hybrid.kernels.scalar_math import negate
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.step_torch import Gradient
 from triton_hybrid.kernels.update_rule import Block, UpdateRule
@@ -210,7 +211,8 @@ def _prepare(tensors: TensorSet, scalars: Scalars, max_norm: float | None) -> No
     if tensors.whole is not None:
         gradient = Gradient.of(scalars, max_norm)
         clip = gradient.coefficient * gradient.unscale
-        tensors.whole.orthogonalise(scalars, clip, ~gradient.applied)
+        skip = torch.as_tensor(negate(gradient.applied), device=tensors.device)
+        tensors.whole.orthogonalise(scalars, torch.as_tensor(clip, dtype=torch.float64), skip)
         return
     assert tensors.matrices is not None
     orthogonalise(tensors.matrices, scalars, max_norm)
