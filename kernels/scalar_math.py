@@ -112,9 +112,7 @@ def exp2(x: Number) -> Number:
 
 def reciprocal(x: Number) -> Number:
     """1 / x, infinite of 0."""
-    if isinstance(x, Tensor):
-        return x.reciprocal()
-    return 1.0 / x if x else math.inf
+    return x.reciprocal() if isinstance(x, Tensor) else divide(1.0, x)
 
 
 def divide(x: Number, y: Number) -> Number:

@@ -2,13 +2,15 @@
 
     python examples/benchmarks/quiet.py --output quiet.json
     python examples/benchmarks/quiet.py --predictor secant --output quiet_secant.json
+    python examples/benchmarks/quiet.py --times --output times.json
 
 Six tasks in full batch (`quiet_tasks.py`), so many gradient evaluations for everybody, those of
 rejected moves and of L-BFGS's line search counted. AdamW and SOAP are tuned for each task over four
 rates, each decayed linearly to 0. Adam before L-BFGS has AdamW's best rate, held, for a fifth or a
 half of the evaluations, whichever ends lower. Ours has AdamW's best rate and a tenth of it, held,
 and otherwise its defaults. A task that `--output` holds already is not run again. SOAP comes
-with the extra `peers`.
+with the extra `peers`. With `--times` nothing is compared but the processor time of an evaluation
+with the step that follows it: AdamW, L-BFGS and ours in turn.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
@@ -153,6 +156,30 @@ def run_task(
     }
 
 
+def milliseconds(
+    name: str, seed: int, evaluations: int, predictor: str, rounds: int = 5
+) -> dict[str, list[float]]:
+    """Processor time of an evaluation and its step, in turn; each optimizer's rounds, sorted."""
+
+    def ours(params: Any) -> HybridOptimizer:
+        return HybridOptimizer(params, lr=1e-2, hybrid=HybridConfig(predictor=predictor))
+
+    runs: dict[str, Callable[[Problem], list[float]]] = {
+        "AdamW": lambda problem: descend(problem, adamw(1e-2), evaluations, decay=False),
+        "L-BFGS": lambda problem: lbfgs(problem, evaluations),
+        predictor: lambda problem: descend(problem, ours, evaluations, decay=False),
+    }
+    taken: dict[str, list[float]] = {who: [] for who in runs}
+    for number in range(rounds + 1):
+        for who, run in runs.items():
+            problem = TASKS[name](seed)
+            started = time.process_time()
+            count = len(run(problem))
+            if number:  # the first one imports and compiles
+                taken[who].append(round(1e3 * (time.process_time() - started) / count, 3))
+    return {who: sorted(its) for who, its in taken.items()}
+
+
 def first_below(losses: Sequence[float], goal: float) -> int | None:
     """Evaluations after which a loss is no higher than a goal; None where it never is."""
     return next((index for index, loss in enumerate(losses, 1) if loss <= goal), None)
@@ -192,6 +219,8 @@ class Options:
     """Which tasks."""
     predictor: Annotated[str, choice(("auto", "secant"))] = "auto"
     """Ours."""
+    times: bool = False
+    """Only measure the processor time of an evaluation."""
 
 
 def summary(tasks: dict[str, Any], predictor: str, evaluations: int) -> dict[str, Any]:
@@ -208,11 +237,32 @@ def summary(tasks: dict[str, Any], predictor: str, evaluations: int) -> dict[str
     }
 
 
+def show_times(options: Options) -> None:
+    """Measures every task's evaluations, and writes what they take."""
+    table = Table("task", "optimizer", "ms of the processor, median (least to most)")
+    found = {}
+    for name in options.tasks:
+        found[name] = milliseconds(name, options.seeds[0], options.evaluations, options.predictor)
+        for who, its in found[name].items():
+            median = statistics.median(its)
+            table.add_row(name, who, f"{median:.2f} ({its[0]:.2f} to {its[-1]:.2f})")
+    if options.output is not None:
+        content = {
+            "environment": environment(torch.device("cpu"), PACKAGES),
+            "evaluations": options.evaluations, "milliseconds": found,
+        }  # fmt: skip
+        write_json(options.output, content)
+    Console().print(table)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs and reports; returns the exit status."""
     options: Options = parse(Options, arguments, prog="quiet.py", description=__doc__)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    if options.times:
+        show_times(options)
+        return 0
     configuration = {
         "seeds": options.seeds, "evaluations": options.evaluations, "rates": RATES,
         "adam_shares": SHARES, "weight_decay": 1e-2, "loss_floor": FLOOR,

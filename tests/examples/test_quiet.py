@@ -71,3 +71,12 @@ def test_command_goes_on_with_its_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert content["speed_up_over_adamw"]["auto"]["geometric mean"] > 0
     assert quiet.main(["--seeds", "1", *given[2:], "regression"]) == 0
     assert set(json.loads(path.read_text())["tasks"]) == {"regression"}, "other seeds, other runs"
+
+
+def test_times_are_measured(tmp_path: Path) -> None:
+    path = tmp_path / "times.json"
+    flags = ["--times", "--evaluations", "40", "--tasks", "regression", "--output", str(path)]
+    assert quiet.main(flags) == 0
+    (times,) = json.loads(path.read_text())["milliseconds"].values()
+    assert times.keys() == {"AdamW", "L-BFGS", "auto"}
+    assert all(len(its) == 5 and its[0] > 0 for its in times.values())
