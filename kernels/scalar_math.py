@@ -54,6 +54,10 @@ def number(x: Tensor | float) -> Number:
     return numbers_of(x.reshape(1))[0] if isinstance(x, Tensor) else x
 
 
+def _on_cpu(x: float) -> Tensor:
+    return torch.tensor(x, dtype=torch.float64, device="cpu")  # whatever the default device is
+
+
 def beside(x: Number, value: float) -> Number:
     """A constant, where a number like another must stand."""
     return torch.full_like(x, value) if isinstance(x, Tensor) else value
@@ -92,17 +96,17 @@ def larger(x: Number, y: Number) -> Number:
 
 def sqrt(x: Number) -> Number:
     """The root by torch, one in a hundred of which is another than Python's."""
-    return x.sqrt() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64).sqrt().item()
+    return x.sqrt() if isinstance(x, Tensor) else _on_cpu(x).sqrt().item()
 
 
 def log(x: Number) -> Number:
     """The logarithm by torch, which takes another one than Python."""
-    return x.log() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64).log().item()
+    return x.log() if isinstance(x, Tensor) else _on_cpu(x).log().item()
 
 
 def exp(x: Number) -> Number:
     """The exponential function by torch."""
-    return x.exp() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64).exp().item()
+    return x.exp() if isinstance(x, Tensor) else _on_cpu(x).exp().item()
 
 
 def exp2(x: Number) -> Number:
@@ -124,7 +128,7 @@ def rounded(x: Number) -> Number:
     """To the nearest number of FP32."""
     if isinstance(x, Tensor):
         return x.float().double()
-    return torch.tensor(x, dtype=torch.float64).float().item()
+    return _on_cpu(x).float().item()
 
 
 def finite(x: Number) -> Truth:

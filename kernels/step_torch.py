@@ -74,7 +74,7 @@ def step_torch(
     if applied is not False:
         for tensors in sets:
             compared = measured and not tensors.frozen
-            clip = torch.as_tensor(coefficient * unscale, dtype=torch.float64)
+            clip = torch.as_tensor(coefficient * unscale, dtype=torch.float64, device=ledger.device)
             assert tensors.rule is not None
             if tensors.rule.prepare_torch is not None:
                 tensors.rule.prepare_torch(tensors, scalars, clip, skip)

@@ -212,7 +212,9 @@ def _prepare(tensors: TensorSet, scalars: Scalars, max_norm: float | None) -> No
         gradient = Gradient.of(scalars, max_norm)
         clip = gradient.coefficient * gradient.unscale
         skip = torch.as_tensor(negate(gradient.applied), device=tensors.device)
-        tensors.whole.orthogonalise(scalars, torch.as_tensor(clip, dtype=torch.float64), skip)
+        tensors.whole.orthogonalise(
+            scalars, torch.as_tensor(clip, dtype=torch.float64, device=tensors.device), skip
+        )
         return
     assert tensors.matrices is not None
     orthogonalise(tensors.matrices, scalars, max_norm)
