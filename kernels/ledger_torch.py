@@ -171,9 +171,14 @@ def gate_torch(entries: Entries, threshold: float) -> Truth:
 
 def reject_torch(entries: Entries, cooldown: float, rejected: Truth) -> None:
     """`reject`, where ``rejected`` is true."""
+    enter(entries, rejected, horizon=0.5 * entries["horizon"])
+    wait_longer(entries, cooldown, rejected)
+
+
+def wait_longer(entries: Entries, cooldown: float, rejected: Truth) -> None:
+    """Forces steps of the base rule, twice as many with each rejection in a row."""
     doublings = clamp(entries["rejections"], most=rules.LONGEST_COOLDOWN.value)
-    wait = cooldown * exp2(doublings)
-    enter(entries, rejected, cooldown=wait, horizon=0.5 * entries["horizon"])
+    enter(entries, rejected, cooldown=cooldown * exp2(doublings))
     count(entries, rejections=rejected, rejected=rejected)
 
 

@@ -168,17 +168,8 @@ def _products_chunk(
         before, squares = g, g * g
         slot, pairs = tl.load(trial).to(tl.int32), tl.load(trial + 1).to(tl.int32)
         for back in range(0, pairs):
-            before -= load_row(
-                addresses,
-                CHANGES + newest(slot, back, HISTORY),
-                tensor,
-                begin,
-                length,
-                STATE,
-                STATE,
-                BLOCK,
-                FULL,
-            )
+            pair = CHANGES + newest(slot, back, HISTORY)
+            before -= load_row(addresses, pair, tensor, begin, length, STATE, STATE, BLOCK, FULL)
             squares += before * before
         denominator = DENOMINATOR(addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL)
         denominator = remembered(squares, pairs, row, denominator, STATE)

@@ -63,18 +63,21 @@ class Together:
         flat = list(self.tensors.flat[name])
         return flat if self._places.whole else [flat[index] for index in self.indices]
 
+    def _pieces(self, name: str) -> list[Tensor]:
+        """The tensors of a row, with zeros in the gaps between them."""
+        rows = self.rows(name)
+        if not any(self._places.gaps):
+            return rows
+        return [x for pair in zip(rows, self._places.zeros(rows[0].dtype)) for x in pair]
+
     def joined(self, name: str) -> Tensor:
         """A row in one piece, with zeros in the gaps."""
-        rows = self.rows(name)
-        if any(self._places.gaps):
-            rows = [x for pair in zip(rows, self._places.zeros(rows[0].dtype)) for x in pair]
-        return torch.cat(rows)
+        return torch.cat(self._pieces(name))
 
     def stacked(self, names: Sequence[str]) -> Tensor:
         """Several rows, ``[names, total]``."""
-        zeros = self._places.zeros(self.rows(names[0])[0].dtype)
-        pairs = (pair for name in names for pair in zip(self.rows(name), zeros))
-        return torch.cat([piece for pair in pairs for piece in pair]).view(len(names), -1)
+        pieces = [piece for name in names for piece in self._pieces(name)]
+        return torch.cat(pieces).view(len(names), -1)
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Views of the tensors in a row that is in one piece."""

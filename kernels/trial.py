@@ -13,14 +13,12 @@ from collections.abc import Mapping
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.ledger import BLOCKED_LIMIT, INDEX, LONGEST_COOLDOWN
-from triton_hybrid.kernels.ledger_torch import Entries, count, enter
+from triton_hybrid.kernels.ledger import BLOCKED_LIMIT, INDEX
+from triton_hybrid.kernels.ledger_torch import count, enter, wait_longer
 from triton_hybrid.kernels.scalar_math import (
-    Truth,
     beside,
     clamp,
     divide,
-    exp2,
     finite,
     larger,
     named,
@@ -141,7 +139,7 @@ def judge(
     enter(entries, accepted, horizon=grown, rejections=0.0)
     enter(entries, failed & learnt, horizon=SHRINKAGE * entries["horizon"])
     enter(entries, failed & learnt, hold=1.0, loss=math.nan)
-    wait_longer(entries, rejected, cooldown)
+    wait_longer(entries, cooldown, rejected)
     seen = rejected & negate(nonfinite)
     count(entries, accepted=accepted, cause_nonfinite=rejected & nonfinite)
     count(entries, cause_loss=seen & known, cause_norm=seen & negate(known))
@@ -152,13 +150,6 @@ def judge(
     write(ledger, entries)
     write(trial, its)
     return orders
-
-
-def wait_longer(entries: Entries, rejected: Truth, cooldown: float) -> None:
-    """Forces steps of the base rule, twice as many with each rollback in a row."""
-    doublings = clamp(entries["rejections"], most=LONGEST_COOLDOWN.value)
-    enter(entries, rejected, cooldown=cooldown * exp2(doublings))
-    count(entries, rejections=rejected, rejected=rejected)
 
 
 def solve(products: Tensor, trial: Tensor, history: int) -> Tensor:
@@ -249,7 +240,7 @@ def limit(ledger: Tensor, trial: Tensor, sums: Tensor, products: Tensor, cooldow
 
     enter(its, moving, slope=fraction * slope, ready=0.0)
     enter(its, undone, pairs=0.0, based=0.0, again=1.0)
-    wait_longer(entries, undone, cooldown)
+    wait_longer(entries, cooldown, undone)
     count(entries, cause_nonfinite=undone & (bad > 0), cause_jump=undone & (bad == 0))
     enter(entries, kept, moved=1.0, stretch=1.0, jump_square=fraction * fraction * square)
     write(ledger, entries)

@@ -100,6 +100,12 @@ def soap(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda params: make(params, lr=rate, weight_decay=1e-2)
 
 
+def hybrid(rate: float, predictor: str) -> Callable[[Any], HybridOptimizer]:
+    """Makes ours."""
+    config = HybridConfig(predictor=predictor)
+    return lambda params: HybridOptimizer(params, lr=rate, hybrid=config)
+
+
 def adam_then_lbfgs(problem: Problem, rate: float, share: float, evaluations: int) -> list[float]:
     """Losses of Adam, without weight decay, and of L-BFGS from where it has led."""
     first = round(share * evaluations)
@@ -127,10 +133,7 @@ def run_task(
         return for_seeds(lambda problem: adam_then_lbfgs(problem, best, share, evaluations))
 
     def ours(rate: float) -> Runs:
-        def made(params: Any) -> HybridOptimizer:
-            return HybridOptimizer(params, lr=rate, hybrid=HybridConfig(predictor=predictor))
-
-        return descents(made, decay=False)
+        return descents(hybrid(rate, predictor), decay=False)
 
     def log_losses(tried: dict[float, Runs]) -> dict[float, float]:
         return {setting: mean_log(its) for setting, its in tried.items()}
@@ -161,13 +164,13 @@ def milliseconds(
 ) -> dict[str, list[float]]:
     """Processor time of an evaluation and its step, in turn; each optimizer's rounds, sorted."""
 
-    def ours(params: Any) -> HybridOptimizer:
-        return HybridOptimizer(params, lr=1e-2, hybrid=HybridConfig(predictor=predictor))
+    def descending(make: Callable[[Any], Any]) -> Callable[[Problem], list[float]]:
+        return lambda problem: descend(problem, make, evaluations, decay=False)
 
-    runs: dict[str, Callable[[Problem], list[float]]] = {
-        "AdamW": lambda problem: descend(problem, adamw(1e-2), evaluations, decay=False),
+    runs = {
+        "AdamW": descending(adamw(1e-2)),
         "L-BFGS": lambda problem: lbfgs(problem, evaluations),
-        predictor: lambda problem: descend(problem, ours, evaluations, decay=False),
+        predictor: descending(hybrid(1e-2, predictor)),
     }
     taken: dict[str, list[float]] = {who: [] for who in runs}
     for number in range(rounds + 1):

@@ -73,6 +73,10 @@ class Twins:
             for optimizer, loss in zip(self.optimizers, self.give(**given)):
                 if observe:
                     optimizer.observe_loss(loss)
+        self.take()
+
+    def take(self) -> None:
+        """One step of each with the gradients that are there."""
         for step, optimizer in zip(self.steps, self.optimizers):
             step()
             optimizer.zero_grad(set_to_none=False)
@@ -382,11 +386,7 @@ def test_windows(predictor: str, graphs_made: list[FakeGraph]) -> None:
                 optimizer.observe_loss(loss)
             length += 1
         lengths.add(length)
-        for step, optimizer in zip(twins.steps, twins.optimizers):
-            step()
-            optimizer.zero_grad(set_to_none=False)
-        twins.number += 1
-        twins.check()
+        twins.take()
     assert len(lengths) > 1
     assert sum(graph.replays for graph in graphs_made) > 120
     twins.give()
