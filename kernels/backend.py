@@ -20,6 +20,7 @@ from triton_hybrid.kernels.ledger_torch import decide_torch
 from triton_hybrid.kernels.predict import predict, predict_torch
 from triton_hybrid.kernels.secant import move, products, settle
 from triton_hybrid.kernels.secant_torch import move_torch, products_torch, settle_torch
+from triton_hybrid.kernels.shift import shift, shift_torch
 from triton_hybrid.kernels.slopes import slopes, slopes_torch
 from triton_hybrid.kernels.step import measure, step
 from triton_hybrid.kernels.step_torch import measure_torch, step_torch
@@ -51,16 +52,17 @@ class Backend:
     products: Callable[..., None]  # of the pairs of a quasi-Newton move
     move: Callable[..., None]  # makes it
     settle: Callable[..., None]  # notes its pair, places the weights
+    shift: Callable[..., None]  # adds a move that was found in other bases
     base_slope: Callable[..., Tensor]  # of a gradient along the last base step
 
 
 TRITON = Backend(
     "triton", measure, step, predict, check_move, slopes, decide, correct, gram,
-    fingerprint, note_weights, find_writes, products, move, settle, base_slope,
+    fingerprint, note_weights, find_writes, products, move, settle, shift, base_slope,
 )  # fmt: skip
 TORCH = Backend(
     "torch", measure_torch, step_torch, predict_torch, check_move_torch, slopes_torch,
     decide_torch, correct_torch, gram_torch, fingerprint_torch, note_weights_torch,
-    find_writes_torch, products_torch, move_torch, settle_torch, base_slope_torch,
+    find_writes_torch, products_torch, move_torch, settle_torch, shift_torch, base_slope_torch,
 )  # fmt: skip
 BACKENDS = {backend.name: backend for backend in (TRITON, TORCH)}

@@ -31,11 +31,14 @@ from triton_hybrid.kernels.scalar_math import (
     write,
 )
 
-TRIAL = ("slot", "pairs", "based", "loss", "slope", "shortened", "ready", "again", "noise")
+TRIAL = (
+    "slot", "pairs", "based", "loss", "slope", "shortened", "ready", "again", "noise", "turned"
+)  # fmt: skip
 """Entries of a trial: which pair is written next, how many there are, whether the snapshot is where
 the last gradient was taken, the loss there, the slope of the move there, how often the move was
 shortened, whether the next move may be made, whether the coming loss is one at the weights of the
-last, and whether such a loss was another one."""
+last, whether such a loss was another one, and one more than the pairs noted since matrices got the
+bases in which the pairs are kept (``bases.py``), or 0."""
 ORDERS = ("pair", "restart", "fraction", "slot")
 """What `judge` and `limit` want done to weights and rows (see `settle`)."""
 
@@ -128,9 +131,10 @@ def judge(
     written, learnt = written & (accepted | undone), negate(written)
     enter(its, pair, slot=(its["slot"] + 1.0) % history)
     enter(its, pair, pairs=clamp(its["pairs"] + 1.0, most=history))
+    enter(its, pair & (its["turned"] > 0), turned=its["turned"] + 1.0)
     enter(its, restart, based=1.0, loss=loss, shortened=0.0)
     enter(its, shortened, slope=fraction * slope, shortened=its["shortened"] + 1.0)
-    enter(its, undone | written, pairs=0.0, based=0.0, shortened=0.0)
+    enter(its, undone | written, pairs=0.0, based=0.0, shortened=0.0, turned=0.0)
     its["again"] = where(restart | written, 0.0, larger(its["again"], one * undone))
     its["ready"] = one * (restart & negate(written) & (entries["cooldown"] <= 1.0)) * last
 
@@ -239,7 +243,7 @@ def limit(ledger: Tensor, trial: Tensor, sums: Tensor, products: Tensor, cooldow
     fraction = where(kept, fraction, where(undone, beside(slope, 0.0), 1.0))
 
     enter(its, moving, slope=fraction * slope, ready=0.0)
-    enter(its, undone, pairs=0.0, based=0.0, again=1.0)
+    enter(its, undone, pairs=0.0, based=0.0, again=1.0, turned=0.0)
     wait_longer(entries, cooldown, undone)
     count(entries, cause_nonfinite=undone & (bad > 0), cause_jump=undone & (bad == 0))
     enter(entries, kept, moved=1.0, stretch=1.0, jump_square=fraction * fraction * square)

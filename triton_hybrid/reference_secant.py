@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from torch import Tensor, cat, split, where
+from torch import Tensor, cat, finfo, split, stack, where
+from torch.linalg import eigh, vector_norm
 
 from triton_hybrid.phases import Phase, Report
 
@@ -57,6 +58,9 @@ class SecantReference:
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.trial = SimpleNamespace(based=False, loss=math.nan, slope=0.0, shortened=0)
         self.trial.again = self.trial.noise = False
+        # Of each matrix those of its rows and columns; pairs noted since then, None without any.
+        self.bases: dict[int, tuple[Tensor, Tensor]] = {}
+        self.noted: int | None = None
 
     def step(self, gradients: Tensors, norm: float, loss: float) -> None:
         """One gradient step: judge the last move and make the next, or a base step."""
@@ -95,6 +99,7 @@ class SecantReference:
         curved = after > trial.slope if ledger.moved else True
         if trial.based and curved and fell | (not ledger.moved) and not ledger.nonfinite:
             self.pairs = [*self.pairs, (moved, g - trial.g)][-self.run.config.history :]
+            self.noted = None if self.noted is None else self.noted + 1
         if ledger.moved and not fell:
             ledger.horizon *= 0.5
             if trial.shortened < 3:
@@ -121,11 +126,13 @@ class SecantReference:
     def move(self) -> None:
         """The two loops of L-BFGS (Nocedal 1980) in a diagonal metric, within a trust radius."""
         o, trial, g = self.run.options, self.trial, self.trial.g
-        v = self.second_moment()
+        if len(self.pairs) >= 3 and (self.noted is None or self.noted >= 10):
+            self.renew_bases()
         m = flat(p.m / (1.0 - o.betas[0] ** p.steps) for p in self.run.tensors)
-        metric, gamma, q = o.lr / (v.sqrt() + o.eps), 1.0, g.clone()
+        metric, gamma, q = o.lr / (self.second_moment().sqrt() + o.eps), 1.0, g.clone()
 
         def norms(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            s, y = self.turned(s), self.turned(y)
             return (s @ (s / metric)).sqrt(), (y @ (metric * y)).sqrt()
 
         pairs = [(s, y) for s, y in self.pairs if s @ y > 1e-8 * norms(s, y)[0] * norms(s, y)[1]]
@@ -136,7 +143,7 @@ class SecantReference:
         if pairs:
             move, change = norms(*pairs[-1])
             gamma = float(move / change)
-        r = gamma * metric * q
+        r = self.turned(gamma * metric * self.turned(q), back=True)
         for (s, y), step in zip(pairs, reversed(steps)):
             r = r + s * (step - float(y @ r / (s @ y)))
         decay = o.lr * o.weight_decay * trial.w
@@ -144,8 +151,9 @@ class SecantReference:
         kept = min(1.0, 0.01 * float(g @ r) / uphill) if uphill > 0 else 1.0
         seen = flat(p.v for p in self.run.tensors) > 0
         moved = -(r + kept * decay) * seen
-        length = (moved * moved / metric)[seen].sum().sqrt()
-        radius = 3.0 * self.run.ledger.horizon * (m * m * metric).sum().sqrt()
+        # Where there are bases, without the decay.
+        length = (self.turned(-r if self.bases else moved).square() / metric)[seen].sum().sqrt()
+        radius = 3.0 * self.run.ledger.horizon * (self.turned(m).square() * metric).sum().sqrt()
         share = min(1.0, float(radius / length.clamp(min=1e-300)))
         trial.slope = share * float(g @ moved)
         if not (trial.slope < 0 and bool(moved.isfinite().all())):
@@ -153,28 +161,57 @@ class SecantReference:
         self.run.ledger.moved = 1
         self.place(trial.w + share * moved)
 
+    def gradients(self) -> list[Tensor]:
+        """Those that the pairs remember, newest first."""
+        found = [self.trial.g]
+        for _, change in reversed(self.pairs):
+            found.append(found[-1] - change)
+        return found
+
     def second_moment(self) -> Tensor:
-        """The mean square of the gradients that the pairs remember; the rule's, where none is."""
-        beta2, g = self.run.options.betas[1], self.trial.g
+        """Their mean square, in the bases; the rule's, where there are none."""
+        beta2 = self.run.options.betas[1]
         v = flat(p.v / (1.0 - beta2**p.steps) for p in self.run.tensors)
         if len(self.pairs) < 3:
             return v
-        squares = g * g
-        for _, change in reversed(self.pairs):
-            g = g - change
-            squares += g * g
-        return where(squares > 0, squares / (len(self.pairs) + 1), v)
+        square = stack([*map(self.turned, self.gradients())]).square().mean(0)
+        return where(square > 0, square, v)
+
+    def renew_bases(self) -> None:
+        """Takes the eigenvectors of ΣGGᵀ and ΣGᵀG of all matrices."""
+        self.noted = 0
+        every = [split(g, self.sizes) for g in self.gradients()]
+        for index, p in enumerate(self.run.tensors):
+            if p.w.dim() == 2 and min(p.w.shape) > 1:
+                its = stack([parts[index].view(p.w.shape) for parts in every])
+                left, right = (its @ its.mT).sum(0), (its.mT @ its).sum(0)
+                self.bases[index] = eigh(left).eigenvectors, eigh(right).eigenvectors
+
+    def turned(self, vector: Tensor, back: bool = False) -> Tensor:
+        """A vector with its matrices in their bases, or back from there."""
+        parts = list(split(vector, self.sizes))
+        for index, (left, right) in self.bases.items():
+            x = parts[index].view(len(left), len(right))
+            x = left @ x @ right.T if back else left.T @ x @ right
+            parts[index] = x * (x.abs() >= 4.0 * finfo(x.dtype).eps * vector_norm(x))
+        return flat(parts)
 
     def give_up(self) -> None:
         """Drops the pairs, and waits twice as long with each rollback in a row."""
         ledger, self.pairs, self.trial.based, self.trial.again = self.run.ledger, [], False, True
+        self.bases, self.noted = {}, None
         self.trial.shortened = ledger.moved = ledger.blocked = 0
         ledger.cooldown = self.run.config.full_steps * 2.0 ** min(ledger.rejections, 10)
         ledger.rejections, ledger.rejected = ledger.rejections + 1, ledger.rejected + 1
 
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each tensor."""
+        return [p.w.numel() for p in self.run.tensors]
+
     def place(self, w: Tensor) -> None:
         """Gives the weights the values of one long vector."""
-        for p, values in zip(self.run.tensors, split(w, [p.w.numel() for p in self.run.tensors])):
+        for p, values in zip(self.run.tensors, split(w, self.sizes)):
             p.w.copy_(values.view(p.w.shape))
 
 

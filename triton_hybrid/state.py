@@ -53,6 +53,7 @@ class StepPlan(NamedTuple):
 
 ZEROS, WEIGHTS = "zeros", "weights"
 """What a new row begins as."""
+SQUARES = (0, 0)
 
 RowDtype = Callable[[Tensor, Group], torch.dtype]
 
@@ -78,6 +79,7 @@ class StateRow:
         when: Whether a step reads or writes it.
         shape: Of one tensor's entry, for rows that are small; None for a row like the parameter.
             The small ones of a batch are views into one tensor, so that one launch reaches them.
+            ``SQUARES`` of a matrix's sides are made by who declares them.
         saved: Whether it lies in the optimizer's state; what a step works out anew does not.
         in_place: Whether it is kept only of weights that predictions move in place: not where an
             FP32 master stands behind a 16-bit parameter.
@@ -190,6 +192,7 @@ class Batch:
 
     Attributes:
         tensors: The rows, as the kernels take them.
+        state: That of all parameters.
         travelling: Rows that move between host memory and the device, with their tensors at home.
         wholes: The parameters as they are in the groups.
         tables: Name of a small row to its tensor for the whole batch.
@@ -216,7 +219,7 @@ class Batch:
         sixteen_bit = self.params[0].dtype in (torch.float16, torch.bfloat16)
         kept = {"split": SPLIT, "none": NONE}.get(masters, OWN) if sixteen_bit else OWN
         rows = [row for row in rows if not (row.in_place and sixteen_bit and kept == OWN)]
-        self._state, self._group, self._rows = state, members[0].group, rows
+        self.state, self._group, self._rows = state, members[0].group, rows
         for row in {SNAPSHOT, RESIDUE, MOVE} - set(rows):  # of another predictor's checkpoint
             for param in self.params:
                 state[param].pop(row.name, None)
@@ -247,7 +250,7 @@ class Batch:
             MOVE.name: scalars.moves[self.tensors.place],
         }
         for row in (STEP, *self._rows):
-            if row.shape is None:
+            if row.shape is None or row.shape == SQUARES:
                 continue
             whole = made.get(row.name)
             if whole is None:
@@ -255,30 +258,30 @@ class Batch:
                 whole = torch.zeros(size, dtype=dtype, device=self.tensors.device)
             self.tables[row.name] = whole
             for view, param in zip(whole.unbind(), self.params):
-                value = self._state[param].get(row.name)
+                value = self.state[param].get(row.name)
                 if value is not None and not isinstance(value, Tensor):
                     value = torch.tensor(value, dtype=whole.dtype, device=whole.device)
                 if value is not None and value.shape == view.shape:
                     view.copy_(value)
-                self._state[param][row.name] = view
+                self.state[param][row.name] = view
 
     def _weights(self, kept: int, sixteen_bit: bool) -> dict[str, list[Tensor]]:
         """Masters or remainders, from a checkpoint with either; other ones are dropped."""
         found: dict[str, list[Tensor]] = {}
         if kept == SPLIT:
-            found["remainder"] = [load_remainder(p, self._state[p]) for p in self.params]
+            found["remainder"] = [load_remainder(p, self.state[p]) for p in self.params]
         elif kept == OWN and sixteen_bit:
-            found["weight"] = [load_master(p, self._state[p]) for p in self.params]
+            found["weight"] = [load_master(p, self.state[p]) for p in self.params]
         for name, key in (("weight", MASTER.name), ("remainder", REMAINDER.name)):
             for index, param in enumerate(self.params):
-                self._state[param].pop(key, None)
+                self.state[param].pop(key, None)
                 if name in found:
-                    self._state[param][key] = found[name][index]
+                    self.state[param][key] = found[name][index]
         return found
 
     def _weight(self, param: Tensor) -> Tensor:
         """The weight behind a parameter, after `_weights`."""
-        entry = self._state[param]
+        entry = self.state[param]
         if REMAINDER.name in entry:
             return assembled(param.detach(), entry[REMAINDER.name])
         master: Tensor = entry.get(MASTER.name, param.detach())
@@ -294,7 +297,7 @@ class Batch:
             buffer = buffer_like(self.params, dtype, torch.device("cpu"), offload == "pinned")
         for index, param in enumerate(self.params):
             tensor = torch.empty_like(param, dtype=dtype) if buffer is None else buffer[index]
-            present = loaded(row.name, param, self._state[param])
+            present = loaded(row.name, param, self.state[param])
             if present is None and row.init == WEIGHTS:
                 tensor.copy_(self._weight(param))
             elif present is None:
@@ -303,8 +306,8 @@ class Batch:
                 tensor = present
             else:
                 tensor.copy_(present)
-            self._state[param][row.name] = tensor
-        return [self._state[param][row.name] for param in self.params]
+            self.state[param][row.name] = tensor
+        return [self.state[param][row.name] for param in self.params]
 
 
 def _alike(left: Tensor, right: Tensor) -> bool:

@@ -32,6 +32,7 @@ from triton_hybrid.kernels.rows import NONE, OWN
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.secant import move, products_size, settle
 from triton_hybrid.kernels.secant import products as pair_products
+from triton_hybrid.kernels.shift import shift
 from triton_hybrid.kernels.slopes import slopes
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.sums import reduce_partials
@@ -258,7 +259,14 @@ def _secant_cases(precision: Precision) -> list[Case]:
     pairs: dict[str, Any] = {"on_paper": sum(weights) + 3 * wide + 2 * wide * history}
     padding = 2 * (triton.next_power_of_2(history) - history)
     pairs["repeats"] = wide * (padding + 2 * history + 1)
+
+    def move_on(problem: Problem) -> None:
+        shift(problem.tensors, problem.scalars, torch.zeros(3, dtype=torch.float64))
+
+    name, launch = f"secant shift {precision.name}", _launch(0, move_on, precision, ADAMW)
+    floor = 2 * sum(weights) + 2 * wide
     return [
+        Case(name, launch, (*weights, wide, wide), weights, floor=floor),
         case("settle", settle, 4, (*weights, wide, narrow, wide), (*(wide,) * 4, *weights)),
         case("products", pair_products, products_size(history), **pairs),
         case("move", move, 3 + 2 * history, (*weights, wide, wide), weights, (wide, wide)),

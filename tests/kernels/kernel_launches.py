@@ -127,6 +127,15 @@ class Checked:
         self.backend.move(problem.tensors, problem.scalars, trial, solution, history)
         self._check(problem)
 
+    def shift(self, problem: Problem, solution: Tensor) -> None:
+        """Adds a displacement to the weights, and to sums that `move` has left."""
+        problem.poison(1)
+        problem.sums.fill_(1.0)
+        solution = solution.to(problem.ledger.device)
+        self.backend.shift(problem.tensors, problem.scalars, solution)
+        self._check(problem)
+        assert (problem.sums[:, :2] == 1.0).all(), "slopes and squares are those of the move"
+
     def settle(self, problem: Problem, orders: Tensor, history: int) -> None:
         """Notes a pair, places the weights."""
         orders = orders.to(problem.ledger.device)
@@ -165,6 +174,7 @@ RUN: dict[str, Callable[[Checked, Problem], Any]] = {
     "base slope": lambda on, it: on.base_slope(it),
     "products": lambda on, it: on.products(it.confident(), HISTORY),
     "move": lambda on, it: on.move(it.confident(), solution(), HISTORY),
+    "shift": lambda on, it: on.shift(it.confident(), solution()),
     "settle": lambda on, it: on.settle(it.confident(), torch.tensor([1.0, 1, 0.5, 2]), HISTORY),
 }
 """Every launch, with a problem."""

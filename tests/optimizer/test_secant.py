@@ -199,7 +199,7 @@ def test_clipping_and_loss_scales_leave_the_pairs_alone() -> None:
 def test_the_pairs_remember_the_gradients_of_the_places_that_were_kept() -> None:
     """The last one less the changes, newest first; a move that was shortened makes no pair."""
     params, loss = quadratic()
-    optimizer, kept, shortened, most = made(params, history=4), [], 0, 0
+    optimizer, kept, shortened, most, renewed = made(params, history=4), [], 0, 0, 0
     for _ in range(60):
         optimizer.zero_grad()
         value = loss()
@@ -215,12 +215,16 @@ def test_the_pairs_remember_the_gradients_of_the_places_that_were_kept() -> None
         kept.append(gradient)
         state = optimizer.state[params[0]]
         found = state["last_gradient"].clone()
+        left, right = state["left_basis"], state["right_basis"]
         for back in range(int(trial["pairs"])):
             found -= state[f"change_{int(trial['slot'] - 1 - back) % 4}"]
-            torch.testing.assert_close(found, kept[-2 - back], rtol=1e-9, atol=1e-12)
+            seen = left @ found @ right.T if trial["turned"] else found
+            torch.testing.assert_close(seen, kept[-2 - back], rtol=1e-9, atol=1e-12)
         most = max(most, int(trial["pairs"]))
+        renewed += trial["turned"] == 1
     assert shortened >= 3
     assert most == 4
+    assert renewed >= 3
 
 
 def test_it_leaves_alone_what_adamw_leaves_alone() -> None:
@@ -303,13 +307,106 @@ def test_a_rule_without_a_second_moment_is_refused() -> None:
     assert torch.equal(param, torch.ones_like(param))
 
 
-def test_state_is_two_rows_a_pair_and_two_more() -> None:
+def test_state_is_two_rows_a_pair_two_more_and_bases_of_matrices() -> None:
     params, loss = quadratic(torch.float32)
     optimizer = made(params, history=5)
     run(optimizer, loss, 10)
-    rows = {name for name, value in optimizer.state[params[1]].items() if value.shape == (8,)}
     pairs = {f"{kind}_{slot}" for kind in ("move", "change") for slot in range(5)}
-    assert rows == {"exp_avg", "exp_avg_sq", "snapshot", "last_gradient", *pairs}
+    for param in params:
+        state = optimizer.state[param]
+        rows = {name for name, value in state.items() if value.shape == param.shape}
+        assert rows == {"exp_avg", "exp_avg_sq", "snapshot", "last_gradient", *pairs}
+        shapes = {name: value.shape for name, value in state.items() if name.endswith("_basis")}
+        squares = {"left_basis": (4, 4), "right_basis": (3, 3)} if param.dim() == 2 else {}
+        assert shapes == squares
+
+
+def turned(optimizer: HybridOptimizer) -> float:
+    """One more than the pairs noted since the bases were renewed; 0: there are none."""
+    assert optimizer._engine is not None
+    return float(optimizer._engine.predictor.state()["turned"])
+
+
+@pytest.mark.parametrize("gradients", [8, 14, 19, 26])
+def test_a_checkpoint_between_two_renewals_goes_on_bit_for_bit(gradients: int) -> None:
+    params, loss = quadratic()
+    optimizer = made(params, weight_decay=0.1)
+    run(optimizer, loss, gradients)
+    assert 0 < turned(optimizer) <= 11
+    twins, twin_loss = quadratic()
+    with torch.no_grad():
+        for twin, param in zip(twins, params):
+            twin.copy_(param)
+    other = made(twins, weight_decay=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    run(optimizer, loss, 25)
+    run(other, twin_loss, 25)
+    assert_same_weights(weights(optimizer), weights(other))
+    assert turned(optimizer) == turned(other) > 0
+    for name in ("left_basis", "right_basis"):
+        found, kept = (its.state[first(its)][name] for its in (other, optimizer))
+        assert torch.equal(found, kept)
+        assert not torch.equal(found, torch.eye(len(found)).to(found))
+
+
+def test_bases_end_with_the_pairs() -> None:
+    """After a rollback everything is kept as it comes, until there are enough pairs again."""
+    optimizer, loss, _ = at_correct()
+    run(optimizer, loss, 12)
+    assert turned(optimizer) > 0
+    while turned(optimizer):
+        if optimizer.needs_backward:
+            reject(optimizer, loss, 1e3)
+        else:
+            optimizer.step()
+    loss().backward()
+    gradient = first(optimizer).grad.clone()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert torch.equal(optimizer.state[first(optimizer)]["last_gradient"], gradient)
+    run(optimizer, loss, 12)
+    assert turned(optimizer) > 0
+
+
+def test_pairs_whose_bases_are_missing_are_dropped() -> None:
+    """A parameter that joins later, or a checkpoint that lost them: it goes on with new ones."""
+    params, loss = quadratic()
+    optimizer = made(params)
+    run(optimizer, loss, 20)
+    saved = optimizer.state_dict()
+    for entry in saved["state"].values():
+        entry.pop("left_basis", None)
+    other = made(params)
+    other.load_state_dict(saved)
+    run(other, loss, 1)
+    assert other._engine.predictor.state()["pairs"] <= 1  # type: ignore[union-attr]
+    losses = run(other, loss, 30)
+    assert losses[-1] < losses[0]
+    late = nn.Parameter(torch.ones(3, 3, dtype=torch.float64, device=DEVICE))
+    other.add_param_group({"params": [late]})
+    losses = run(other, lambda: loss() + late.square().sum(), 40)
+    assert losses[-1] < 0.1 * losses[0]
+    assert other.state[late]["left_basis"].shape == (3, 3)
+    assert turned(other) > 0
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "gaps"])
+def test_a_matrix_moves_alike_however_it_lies_in_memory(layout: str) -> None:
+    found = []
+    for changed in (False, True):
+        params, loss = quadratic()
+        start = params[0].detach()
+        if changed and layout == "columns":
+            start = start.T.contiguous().T
+        elif changed and layout == "gaps":
+            start = torch.stack([start, start], dim=-1)[..., 0]
+        params[0].data = start
+        optimizer = made(params, weight_decay=0.1)
+        run(optimizer, loss, 30)
+        assert turned(optimizer) > 0
+        found.append(weights(optimizer))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 def test_a_checkpoint_of_another_predictor_goes_on() -> None:

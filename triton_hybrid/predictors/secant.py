@@ -8,6 +8,9 @@ the pairs remember, g less the changes, newest first (``kernels/pairs.py``). The
 by inner products alone (Chen, Wang and Zhou, "Large-scale L-BFGS using MapReduce", 2014); as v
 changes with every gradient, so do those in its metric, and all of them are taken anew in one pass.
 
+Matrices are worked on in the eigenbases of these gradients, in which D is diagonal, as in SOAP
+(``bases.py``).
+
 The gradient that judges a move makes the next one: no step of the base rule lies between them,
 whose moments go on being updated. The phases are those of every predictor:
 
@@ -26,7 +29,8 @@ the slopes before and after a move judge it.
 
 Bytes a parameter in FP32, for h pairs: 12 to judge the gradient, 32 to note it, 8 h + 16 for the
 inner products, 8 h + 20 for the move, and a base step whose rate is 0, 32. With h = 10: 272, ten
-times an AdamW step; 12 more where the trust radius shortens the move.
+times an AdamW step; 12 more where the trust radius shortens the move. Bases add 24 for what is
+brought there and back, 16 to add the move to the weights, and 16 h + 8 every tenth move.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from triton_hybrid.kernels.pairs import LONGEST_HISTORY
 from triton_hybrid.kernels.secant import products_size
 from triton_hybrid.kernels.trial import TRIAL, judge, limit, new_trial, solve
 from triton_hybrid.kernels.update_rule import UpdateRule
+from triton_hybrid.predictors.bases import BASES, Passes
 from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, StateRow
@@ -78,13 +83,13 @@ class Secant(Predictor):
         if not has_metric(rule.kernels):
             return ()
         history = self.config.history
-        return (SNAPSHOT, PREDICTION, LAST_GRADIENT, *MOVES[:history], *CHANGES[:history])
+        return (SNAPSHOT, PREDICTION, LAST_GRADIENT, *MOVES[:history], *CHANGES[:history], *BASES)
 
     def check_rule(self, rule: Rule) -> None:
         if not has_metric(rule.kernels):
             raise ValueError(
                 f"base={rule.name!r} with predictor='secant': must be 'adamw', whose second moment "
-                "is the metric of the move"
+                "begins the metric of the moves"
             )
 
     def bind(self, engine: Engine) -> None:
@@ -92,6 +97,7 @@ class Secant(Predictor):
         self._trial = new_trial(engine.device)
         wide: dict[str, Any] = {"dtype": torch.float64, "device": engine.device}
         self._products = torch.zeros(products_size(self.config.history), **wide)
+        self._passes = Passes(engine, self.config.history)
 
     @property
     def ready(self) -> bool:
@@ -101,7 +107,7 @@ class Secant(Predictor):
     @property
     def noise(self) -> Tensor:
         """1 where a loss was another one when it was told a second time at the same weights."""
-        return self._trial[TRIAL.index("noise") :]
+        return self._trial[TRIAL.index("noise")].view(1)
 
     def leaves(self, batch: Batch) -> bool:
         return batch.aliased
@@ -119,32 +125,30 @@ class Secant(Predictor):
             scalars.ledger, self._trial, scalars.sums,
             last=last and self.ready, cooldown=float(self.config.full_steps), history=history,
         )  # fmt: skip
-        for batch in engine.batches:
-            engine.backend.settle(batch.tensors, scalars, orders, history)
+        self._passes.settle(orders, self._trial)
 
     def predict(self, in_row: int) -> None:
-        engine, scalars, history = self.engine, self.engine.scalars, self.config.history
+        engine, scalars, passes = self.engine, self.engine.scalars, self._passes
+        passes.renew(self._trial)
         self._products.zero_()
-        engine.add_up(
-            lambda batch, own: engine.backend.products(
-                batch.tensors, scalars, self._trial, own, history
-            ),
-            self._products,
-        )
-        solution = solve(self._products, self._trial, history)
+        engine.add_up(lambda batch, own: passes.products(batch, self._trial, own), self._products)
+        solution = solve(self._products, self._trial, self.config.history)
         for batch in engine.batches:
-            engine.backend.move(batch.tensors, scalars, self._trial, solution, history)
+            passes.move(batch, self._trial, solution)
         engine.over_ranks(scalars.sums)
         cooldown = float(self.config.full_steps)
         orders = limit(scalars.ledger, self._trial, scalars.sums, self._products, cooldown)
         for batch in engine.batches:
-            engine.backend.settle(batch.tensors, scalars, orders, history)
+            passes.place(batch, orders)
 
     def forget(self) -> None:
-        self._trial[: TRIAL.index("loss")] = self._trial[TRIAL.index("again")] = 0.0
+        for name in ("slot", "pairs", "based", "again", "turned"):
+            self._trial[TRIAL.index(name)] = 0.0
 
     def state(self) -> dict[str, float]:
         return dict(zip(TRIAL, self._trial.tolist()))
 
     def restore(self, state: dict[str, float]) -> None:
         self._trial.copy_(new_trial(self.engine.device, state))
+        if state.get("turned") and not self._passes.agree():
+            self.forget()
