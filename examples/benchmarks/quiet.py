@@ -214,7 +214,7 @@ class Options:
 
     output: Path | None = None
     """JSON file to write, and to go on with."""
-    seeds: Annotated[tuple[int, ...], whole_number(0, many=True)] = (71, 72, 73)
+    seeds: Annotated[tuple[int, ...], whole_number(0, many=True)] = (111, 112, 113, 114, 115)
     """Of weights and points."""
     evaluations: Annotated[int, whole_number(40)] = 500
     """Gradients of every run."""
