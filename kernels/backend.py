@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from triton_hybrid.kernels.fingerprint import (
@@ -49,7 +50,7 @@ class Backend:
     fingerprint: Callable[..., None]  # of all parameters of a set
     note_weights: Callable[..., None]  # as a step leaves them
     find_writes: Callable[..., None]  # that others have made since
-    products: Callable[..., None]  # of the pairs of a quasi-Newton move
+    products: Callable[..., Any]  # of the pairs of a quasi-Newton move
     move: Callable[..., None]  # makes it
     settle: Callable[..., None]  # notes its pair, places the weights
     shift: Callable[..., None]  # adds a move that was found in other bases

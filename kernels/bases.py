@@ -19,8 +19,8 @@ from torch import Tensor
 from triton_hybrid.kernels.multi_tensor import TensorSet
 
 LARGEST_SIDE = 1024
-"""Longer sides keep the basis that they have. Eigenvectors take a core of a CPU 0.2 ms for a side of
-64, 6 for 256, 36 for 512, 290 for 1,024, and that every ten moves."""
+"""Longer sides keep the basis that they have. Eigenvectors take a core of a CPU 0.2 ms for a side
+of 64, 6 for 256, 36 for 512, 290 for 1,024, and that every ten moves."""
 NOISE = 4.0
 """So many roundings of a matrix's norm are no gradient: in a direction that never had one, rounding
 would be measured by rounding, and move the weights as far as a gradient does."""

@@ -356,7 +356,12 @@ def _move_kernel(
 
 
 def move(
-    tensors: TensorSet, scalars: Scalars, trial: Tensor, solution: Tensor, history: int
+    tensors: TensorSet,
+    scalars: Scalars,
+    trial: Tensor,
+    solution: Tensor,
+    history: int,
+    known: None = None,
 ) -> None:
     """Moves the weights of the tensors that take part. Two launches.
 
@@ -372,6 +377,7 @@ def move(
         solution: FP64 ``[3 + 2 · history]`` of `solve`: whether to move, γ, share of the weight
             decay, α and δ by pair; a weight w moves by -γ D (g - Y α) - S δ - share · decay · w.
         history: Pairs that are kept.
+        known: What `products` has returned, if nothing has changed since: nothing here.
     """
     rule = tensors.rule
     assert rule is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton_hybrid.kernels.ledger import INDEX, PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.scalars import HYPER, Scalars
-from triton_hybrid.kernels.together_torch import Cells, cells_of, dots
+from triton_hybrid.kernels.together_torch import SHORT, Cells, cells_of, dots
 from triton_hybrid.kernels.trial import LEAST_PAIRS
 
 PART = 1 << 14
@@ -121,11 +121,16 @@ def _blocks(
         yield cells, moves, changes, metric * here, rows, (here, decay, correction1)
 
 
+Blocks = list[tuple[Cells, Tensor, Tensor, Tensor, dict[str, Tensor], Sequence[Any]]]
+
+
 def products_torch(
     tensors: TensorSet, scalars: Scalars, trial: Tensor, out: Tensor, history: int
-) -> None:
-    """`products` in plain torch."""
-    for cells, moves, changes, metric, rows, others in _blocks(tensors, scalars, trial, history):
+) -> Blocks | None:
+    """`products` in plain torch; returns what `move_torch` need not find again of short tensors."""
+    blocks = _blocks(tensors, scalars, trial, history)
+    known = [*blocks] if max(tensors.lengths) <= SHORT else None
+    for cells, moves, changes, metric, rows, others in known or blocks:
         here, decay, correction1 = others
         if isinstance(here, Tensor):
             moves, changes = moves * here, changes * here
@@ -139,10 +144,16 @@ def products_torch(
             decay * g.dot(cells.weight()) * here,
         ]
         out += torch.cat([(left @ right.T).flatten(), squares, torch.stack(rest)]).double()
+    return known
 
 
 def move_torch(
-    tensors: TensorSet, scalars: Scalars, trial: Tensor, solution: Tensor, history: int
+    tensors: TensorSet,
+    scalars: Scalars,
+    trial: Tensor,
+    solution: Tensor,
+    history: int,
+    known: Blocks | None = None,
 ) -> None:
     """`move` in plain torch."""
     on_cpu = solution.device.type == "cpu"
@@ -152,7 +163,9 @@ def move_torch(
         return
     _, gamma, share, *_ = solution.to(tensors.compute_dtype).unbind()
     alpha, delta = solution[3:].to(tensors.compute_dtype).split(history)
-    for cells, moves, changes, metric, rows, others in _blocks(tensors, scalars, trial, history):
+    for cells, moves, changes, metric, rows, others in known or _blocks(
+        tensors, scalars, trial, history
+    ):
         here, decay, _ = others
         g, w = rows["last_gradient"], cells.weight()
         moved = -gamma * metric * (g - alpha @ changes) - delta @ moves - share * decay * w

