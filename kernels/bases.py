@@ -11,8 +11,10 @@ a move leaves its displacement there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,14 +230,9 @@ class Bases:
 
     def renew(self, slots: Sequence[int]) -> None:
         """Turns the bases into those of the gradients that these pairs remember, newest first."""
-        gradients = ["last_gradient", *(self._changes[slot] for slot in slots)]
         for place, matrix in enumerate(self.matrices):
-            last, *changes = (matrix.whole(self._of(name)[place]).double() for name in gradients)
-            its = last - torch.stack([torch.zeros_like(last), *changes]).cumsum(0)
-            its /= its.abs().amax().clamp(min=1e-300)
-            left = _turn(matrix.left, its.transpose(0, 1).flatten(1))
-            right = _turn(matrix.right, its.permute(2, 0, 1).flatten(1))
-            at_once = max(1, AT_ONCE // last.numel())
+            left, right = map(_turn, (matrix.left, matrix.right), self._grams(place, slots))
+            at_once = max(1, AT_ONCE // math.prod(matrix.like.shape))
             for names in (self._moves, ["last_gradient", *self._changes]):
                 for begin in range(0, len(names), at_once):
                     rows = [self._of(name)[place] for name in names[begin : begin + at_once]]
@@ -244,14 +241,34 @@ class Bases:
                         new = without_noise(new)
                     torch._foreach_copy_(rows, [*map(matrix.part, new)])
 
+    def _grams(self, place: int, slots: Sequence[int]) -> list[Tensor | None]:
+        """ΣGGᵀ and ΣGᵀG of a matrix, FP64, of those sides that have a basis."""
+        matrix, rows = self.matrices[place], ["last_gradient", *(self._changes[n] for n in slots)]
+        wide: Any = {"dtype": torch.float64, "device": matrix.like.device}
+        grams = [
+            None if basis is None else torch.zeros(basis.shape, **wide)
+            for basis in (matrix.left, matrix.right)
+        ]
+        # One gradient at a time: of an embedding all of them would take 100 bytes a parameter.
+        g = torch.zeros((), **wide)
+        for name in rows:
+            its = matrix.whole(self._of(name)[place])
+            g = its.double() if name == rows[0] else g - its
+            for gram, along in zip(grams, (g, g.T)):
+                if gram is not None:
+                    gram.addmm_(along, along.T)
+        return grams
 
-def _turn(basis: Tensor | None, its: Tensor) -> Tensor | None:
-    """Turns a basis on into the eigenvectors of AAᵀ, A being in the basis; returns the turn."""
-    if basis is None:
+
+def _turn(basis: Tensor | None, gram: Tensor | None) -> Tensor | None:
+    """Turns a basis on into the eigenvectors of a matrix that is seen in it; returns the turn."""
+    if basis is None or gram is None:
         return None
     # On the host, which waits for none of the many small steps that they take.
-    gram = (its @ its.T).cpu()
-    turn: Tensor = torch.linalg.eigh(gram).eigenvectors.to(its.device)
+    known = gram.cpu()
+    if not bool(known.isfinite().all()):  # squares that FP64 has no room for
+        known = torch.eye(len(known), dtype=known.dtype)
+    turn: Tensor = torch.linalg.eigh(known).eigenvectors.to(gram.device)
     basis.copy_(_orthogonal(basis.to(turn) @ turn))
     return turn.to(basis.dtype)
 

@@ -163,6 +163,17 @@ def test_renewed_bases_are_the_eigenvectors_of_the_gradients_that_the_pairs_reme
                     assert_same_bits(problem.rows[name][index], before[name][index], name)
 
 
+def test_gradients_whose_squares_are_not_finite_leave_the_bases_alone() -> None:
+    problem = Problem(plain((5, 7)), precision=FP64)
+    bases = bases_of(problem, 1)
+    problem.rows["last_gradient"][0].fill_(1e200)
+    before = [bases.matrices[0].left, bases.matrices[0].right]
+    kept = [basis.clone() for basis in before if basis is not None]
+    bases.renew([1, 0, 2])
+    for basis, old in zip(before, kept):
+        torch.testing.assert_close(basis, old)
+
+
 def test_bases_stay_orthogonal() -> None:
     problem = Problem(plain((6, 8)))
     bases = bases_of(problem, 2)
