@@ -297,7 +297,7 @@ def step(
     Raises:
         ValueError: A cooperative launch of several programs in the interpreter.
     """
-    alone = not INTERPRETED or all(tensors.tiling.programs == 1 for tensors in sets)
+    alone = not INTERPRETED or all([tensors.tiling.programs == 1 for tensors in sets])
     if cooperative is None:
         cooperative = alone and cooperative_launches(sets[0].device)
     elif cooperative and not alone:
@@ -307,8 +307,10 @@ def step(
         )
     rules = [tensors.rule for tensors in sets if tensors.rule is not None]
     assert len(rules) == len(sets), "a tensor set without a rule cannot be updated"
-    options: dict[str, Any] = {"max_norm": max_norm, "slow_beta": slow_beta}
-    options |= {"observed": observed, "measured": measured and slow_beta > 0}
+    measured = measured and slow_beta > 0
+    options: dict[str, Any] = {
+        "max_norm": max_norm, "slow_beta": slow_beta, "observed": observed, "measured": measured
+    }  # fmt: skip
     assert again is None or (slow_beta > 0 and not measured), "again: such a step places nothing"
     if known:
         scalars.partials[:2].zero_()  # where the first part would have left it
@@ -332,7 +334,7 @@ def step(
         if slow_beta > 0:
             norm, coefficient = gradient.norm, gradient.coefficient
             steady = averaging_rates(scalars.ledger, slow_beta, norm, coefficient)[1]
-        sums, measured = _weighted(sets, scalars, slice(2, None)), bool(options["measured"])
+        sums = _weighted(sets, scalars, slice(2, None))
         if measured:
             sums = reduce(sums)
         close_step_torch(scalars.ledger, gradient, sums, steady, slow_beta, observed, measured)

@@ -321,11 +321,10 @@ class Binding:
         # To look at all of them would be the longest check of a Predict step.
         if self._mentioned:
             return
-        few = [p for its in map(PARAMS, groups) for p in its[:: len(its) // FEW + 1]]
-        if all([param.grad is None for param in few]):
-            return
-        self._mentioned = True
-        if not all_zero(every_parameter(groups)):
+        for params in map(PARAMS, groups):
+            few = params[:: len(params) // FEW + 1]
+            self._mentioned |= any([param.grad is not None for param in few])
+        if self._mentioned and not all_zero(every_parameter(groups)):
             warn(
                 "gradients were computed for a Predict step, which does not read them: do so only "
                 "where optimizer.needs_backward is True, or use inline=True"

@@ -148,16 +148,17 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         Raises:
             RuntimeError: Gradients of micro-batches that nobody has counted.
         """
-        binding, phase, scaler = self._binding, self.phase, self._scaler()
+        binding, scaler = self._binding, self._scaler()
         self._forget_swaps()
-        if phase is Phase.PREDICT:
-            binding.mention_unread_gradients(self.param_groups)
-        loss = self._evaluate(closure) if phase.needs_gradient else None
+        loss = self._evaluate(closure) if self.needs_backward else None
         started = time.perf_counter()
         engine = binding.bind(self.param_groups, self.state)
         if engine is None:
             return loss
-        phase = self.phase  # Warmup, where the state was cleared
+        controller = binding.progress.controller
+        phase = controller.phase  # Warmup, where the state was cleared
+        if phase is Phase.PREDICT:
+            binding.mention_unread_gradients(self.param_groups)
         with without_autocast(engine.device_type):
             binding.open(engine)  # sees what others wrote, and obeys them
             if phase is Phase.PREDICT:
@@ -171,7 +172,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
                     engine.base_step(plan)
                     self._choose_next_phase(engine, scaled=scaler is not None)
                     self._count(phase, started)
-                    while self.phase is Phase.PREDICT and self.hybrid.inline:
+                    while controller.phase is Phase.PREDICT and self.hybrid.inline:
                         self._predict(engine)
                     engine.release_gradients()
             binding.close(engine)
@@ -193,14 +194,14 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             # A GradScaler, which leaves skipping to us, waits for its flag at every step anyway.
             if ask or engine.reads_are_free or scaled:
                 report = self._ask(engine)
+        predictor, changed = engine.predictor, engine.choice.changed  # by asking
         if report.written:
             engine.forget_writes()
         elif controller.phase is Phase.CORRECT and not report.rejected:
-            engine.predictor.move_held()
-        predictor, changed = engine.predictor, engine.choice.changed  # by asking
+            predictor.move_held()
         refit_steps = self.hybrid.full_steps if changed else predictor.refit_steps
         controller.after_gradient(report, predictor.ready and not changed, refit_steps)
-        if self.phase is Phase.PREDICT:
+        if controller.phase is Phase.PREDICT:
             engine.begin_stretch()
 
     def _ask(self, engine: Engine) -> Report:
