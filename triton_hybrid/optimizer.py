@@ -155,8 +155,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         engine = binding.bind(self.param_groups, self.state)
         if engine is None:
             return loss
-        controller = binding.progress.controller
-        phase = controller.phase  # Warmup, where the state was cleared
+        phase = self.phase  # Warmup, where the state was cleared
         if phase is Phase.PREDICT:
             binding.mention_unread_gradients(self.param_groups)
         with without_autocast(engine.device_type):
@@ -172,7 +171,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
                     engine.base_step(plan)
                     self._choose_next_phase(engine, scaled=scaler is not None)
                     self._count(phase, started)
-                    while controller.phase is Phase.PREDICT and self.hybrid.inline:
+                    while self.phase is Phase.PREDICT and self.hybrid.inline:
                         self._predict(engine)
                     engine.release_gradients()
             binding.close(engine)
@@ -190,10 +189,9 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         if controller.ends_gradients:
             predictor.end_cycle()
         if not engine.settings.capturable:
-            ask = predictor.predicts and controller.wants_report
             # A GradScaler, which leaves skipping to us, waits for its flag at every step anyway.
-            if ask or engine.reads_are_free or scaled:
-                report = self._ask(engine)
+            ask = scaled or (predictor.predicts and controller.wants_report)
+            report = self._ask(engine) if ask or engine.reads_are_free else report
         predictor, changed = engine.predictor, engine.choice.changed  # by asking
         if report.written:
             engine.forget_writes()
