@@ -307,10 +307,8 @@ def step(
         )
     rules = [tensors.rule for tensors in sets if tensors.rule is not None]
     assert len(rules) == len(sets), "a tensor set without a rule cannot be updated"
-    measured = measured and slow_beta > 0
-    options: dict[str, Any] = {
-        "max_norm": max_norm, "slow_beta": slow_beta, "observed": observed, "measured": measured
-    }  # fmt: skip
+    options: dict[str, Any] = {"max_norm": max_norm, "slow_beta": slow_beta}
+    options |= {"observed": observed, "measured": measured and slow_beta > 0}
     assert again is None or (slow_beta > 0 and not measured), "again: such a step places nothing"
     if known:
         scalars.partials[:2].zero_()  # where the first part would have left it
@@ -334,7 +332,7 @@ def step(
         if slow_beta > 0:
             norm, coefficient = gradient.norm, gradient.coefficient
             steady = averaging_rates(scalars.ledger, slow_beta, norm, coefficient)[1]
-        sums = _weighted(sets, scalars, slice(2, None))
+        sums, measured = _weighted(sets, scalars, slice(2, None)), bool(options["measured"])
         if measured:
             sums = reduce(sums)
         close_step_torch(scalars.ledger, gradient, sums, steady, slow_beta, observed, measured)
