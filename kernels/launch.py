@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -94,6 +95,9 @@ class Launch(NamedTuple):
 
 def prepared(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Launch:
     """What ``kernel[grid](*arguments, **constants)`` would launch."""
+    # By place, as far as it goes: 20 arguments by name cost Python half a microsecond a launch.
+    places = itertools.takewhile(constants.__contains__, kernel.arg_names[len(arguments) :])
+    arguments += tuple([constants.pop(name) for name in places])
     run = functools.partial(kernel.run, *arguments, grid=grid, warmup=False, **constants)
     return Launch(kernel, run)
 

@@ -41,7 +41,8 @@ class DenseViews(Sequence[Tensor]):
     """Dense views of tensors, made when somebody asks for one: kernels never do."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors, self._views = tensors, list[Tensor]()
+        self._tensors = tensors
+        self._views: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self._tensors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -139,9 +141,10 @@ def slopes_torch(
 ) -> None:
     """`slopes` in plain torch."""
     ledger, compute = scalars.ledger, tensors.compute_dtype
-    sums = scalars.sums[tensors.place].zero_()
-    moves = scalars.moves[tensors.place].to(compute)
-    out = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
+    sums = own(scalars.sums, tensors).zero_()
+    if again is not None:
+        moves = own(scalars.moves, tensors).to(compute)
+        out = torch.empty(2, TORCH_BLOCK, dtype=compute, device=tensors.device)
 
     def gone(cells: Cells) -> Tensor:
         if again is None:
@@ -157,16 +160,18 @@ def slopes_torch(
     for cells in cells_of(tensors, [here or None for here in tensors.present]):
         grads, total = gradients(cells), sums[cells.indices]
         squares = dots(grads, grads)
+        slope, square, bad = total.unbind(1)
         if moved:
-            total[:, 0] += dots(grads, cells.parts(gone(cells)))
-        total[:, 1] += squares
+            slope.add_(dots(grads, cells.parts(gone(cells))))
+        square.add_(squares)
         # A finite sum of squares has finite terms; the second look costs only when not.
-        if squares.device.type != "cpu" or not bool(squares.isfinite().all()):
-            total[:, 2] += torch.stack([~g.isfinite().all() for g in grads])
+        if squares.device.type != "cpu" or not math.isfinite(float(squares.sum())):
+            bad.add_(torch.stack([~g.isfinite().all() for g in grads]))
         sums[cells.indices] = total
+    slope, square, _ = sums.unbind(1)
     if again is not None:
-        takes_part = scalars.prediction[tensors.place, PART_COLUMN.value] > 0
-        sums[:, 0] = torch.where(takes_part, sums[:, 0], 0.0)
+        takes_part = own(scalars.prediction, tensors)[:, PART_COLUMN.value] > 0
+        slope.copy_(torch.where(takes_part, slope, 0.0))
     unscale = ledger[INDEX["loss_scale"]].reciprocal()
-    sums[:, 0] *= scalars.hyperparameters[tensors.group.long(), HYPER["sign"]] * unscale
-    sums[:, 1] *= unscale * unscale
+    slope.mul_(scalars.hyperparameters[tensors.group.long(), HYPER["sign"]] * unscale)
+    square.mul_(unscale * unscale)

@@ -297,7 +297,7 @@ def step(
     Raises:
         ValueError: A cooperative launch of several programs in the interpreter.
     """
-    alone = not INTERPRETED or all(tensors.tiling.programs == 1 for tensors in sets)
+    alone = not INTERPRETED or all([tensors.tiling.programs == 1 for tensors in sets])
     if cooperative is None:
         cooperative = alone and cooperative_launches(sets[0].device)
     elif cooperative and not alone:

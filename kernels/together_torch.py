@@ -32,9 +32,12 @@ class Places:
     """Which tensors are worked on as one, and where they lie in a joined row."""
 
     def __init__(self, indices: Sequence[int], lengths: Sequence[int]) -> None:
-        self.indices = indices
+        self.members = indices
         self.lengths = [lengths[index] for index in indices]
         self.whole = len(indices) == len(lengths)
+        # In tables: all of one is a view, and a list would become a tensor each time.
+        some = torch.tensor(indices, dtype=torch.int64, device="cpu")
+        self.indices: slice | Tensor = slice(None) if self.whole else some
         self.gaps = [-length % ALIGNED for length in self.lengths]
         self.pieces = [piece for pair in zip(self.lengths, self.gaps) for piece in pair]
         padded = [sum(pair) for pair in zip(self.lengths, self.gaps)]
@@ -55,13 +58,13 @@ class Together:
 
     def __init__(self, tensors: TensorSet, places: Places) -> None:
         self.tensors, self._places = tensors, places
-        self.indices, self.total = places.indices, places.total
-        self.first = self.indices[0]
+        self.indices, self.total, self.members = places.indices, places.total, places.members
+        self.first = self.members[0]
 
     def rows(self, name: str) -> list[Tensor]:
         """The tensors of a row."""
         flat = list(self.tensors.flat[name])
-        return flat if self._places.whole else [flat[index] for index in self.indices]
+        return flat if self._places.whole else [flat[index] for index in self.members]
 
     def _pieces(self, name: str) -> list[Tensor]:
         """The tensors of a row, with zeros in the gaps between them."""
@@ -187,14 +190,14 @@ def cells_of(
 ) -> Iterator[Cells]:
     """All elements of the tensors whose key is not None: short ones together, others in blocks.
 
-    A tensor's blocks come one after the other. ``indices`` says whose elements they are, ``first``
-    is the first of them.
+    A tensor's blocks come one after the other. ``indices`` says whose elements they are, as rows of
+    a table (perhaps a view of it); ``first`` is the first of them.
     """
     parties, done = together(tensors, keys), set[int]()
     for index, key in enumerate(keys):
         if index in parties:
             yield parties[index]
-            done.update(parties[index].indices)
+            done.update(parties[index].members)
         elif key is not None and index not in done:
             for part in tensors.torch_blocks(index, block):
                 yield Part(tensors, index, part)
@@ -214,7 +217,7 @@ def together(tensors: TensorSet, keys: Sequence[Hashable | None]) -> dict[int, T
         if len(known) == MOST_PATTERNS:
             known.clear()
         known[pattern] = _places(pattern, tensors.lengths)
-    return {places.indices[0]: Together(tensors, places) for places in known[pattern]}
+    return {places.members[0]: Together(tensors, places) for places in known[pattern]}
 
 
 def _places(pattern: Sequence[int | None], lengths: Sequence[int]) -> list[Places]:

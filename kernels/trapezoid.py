@@ -178,7 +178,7 @@ def base_slope_torch(tensors: TensorSet, scalars: Scalars, rates: Tensor) -> Ten
     for first, party in together(tensors, keys).items():
         rows = {name: party.joined(name) for name in names}
         add(first, party.weight(), party.joined("grad"), rows)
-        done.update(party.indices)
+        done.update(party.members)
     for index, here in enumerate(tensors.present):
         for part in tensors.torch_blocks(index) if here and index not in done else ():
             rows = tensors.block_rows(index, part, names)

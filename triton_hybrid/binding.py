@@ -27,14 +27,7 @@ from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.rules import RULES
 from triton_hybrid.shards import Shards, is_part, local
 from triton_hybrid.standing import continues, leave
-from triton_hybrid.state import (
-    DECLARED,
-    Home,
-    Member,
-    State,
-    StepPlan,
-    state_bytes,
-)
+from triton_hybrid.state import DECLARED, Home, Member, State, StepPlan, state_bytes
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.watch import Groups, Watch
 
@@ -62,6 +55,7 @@ class Binding:
         self._state: State = {}
         self._installs = 0
         self._mentioned = False
+        self._plans: dict[Any, StepPlan] = {}  # by all that decides
 
     def bind(self, groups: Groups, state: State) -> Engine | None:
         """The engine of the parameters in the groups; None in an initialising first call.
@@ -69,41 +63,45 @@ class Binding:
         Anybody may replace parameters in the groups, their memory or their state between steps, so
         what is bound is compared every time.
         """
-        bound, capturable = self.engine, self.settings.capturable
-        if bound is None or self._sees_changes(groups, state):
-            refuse_unready(groups, None, capturable)
-            members = [
-                Member(param, group, group_index, index, param)
-                for group_index, group in enumerate(groups)
-                for index, param in enumerate(group["params"])
-                if param.requires_grad and not is_lazy(param)
-            ]
-            if self.progress.gradients and not any(state.get(m.param) for m in members):
-                self.unbind()
-                self.restart()  # nothing is left of the state that the ledger is about
-            nothing = not state and all(m.param.grad is None for m in members)
-            if self.ranks.apart and self.ranks.together and not members:
-                raise ValueError(
-                    "params: this rank has none, and the others would wait for it: "
-                    "ZeroRedundancyOptimizer needs at least as many parameters as ranks"
-                )
-            # Of several ranks, another may have gradients and wait for this one.
-            if not members or (nothing and not self.ranks.together):
+        engine = self.engine
+        if engine is None or self._sees_changes(engine, groups, state):
+            engine = self._bind_anew(groups, state)
+            if engine is None:
                 return None
-            masters = self.settings.master_weights
-            for member in members:
-                check_parameter(member.group, member.place, member.param, masters)
-            initialising = not state and not nothing and self._only_initialises(members)
-            self._rebind(members, state, groups)
-            if initialising:
-                return None
-        elif bound.uncapturable:
-            refuse_unready(groups, bound.device, capturable)
-        assert self.engine is not None
-        self.engine.refresh(groups)
+        elif engine.uncapturable:
+            refuse_unready(groups, engine.device, capturable=False)
+        engine.refresh(groups)
         if self.windows is not None:
-            self.engine.scales.scale_rates(self.windows.numbers(self.engine.device)[1])
-        return self.engine
+            engine.scales.scale_rates(self.windows.numbers(engine.device)[1])
+        return engine
+
+    def _bind_anew(self, groups: Groups, state: State) -> Engine | None:
+        """Makes an engine; None where there is nothing to bind, or state was all that was asked."""
+        refuse_unready(groups, None, self.settings.capturable)
+        members = [
+            Member(param, group, group_index, index, param)
+            for group_index, group in enumerate(groups)
+            for index, param in enumerate(group["params"])
+            if param.requires_grad and not is_lazy(param)
+        ]
+        if self.progress.gradients and not any(state.get(m.param) for m in members):
+            self.unbind()
+            self.restart()  # nothing is left of the state that the ledger is about
+        nothing = not state and all(m.param.grad is None for m in members)
+        if self.ranks.apart and self.ranks.together and not members:
+            raise ValueError(
+                "params: this rank has none, and the others would wait for it: "
+                "ZeroRedundancyOptimizer needs at least as many parameters as ranks"
+            )
+        # Of several ranks, another may have gradients and wait for this one.
+        if not members or (nothing and not self.ranks.together):
+            return None
+        masters = self.settings.master_weights
+        for member in members:
+            check_parameter(member.group, member.place, member.param, masters)
+        initialising = not state and not nothing and self._only_initialises(members)
+        self._rebind(members, state, groups)
+        return None if initialising else self.engine
 
     def _only_initialises(self, members: Sequence[Member]) -> bool:
         """Whether a first step only creates state.
@@ -165,11 +163,10 @@ class Binding:
         kept = ("loss_scale", "growth_tracker")
         self.progress.ledger = {k: v for k, v in before.ledger.items() if k in kept}
 
-    def _sees_changes(self, groups: Groups, state: State) -> bool:
+    def _sees_changes(self, engine: Engine, groups: Groups, state: State) -> bool:
         """Whether anything of what is bound is not as it was."""
-        assert self.engine is not None
         assert self._watch is not None
-        ours = self.engine.offload.installs != self._installs
+        ours = engine.offload.installs != self._installs
         return self._watch.sees_changes(groups, None if ours else state)
 
     def unbind(self, save: bool = True) -> None:
@@ -324,11 +321,10 @@ class Binding:
         # To look at all of them would be the longest check of a Predict step.
         if self._mentioned:
             return
-        few = [p for its in map(PARAMS, groups) for p in its[:: len(its) // FEW + 1]]
-        if all([param.grad is None for param in few]):
-            return
-        self._mentioned = True
-        if not all_zero(every_parameter(groups)):
+        for params in map(PARAMS, groups):
+            few = params[:: len(params) // FEW + 1]
+            self._mentioned |= any([param.grad is not None for param in few])
+        if self._mentioned and not all_zero(every_parameter(groups)):
             warn(
                 "gradients were computed for a Predict step, which does not read them: do so only "
                 "where optimizer.needs_backward is True, or use inline=True"
@@ -354,47 +350,45 @@ class Binding:
         if scaler:
             engine.scales.give_back()
 
-    @contextmanager
-    def undisturbed(self, engine: Engine) -> Iterator[None]:
-        """What surrounds the work of a step: memory in its place, and an eye on what others write.
+    def open(self, engine: Engine) -> None:
+        """Before the work of a step: memory comes to its place, and who wrote meanwhile is seen."""
+        engine.gather()
+        if engine.offload.moves:
+            engine.offload.fetch(self.plan(engine))
+        if self.progress.controller.stands or engine.predictor.follows_trajectory:
+            engine.find_writes()
 
-        Autocast is off, which would round the products of matrices.
-        """
-        kind = engine.device.type
-        on = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if on else _NOTHING:
-            engine.gather()
-            offload = engine.offload
-            if offload.moves:
-                offload.fetch(self.plan(engine))
-            controller = self.progress.controller
-            if controller.stands or engine.predictor.follows_trajectory:
-                engine.find_writes()
-            yield
-            stands = controller.stands
-            if stands or engine.predictor.follows_trajectory:
-                engine.note_weights(every=not stands)
-            engine.scatter()
-            if offload.moves:
-                offload.place(self.plan(engine), controller.left_in_row)
-            if offload.installs != self._installs:
-                assert self._watch is not None
-                self._watch.note(self._state)
-                self._installs = offload.installs
-            if engine.choice.changed:  # the next step binds it anew, with other rows
-                self.unbind()
-                engine.choice.release(self._state)
+    def close(self, engine: Engine) -> None:
+        """After it: what was left in the weights is noted, and memory goes back."""
+        controller, offload = self.progress.controller, engine.offload
+        stands = controller.stands
+        if stands or engine.predictor.follows_trajectory:
+            engine.note_weights(every=not stands)
+        engine.scatter()
+        if offload.moves:
+            offload.place(self.plan(engine), controller.left_in_row)
+        if offload.installs != self._installs:
+            assert self._watch is not None
+            self._watch.note(self._state)
+            self._installs = offload.installs
+        if engine.choice.changed:  # the next step binds it anew, with other rows
+            self.unbind()
+            engine.choice.release(self._state)
 
     def plan(self, engine: Engine) -> StepPlan:
         """What the next step does."""
-        controller = self.progress.controller
-        phase, predictor, ends = controller.phase, engine.predictor, controller.ends_gradients
-        return StepPlan(
-            gradient=phase is not Phase.PREDICT,
-            measured=controller.measures,
-            edge=ends or phase is Phase.CORRECT,
-            first=phase is Phase.PREDICT and controller.in_row == 0,
-            trajectory=predictor.follows_trajectory,
-            pairs=predictor.keeps_pairs and phase is not Phase.WARMUP,
-            followed=controller.base_step_follows,
-        )
+        controller, predictor = self.progress.controller, engine.predictor
+        kind = controller.phase, min(controller.remaining, 2), controller.in_row > 0, predictor.name
+        plan = self._plans.get(kind)
+        if plan is None:
+            phase, ends = controller.phase, controller.ends_gradients
+            plan = self._plans[kind] = StepPlan(
+                gradient=phase is not Phase.PREDICT,
+                measured=controller.measures,
+                edge=ends or phase is Phase.CORRECT,
+                first=phase is Phase.PREDICT and controller.in_row == 0,
+                trajectory=predictor.follows_trajectory,
+                pairs=predictor.keeps_pairs and phase is not Phase.WARMUP,
+                followed=controller.base_step_follows,
+            )
+        return plan

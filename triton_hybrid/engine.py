@@ -78,6 +78,7 @@ class Engine:
         if len(devices) > 1:
             raise NotImplementedError(f"parameters on several devices ({', '.join(devices)})")
         self.device = members[0].param.device
+        self.device_type = self.device.type
         self.backend = BACKENDS[settings.backend_for(self.device)]
         if self.backend.name == "triton":
             require_launchable(self.device)
@@ -93,6 +94,7 @@ class Engine:
         self.choice.foresee(predictor or {})
         self.batches = self._make_batches(members, state)
         self.params = [param for batch in self.batches for param in batch.params]
+        self._copies = [pair for batch in self.batches for pair in batch.copies]
         self._sets = tuple(batch.tensors for batch in self.batches)
         self.scalars = Scalars(self._sets, groups)
         # As the groups say; a window of fewer micro-batches takes part of the learning rates.
@@ -374,12 +376,10 @@ class Engine:
 
     def gather(self) -> None:
         """Brings parameters with gaps in memory to where the kernels can read them."""
-        for batch in self.batches:
-            for param, dense in batch.copies:
-                dense.copy_(param)
+        for param, dense in self._copies:
+            dense.copy_(param)
 
     def scatter(self) -> None:
         """The inverse of `gather`."""
-        for batch in self.batches:
-            for param, dense in batch.copies:
-                param.copy_(dense)
+        for param, dense in self._copies:
+            param.copy_(dense)

@@ -47,8 +47,8 @@ class ScaledByOthers:
     def _scaler(self) -> tuple[Any, Any] | None:
         """What a GradScaler has set for this step: scale and flag; None without one."""
         self._take_back()
-        found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found == (None, None):
+        scale, flag = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is None and flag is None:
             return None
         self._binding.settings.refuse_grad_scaler()
-        return found
+        return scale, flag

@@ -34,7 +34,7 @@ from triton_hybrid.groups import (
     first_device,
     own_options,
 )
-from triton_hybrid.hooked import HookedStep, eager
+from triton_hybrid.hooked import HookedStep, eager, without_autocast
 from triton_hybrid.hyperparameters import FRESH_RATES
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.resume import put_back, take_predictions
@@ -148,31 +148,33 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         Raises:
             RuntimeError: Gradients of micro-batches that nobody has counted.
         """
-        phase, scaler = self.phase, self._scaler()
+        binding, scaler = self._binding, self._scaler()
         self._forget_swaps()
-        if phase is Phase.PREDICT:
-            self._binding.mention_unread_gradients(self.param_groups)
-        loss = self._evaluate(closure) if phase.needs_gradient else None
+        loss = self._evaluate(closure) if self.needs_backward else None
         started = time.perf_counter()
-        engine = self._binding.bind(self.param_groups, self.state)
+        engine = binding.bind(self.param_groups, self.state)
         if engine is None:
             return loss
         phase = self.phase  # Warmup, where the state was cleared
-        with self._binding.undisturbed(engine):  # sees what others wrote, and obeys them
+        if phase is Phase.PREDICT:
+            binding.mention_unread_gradients(self.param_groups)
+        with without_autocast(engine.device_type):
+            binding.open(engine)  # sees what others wrote, and obeys them
             if phase is Phase.PREDICT:
-                self._binding.meet(engine)
+                binding.meet(engine)
                 self._predict(engine)
-            elif self._binding.take_gradients(engine, scaler):
-                with self._binding.scaled(engine, self.param_groups, scaler):
-                    plan = self._binding.plan(engine)
+            elif binding.take_gradients(engine, scaler):
+                with binding.scaled(engine, self.param_groups, scaler):
+                    plan = binding.plan(engine)
                     if phase is Phase.CORRECT or plan.pairs:
                         engine.verify(plan.edge)  # accepts, corrects or rolls the prediction back
                     engine.base_step(plan)
                     self._choose_next_phase(engine, scaled=scaler is not None)
                     self._count(phase, started)
-                    while self.hybrid.inline and self.phase is Phase.PREDICT:
+                    while self.phase is Phase.PREDICT and self.hybrid.inline:
                         self._predict(engine)
                     engine.release_gradients()
+            binding.close(engine)
         return loss
 
     def _predict(self, engine: Engine) -> None:
@@ -186,18 +188,18 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         controller, predictor, report = self._progress.controller, engine.predictor, NOBODY_ASKED
         if controller.ends_gradients:
             predictor.end_cycle()
-        ask = predictor.predicts and controller.wants_report
-        # A GradScaler, which leaves the skipping to us, waits for its flag at every step anyway.
-        if not self._settings.capturable and (ask or engine.reads_are_free or scaled):
-            report = self._ask(engine)
+        if not engine.settings.capturable:
+            # A GradScaler, which leaves skipping to us, waits for its flag at every step anyway.
+            ask = scaled or (predictor.predicts and controller.wants_report)
+            report = self._ask(engine) if ask or engine.reads_are_free else report
+        predictor, changed = engine.predictor, engine.choice.changed  # by asking
         if report.written:
             engine.forget_writes()
         elif controller.phase is Phase.CORRECT and not report.rejected:
-            engine.predictor.move_held()
-        predictor, changed = engine.predictor, engine.choice.changed  # by asking
+            predictor.move_held()
         refit_steps = self.hybrid.full_steps if changed else predictor.refit_steps
         controller.after_gradient(report, predictor.ready and not changed, refit_steps)
-        if self.phase is Phase.PREDICT:
+        if controller.phase is Phase.PREDICT:
             engine.begin_stretch()
 
     def _ask(self, engine: Engine) -> Report:

@@ -62,7 +62,7 @@ class Stretches:
             moves = (rows[:, rates] != 0) & tensors.has_gradient()
             moves &= rows[:, betas] > predictor.least_beta1
             part = start[tensors.place, 0]
-            part.copy_(torch.zeros_like(moves) if predictor.leaves(batch) else moves)
+            part.copy_(torch.zeros_like(moves) if batch in predictor.left else moves)
         if not capturing(engine.device):  # then nothing is copied yet
             self._start.copy_(start)
             self._start_of = self._reason()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from triton_hybrid.groups import every_parameter
+from triton_hybrid.groups import PARAMS, every_parameter
 from triton_hybrid.kernels.likeness import likeness
 from triton_hybrid.rules import RULES
 from triton_hybrid.shards import is_dtensor, local
@@ -52,14 +52,18 @@ class Watch:
     """What parameters are, and where; what must stay the same of groups; the tensors of state."""
 
     def __init__(self, groups: Groups, state: State) -> None:
+        self._lists = [params[:] for params in map(PARAMS, groups)]
         self._params = every_parameter(groups)
-        here = [local(param) for param in self._params if not is_lazy(param)]
-        self._some_lazy = len(here) < len(self._params)
-        self._some_parts = any(map(is_dtensor, self._params))
+        self._here = here = self._read()
+        self._changing = len(here) < len(self._params) or any(map(is_dtensor, self._params))
         self._settings = _settings(groups)
         self._places = [*map(Tensor.data_ptr, here)]
         self._kinds, self._alike = _kinds(here), likeness(here)
         self.note(state)
+
+    def _read(self) -> list[Tensor]:
+        """What is here of the parameters."""
+        return [local(param) for param in self._params if not is_lazy(param)]
 
     def note(self, state: State) -> None:
         """Takes the state as it is now."""
@@ -70,22 +74,19 @@ class Watch:
 
         With a state, whether that holds other tensors, too.
         """
-        params = every_parameter(groups)
         entries = self._entries if state is None else _entries(state)
-        if not _same((params, entries), (self._params, self._entries)):
+        if not _same(([*map(PARAMS, groups)], entries), (self._lists, self._entries)):
             return True
         if _settings(groups) != self._settings:
             return True
-        if self._some_lazy:
-            params = [param for param in params if not is_lazy(param)]
-        if self._some_parts:
-            params = [*map(local, params)]
-        if [*map(Tensor.data_ptr, params)] != self._places:
+        # Lazy parameters and parts of parameters may be others now.
+        here = self._read() if self._changing else self._here
+        if [*map(Tensor.data_ptr, here)] != self._places:
             return True
-        if not self._alike(*params):
-            if _kinds(params) != self._kinds:
+        if not self._alike(*here):
+            if _kinds(here) != self._kinds:
                 return True
-            self._alike = likeness(params)
+            self._alike = likeness(here)
         return False
 
 
@@ -97,7 +98,7 @@ def _entries(state: Mapping[Tensor, Any]) -> list[Any]:
 
 
 def _settings(groups: Groups) -> list[Any]:
-    return [(len(g["params"]), g["base"], RULES[g["base"]].settings(g)) for g in groups]
+    return [(g["base"], RULES[g["base"]].settings(g)) for g in groups]
 
 
 def _kinds(params: Sequence[Tensor]) -> list[Any]:

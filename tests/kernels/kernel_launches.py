@@ -214,7 +214,7 @@ def counted_launches() -> Iterator[list[str]]:
 
     class Counted:
         def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+            self.kernel, self.arg_names = kernel, kernel.arg_names
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             log.append(self.kernel.__name__)

@@ -114,6 +114,7 @@ class Predictor(Choice):
         least_beta1: Tensors of groups with no larger β1 stay where they are.
         keeps_pairs: Whether it notes moves and gradient changes, in every step after Warmup.
         slow_beta: Largest decay of the slow EMA; 0 without one.
+        left: Batches that it never moves (`leaves`).
     """
 
     predicts: bool = True
@@ -140,6 +141,7 @@ class Predictor(Choice):
 
     def bind(self, engine: Engine) -> None:
         self.engine = engine
+        self.left = {batch for batch in engine.batches if self.predicts and self.leaves(batch)}
 
     @property
     @abc.abstractmethod
@@ -169,21 +171,23 @@ class Predictor(Choice):
 
         ``last``: a prediction may follow this gradient.
         """
-        engine, self._deferred = self.engine, self.again
+        engine, again = self.engine, self.again
+        backend, scalars = engine.backend, engine.scalars
+        self._deferred = again
         for batch in engine.batches:
             # Where nothing predicts, a checkpoint may have brought what another one has moved.
-            moved = self.predicts and (self.again is None or not self.leaves(batch))
-            engine.backend.slopes(batch.tensors, engine.scalars, self.again, moved)
-        engine.over_ranks(engine.scalars.sums)
-        engine.backend.decide(engine.scalars, self.config.divergence_threshold, self.cooldown)
+            moved = self.predicts and (again is None or batch not in self.left)
+            backend.slopes(batch.tensors, scalars, again, moved)
+        engine.over_ranks(scalars.sums)
+        backend.decide(scalars, self.config.divergence_threshold, self.cooldown)
         for batch in engine.batches:
-            if self.again is None or not self.leaves(batch):
-                engine.backend.correct(
+            if again is None or batch not in self.left:
+                backend.correct(
                     batch.tensors,
-                    engine.scalars,
+                    scalars,
                     restart=self.follows_trajectory,
-                    again=self.again,
-                    deferred=self.again is not None,
+                    again=again,
+                    deferred=again is not None,
                 )
 
     def take_deferred(self) -> Displacement | None:
@@ -204,7 +208,7 @@ class Predictor(Choice):
                 limit=limit,
                 cooldown=self.cooldown,
                 last=batch is engine.batches[-1],
-                again=None if self.leaves(batch) else self.again,
+                again=None if batch in self.left else self.again,
             )
 
     def move(self, first: bool) -> None:
@@ -214,7 +218,7 @@ class Predictor(Choice):
         known = self.follows_trajectory and not first and self._slopes_known
         self._slopes_known = True
         for batch in engine.batches:
-            if self.leaves(batch):
+            if batch in self.left:
                 sums[batch.tensors.place].zero_()
                 continue
             engine.backend.predict(

@@ -105,5 +105,5 @@ class SlowEMA(Predictor):
 
     @property
     def ready(self) -> bool:
-        moving = not all(self.leaves(batch) for batch in self.engine.batches)
+        moving = len(self.left) < len(self.engine.batches)
         return moving and max(self.engine.beta1s) > self.least_beta1
