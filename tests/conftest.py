@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from quick_interpreter import patch_language_once_a_launch
 
 # Without a GPU the kernels run in Triton's interpreter, which must be chosen before the
 # first import of triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patch_language_once_a_launch()
 
 # The tensors of the tests are tiny: threads would only wait for each other.
 torch.set_num_threads(1)
