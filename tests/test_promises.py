@@ -339,7 +339,7 @@ def test_promise_8_memory_is_flat_after_the_first_step(kind: str, predictor: str
     first = optimizer.stats().state_bytes_device
     train(model, optimizer, 9, batches)
     early = measure()
-    train(model, optimizer, 490, batches)
+    train(model, optimizer, 240, batches)
     late = measure()
     assert early[0] == first
     assert late == early

@@ -28,6 +28,13 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[], object
     return call
 
 
+@pytest.fixture(autouse=True)
+def _denormals_as_they_were() -> Iterator[None]:
+    """`quiet.py` flushes them in its whole process, where tests of kernels may follow."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where tokenizers are kept in this session."""

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -231,12 +232,28 @@ def test_tests_that_hang_or_cannot_be_found(
 ) -> None:
     with pytest.raises(RuntimeError, match="status"):
         results_of(tmp_path)
-    slow = f"import time\n{PASSES}def test_two():\n    time.sleep(600)\n"
-    (tmp_path / "test_slow.py").write_text(slow)
-    # On a busy machine pytest takes over 10 s to begin, and over 5 s to write its report.
-    monkeypatch.setattr(machine, "FAREWELL", 20.0)
+    slow = f"import time\n{PASSES}def test_two():\n    open('begun', 'w').close()\n"
+    (tmp_path / "test_slow.py").write_text(f"{slow}    time.sleep(600)\n")
+
+    class LateOnceItHangs(subprocess.Popen[bytes]):
+        """Its time is up when the second test has begun, and the first has been reported."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            begun, busy = tmp_path / "begun", 120.0
+            if timeout is not None and timeout > 1000.0:
+                assert 3600.0 - machine.FAREWELL - 60.0 < timeout < 3600.0 - machine.FAREWELL
+                while not begun.exists() and self.poll() is None and busy > 0:
+                    time.sleep(0.1)
+                    busy -= 0.1
+                time.sleep(2.0)
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(machine.subprocess, "Popen", LateOnceItHangs)
+    # On a busy machine pytest takes over 5 s to write its report.
+    monkeypatch.setattr(machine, "FAREWELL", 60.0)
     result = SectionResult("correctness", "")
-    context = context_for(result, deadline=time.monotonic() + 36.0)
+    context = context_for(result, deadline=time.monotonic() + 3600.0)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
     try:
         with pytest.raises(OutOfTimeError):
