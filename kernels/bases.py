@@ -11,7 +11,6 @@ a move leaves its displacement there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -232,7 +231,7 @@ class Bases:
         """Turns the bases into those of the gradients that these pairs remember, newest first."""
         for place, matrix in enumerate(self.matrices):
             left, right = map(_turn, (matrix.left, matrix.right), self._grams(place, slots))
-            at_once = max(1, AT_ONCE // math.prod(matrix.like.shape))
+            at_once = max(1, AT_ONCE // max(1, matrix.like.numel()))
             for names in (self._moves, ["last_gradient", *self._changes]):
                 for begin in range(0, len(names), at_once):
                     rows = [self._of(name)[place] for name in names[begin : begin + at_once]]
