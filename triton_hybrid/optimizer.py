@@ -150,7 +150,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         """
         binding, scaler = self._binding, self._scaler()
         self._forget_swaps()
-        loss = self._evaluate(closure) if self.needs_backward else None
+        loss = self._evaluate(closure) if self.phase.needs_gradient else None
         started = time.perf_counter()
         engine = binding.bind(self.param_groups, self.state)
         if engine is None:
