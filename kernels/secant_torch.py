@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton_hybrid.kernels.ledger import INDEX, PART_COLUMN
-from triton_hybrid.kernels.multi_tensor import TensorSet
+from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet
 from triton_hybrid.kernels.scalars import HYPER, Scalars
 from triton_hybrid.kernels.together_torch import SHORT, Cells, cells_of, dots
 from triton_hybrid.kernels.trial import LEAST_PAIRS
@@ -129,7 +129,8 @@ def products_torch(
 ) -> Blocks | None:
     """`products` in plain torch; returns what `move_torch` need not find again of short tensors."""
     blocks = _blocks(tensors, scalars, trial, history)
-    known = [*blocks] if max(tensors.lengths) <= SHORT else None
+    few = max(tensors.lengths) <= SHORT and sum(tensors.lengths) <= TORCH_BLOCK
+    known = [*blocks] if few else None  # of many it would be another copy of all pairs
     for cells, moves, changes, metric, rows, others in known or blocks:
         here, decay, correction1 = others
         if isinstance(here, Tensor):

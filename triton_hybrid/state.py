@@ -54,6 +54,7 @@ class StepPlan(NamedTuple):
 ZEROS, WEIGHTS = "zeros", "weights"
 """What a new row begins as."""
 SQUARES = (0, 0)
+"""Shape of rows that are square matrices, as large as a side of their parameter."""
 
 RowDtype = Callable[[Tensor, Group], torch.dtype]
 

@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from kernel_memory import assert_same_bits
 from kernel_problems import Problem
+from kernel_specs import plain
 from torch import Tensor
 from triton_hybrid.kernels.backend import TORCH, TRITON, Backend
 from triton_hybrid.kernels.displacement import Displacement
+from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import ChunkTable, TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import ROW
 from triton_hybrid.kernels.secant import products_size
@@ -157,9 +159,27 @@ def pairs_of(problem: Problem, slot: int = 1, pairs: int = HISTORY) -> Tensor:
     return problem.arena.put(new_trial(torch.device("cpu"), {"slot": slot, "pairs": pairs}))
 
 
-def solution() -> Tensor:
-    """A quasi-Newton move: whether, how far, of the decay, and coefficients."""
-    return torch.tensor([1.0, 0.7, 0.4, *(0.1 * n for n in range(2 * HISTORY))]).double()
+def solution(seed: int = 0, history: int = HISTORY) -> Tensor:
+    """A quasi-Newton move: whether to make it, γ, share of the decay, and coefficients."""
+    drawn = torch.randn(2 * history, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.cat([torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64), drawn])
+
+
+def assert_leaves_alone(run: Callable[[Problem, Tensor], None]) -> Problem:
+    """Who takes no part stays, and what never had a gradient; all do where none is to move."""
+    problem = Problem(plain((70,), (9,))).confident()
+    problem.prediction[1, PART_COLUMN.value] = 0.0
+    problem.rows["exp_avg_sq"][0][:5] = 0.0
+    before = problem.snapshot()
+    run(problem, solution(1))
+    assert_same_bits(problem.rows["weight"][1], before["weight"][1], "weight[1]")
+    assert_same_bits(problem.rows["weight"][0][:5], before["weight"][0][:5], "weight[0][:5]")
+    assert (problem.rows["weight"][0][5:] != before["weight"][0][5:]).all()
+    idle, again = solution(1), problem.snapshot()
+    idle[0] = 0.0
+    run(problem, idle)
+    problem.assert_unchanged(again)
+    return problem
 
 
 RUN: dict[str, Callable[[Checked, Problem], Any]] = {

@@ -9,24 +9,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_launches import BACKENDS, HISTORY, KERNELS, PLAIN, Checked, pairs_of
+from kernel_launches import (
+    BACKENDS,
+    HISTORY,
+    KERNELS,
+    PLAIN,
+    Checked,
+    assert_leaves_alone,
+    pairs_of,
+    solution,
+)  # fmt: skip
 from kernel_memory import assert_near, assert_same_bits
 from kernel_problems import Make, Problem, problems
 from kernel_specs import FP32, FP64, Precision, fewer, plain
 from torch import Tensor
 from triton_hybrid.kernels.bases import LARGEST_SIDE, Bases, Matrix, sides_of, without_noise
-from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.scalars import HYPER
 
 SHAPES = ((5, 7), (9,), (6, 1), (4, 3))
 PAIRS = [f"{kind}_{slot}" for kind in ("move", "change") for slot in range(HISTORY)]
 KEPT = ["last_gradient", *PAIRS]
-
-
-def solution(seed: int) -> Tensor:
-    """Whether to move, γ, share of the decay, and coefficients."""
-    drawn = torch.randn(2 * HISTORY, generator=torch.Generator().manual_seed(seed)).double()
-    return torch.cat([torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64), drawn])
 
 
 def orthogonal(side: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -276,18 +278,7 @@ def test_the_shift_matches_the_fp64_oracle(make: Make, seed: int) -> None:
 def test_the_shift_leaves_alone_what_takes_no_part_and_what_never_had_a_gradient(
     backend: Checked,
 ) -> None:
-    problem = Problem(plain((70,), (9,))).confident()
-    problem.prediction[1, PART_COLUMN.value] = 0.0
-    problem.rows["exp_avg_sq"][0][:5] = 0.0
-    before = problem.snapshot()
-    backend.shift(problem, solution(1))
-    assert_same_bits(problem.rows["weight"][1], before["weight"][1], "weight[1]")
-    assert_same_bits(problem.rows["weight"][0][:5], before["weight"][0][:5], "weight[0][:5]")
-    assert (problem.rows["weight"][0][5:] != before["weight"][0][5:]).all()
-    idle, again = solution(1), problem.snapshot()
-    idle[0] = 0.0
-    backend.shift(problem, idle)
-    problem.assert_unchanged(again)
+    assert_leaves_alone(backend.shift)
 
 
 @BACKENDS

@@ -8,7 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_launches import BACKENDS, KERNELS, PLAIN, Checked, pairs_of
+from kernel_launches import (
+    BACKENDS,
+    HISTORY,
+    KERNELS,
+    PLAIN,
+    Checked,
+    assert_leaves_alone,
+    pairs_of,
+    solution,
+)  # fmt: skip
 from kernel_memory import assert_near, assert_same_bits
 from kernel_problems import Make, Problem, problems
 from kernel_specs import ONE, THREE, fewer, plain
@@ -17,14 +26,6 @@ from triton_hybrid.kernels.ledger import INDEX, PART_COLUMN
 from triton_hybrid.kernels.scalars import HYPER
 from triton_hybrid.kernels.secant import products_size
 from triton_hybrid.kernels.trial import MOST_DECAY, TRIAL, judge, new_trial, solve
-
-HISTORY = 3
-
-
-def solution(seed: int, history: int = HISTORY) -> Tensor:
-    """Whether to move, γ, share of the decay, and coefficients."""
-    drawn = torch.randn(2 * history, generator=torch.Generator().manual_seed(seed)).double()
-    return torch.cat([torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64), drawn])
 
 
 @fewer()
@@ -102,19 +103,7 @@ def test_the_move_matches_the_fp64_oracle(make: Make, seed: int, pairs: int) -> 
 def test_a_move_leaves_alone_what_takes_no_part_and_what_never_had_a_gradient(
     backend: Checked,
 ) -> None:
-    problem = Problem(plain((70,), (9,))).confident()
-    problem.prediction[1, PART_COLUMN.value] = 0.0
-    problem.rows["exp_avg_sq"][0][:5] = 0.0
-    before = problem.snapshot()
-    backend.move(problem, solution(1), HISTORY)
-    assert_same_bits(problem.rows["weight"][1], before["weight"][1], "weight[1]")
-    assert_same_bits(problem.rows["weight"][0][:5], before["weight"][0][:5], "weight[0][:5]")
-    assert (problem.rows["weight"][0][5:] != before["weight"][0][5:]).all()
-    idle = solution(1)
-    idle[0] = 0.0
-    again = problem.snapshot()
-    backend.move(problem, idle, HISTORY)
-    problem.assert_unchanged(again)
+    problem = assert_leaves_alone(lambda its, order: backend.move(its, order, HISTORY))
     assert not problem.sums.any()
 
 

@@ -46,7 +46,6 @@ class Passes:
 
     Attributes:
         allowed: Whether there are bases, on this rank or on others.
-        incomplete: Whether pairs in bases cannot be read: bases are missing, or were made anew.
     """
 
     def __init__(self, engine: Engine, history: int) -> None:
@@ -59,14 +58,14 @@ class Passes:
             handle_of(whole) for batch in engine.batches for whole in batch.wholes
         )
         self._away = engine.config.offload != "none"  # bases and twins, between the moves
-        self.incomplete = not self.allowed
+        self._fresh = False  # whether bases were made that were not in the state
         for batch in engine.batches if self.allowed else ():
             if batch.tensors.has("last_gradient") and not batch.aliased:
                 matrices = self._matrices(batch)
                 if matrices:
                     self._bases[batch] = Bases(batch.tensors, matrices, history, self._away)
         if engine.reduce is None and not self._bases:
-            self.allowed, self.incomplete = False, True
+            self.allowed = False
 
     def _matrices(self, batch: Batch) -> list[Matrix]:
         found = []
@@ -79,7 +78,7 @@ class Passes:
                     dtype = batch.tensors.dtype["weight"]
                     device = torch.device("cpu") if self._away else param.device
                     basis = torch.eye(side, dtype=dtype, device=device)
-                    entry[row.name], self.incomplete = basis, True
+                    entry[row.name], self._fresh = basis, True
                 bases.append(basis if here else None)
             if any(basis is not None for basis in bases):
                 found.append(Matrix(index, param, bases[0], bases[1], *_gathering(member.whole)))
@@ -87,20 +86,18 @@ class Passes:
 
     def agree(self) -> bool:
         """Whether pairs in bases can be read, on every rank."""
-        incomplete = torch.tensor([float(self.incomplete)], dtype=torch.float64)
+        incomplete = torch.tensor([float(self._fresh or not self.allowed)], dtype=torch.float64)
         if self._engine.reduce is not None:
             incomplete = self._engine.reduce(incomplete.to(self._engine.device))
         return not bool(incomplete > 0)
 
     def settle(self, orders: Tensor, trial: Tensor) -> None:
         """Notes a pair, begins anew from here, places the weights, as `judge` has ordered."""
-        engine, turned = self._engine, False
-        slot: int | None = None
-        if self.allowed:
-            turned = bool(trial[TURNED] > 0)
+        turned, slot = False, None
+        if self.allowed and bool(trial[TURNED] > 0):
             pair, restart, _, number = orders.tolist()
-            turned, slot = turned and restart > 0, int(number) if pair else None
-        for batch in engine.batches:
+            turned, slot = restart > 0, int(number) if pair else None
+        for batch in self._engine.batches:
             bases = self._bases.get(batch) if turned else None
             before = [] if bases is None else bases.last_gradients()
             self.place(batch, orders)
