@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton_hybrid.kernels.direction import weights_of
 from triton_hybrid.kernels.multi_tensor import TensorSet
 
 LARGEST_SIDE = 1024
@@ -204,10 +205,7 @@ class Bases:
             seen.copy_(matrix.seen(average))
         if not weights:
             return self.clear()
-        kept: Sequence[Tensor] = tensors.flat.get("weight", ())
-        if tensors.has_master or not kept:
-            kept = [tensors.weight(index, slice(None)) for index in range(len(tensors))]
-        torch._foreach_copy_([*twin.flat["weight"]], [*kept])
+        torch._foreach_copy_([*twin.flat["weight"]], weights_of(tensors))
         for matrix, weight in zip(self.matrices, self._of("weight", twin=True)):
             weight.copy_(matrix.seen(weight))
 

@@ -220,11 +220,12 @@ class MatrixSet:
 
     Args:
         tensors: With rows ``grad``, ``exp_avg`` and ``update``, and ``slow_ema`` where it takes
-            part in the momentum.
+            part in the momentum; or with another row that is orthogonalised.
         grids: Of each tensor, equal parts along its two dimensions.
         coefficients: Of each tensor, for each step.
-        tiling: How products are cut; the default for the dtype of ``update`` when None.
+        tiling: How products are cut; the default for their dtype when None.
         limit: Bytes of scratch memory; one matrix alone may exceed it.
+        dtype: Of the products; that of ``update`` when None.
     """
 
     def __init__(
@@ -234,9 +235,10 @@ class MatrixSet:
         coefficients: Sequence[Coefficients],
         tiling: MatrixTiling | None = None,
         limit: int = SCRATCH_BYTES,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.tensors = tensors
-        self.dtype = tensors.dtype["update"]
+        self.dtype = dtype or tensors.dtype["update"]
         self.tiling = tiling or matrix_tiling(self.dtype, tensors.device)
         by_steps: dict[Coefficients, list[Block]] = {}
         for index, (tensor, grid) in enumerate(zip(tensors.shapes, grids)):

@@ -15,6 +15,9 @@ them back.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH, on_device, settle
@@ -128,6 +131,38 @@ def _gather_kernel(
 
 
 @triton.jit
+def _take_kernel(
+    addresses, extents, matrices, tiles, scratch, squares,
+    ROW: tl.constexpr, STATE: tl.constexpr, DTYPE: tl.constexpr,
+    TILE: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """Copies a tile of a row, and sums its square."""
+    matrix, i, j = tile_at(matrices, tiles)
+    tensor, row, column, tall, whole = tile_in_memory(matrix, i, j, extents, TILE)
+    for FULL in tl.static_range(2):
+        if whole == FULL:
+            source = row_pointer(addresses, ROW, tensor, STATE, FULL)
+            offset, pitch, rows, columns = in_memory(matrix, FULL)
+            c = column + tl.arange(0, TILE)
+            square = tl.full((), 0.0, tl.float32)
+            for begin in range(0, TILE, STRIP):
+                r = row + begin + tl.arange(0, STRIP)
+                at = offset + r.to(tl.int64)[:, None] * pitch + c[None, :]
+                here = None if FULL else (r < rows)[:, None] & (c < columns)[None, :]
+                value = tl.load(source + at, here, None if FULL else 0.0)
+                value = narrow(value.to(tl.float32), DTYPE)
+                wide = value.to(tl.float32)
+                square += tl.sum(tl.sum(wide * wide, axis=1), axis=0)
+                place, _gram, _height, width = in_scratch(matrix, TILE)
+                if tall:
+                    turned = place + c.to(tl.int64)[:, None] * width + r[None, :]
+                    tl.store(scratch + turned, tl.trans(value))
+                else:
+                    tl.store(scratch + place + r.to(tl.int64)[:, None] * width + c[None, :], value)
+            tl.store(squares + tl.program_id(0), square)
+
+
+@triton.jit
 def _normalise_kernel(
     matrices, tiles, group, hyperparameters, squares, scratch,
     DTYPE: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr,
@@ -195,9 +230,10 @@ def _symmetric_kernel(
 @triton.jit
 def _polynomial_kernel(
     addresses, extents, matrices, tiles, scratch, factor, target, a,
+    ROW: tl.constexpr, ROW_TYPE: tl.constexpr,
     DTYPE: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The product a X + B X; the last step writes it to the row ``update``."""
+    """The product a X + B X; the last step writes it to a row."""
     matrix, i, j = tile_at(matrices, tiles)
     place, gram, height, width = in_scratch(matrix, TILE)
     rows = i * TILE + tl.arange(0, TILE)
@@ -222,9 +258,9 @@ def _polynomial_kernel(
             if whole == FULL:
                 offset, pitch, n_rows, n_columns = in_memory(matrix, FULL)
                 begins = offset + r.to(tl.int64) * pitch
-                goal = row_pointer(addresses, _UPDATE, tensor, DTYPE, FULL)
+                goal = row_pointer(addresses, ROW, tensor, ROW_TYPE, FULL)
                 here = None if FULL else (r < n_rows)[:, None] & (c < n_columns)[None, :]
-                tl.store(goal + begins[:, None] + c[None, :], value, mask=here)
+                tl.store(goal + begins[:, None] + c[None, :], value.to(ROW_TYPE), mask=here)
     else:
         tl.store(target + at, value)
 
@@ -243,25 +279,60 @@ def orthogonalise(matrices: MatrixSet, scalars: Scalars, max_norm: float | None)
             statistics left them; ``hold`` in the ledger skips the step.
         max_norm: Global-norm clipping threshold, or None.
     """
+    tensors = matrices.tensors
+    groups = (tensors.group, scalars.hyperparameters)
+
+    def gather(where: Sequence[Any], goals: Sequence[Any], grid: Any, options: Any) -> None:
+        _gather_kernel[grid](
+            *tensors.tables(), *where, tensors.chunks().present, *groups,
+            scalars.partials, scalars.ledger, max_norm or 0.0, *goals,
+            GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
+            SLOW=tensors.has("slow_ema"), CLIP=max_norm is not None,
+            COLUMNS=scalars.partials.shape[1], **options,
+        )  # fmt: skip
+
+    _iterate(matrices, scalars, gather, _UPDATE)
+    settle(_gather_kernel)
+
+
+def orthogonalise_row(matrices: MatrixSet, scalars: Scalars, row: tl.constexpr) -> None:
+    """Orthogonalises a row of state, in place. Launches: 2 + 3 · steps for each wave.
+
+    Args:
+        matrices: Of the row, which has the dtype of the weights.
+        scalars: Of their tensors; a group's ``eps`` is the least norm.
+        row: Its number.
+    """
+    tensors = matrices.tensors
+
+    def take(where: Sequence[Any], goals: Sequence[Any], grid: Any, options: Any) -> None:
+        _take_kernel[grid](
+            *tensors.tables(), *where, *goals,
+            ROW=row, STATE=tensors.dtype_of("weight"), **options,
+        )  # fmt: skip
+
+    _iterate(matrices, scalars, take, row)
+    settle(_take_kernel)
+
+
+def _iterate(
+    matrices: MatrixSet, scalars: Scalars, gather: Callable[..., None], row: tl.constexpr
+) -> None:
+    """Gathers matrices, orthogonalises them, and writes them to a row."""
     tensors, tiling = matrices.tensors, matrices.tiling
     addresses, extents = tensors.tables()
     first, second, gram, square, squares = matrices.scratch()
     groups = (tensors.group, scalars.hyperparameters)
-    common = {"DTYPE": TRITON_DTYPES[matrices.dtype], "TILE": tiling.tile}
+    dtype = TRITON_DTYPES[matrices.dtype]
+    common = {"DTYPE": dtype, "TILE": tiling.tile}
     common |= {"num_warps": tiling.warps, **MATRIX_LAUNCH}
     strips, products = {"STRIP": tiling.strip, **common}, {"DEPTH": tiling.depth, **common}
+    written = {"ROW": row, "ROW_TYPE": dtype if row is _UPDATE else tensors.dtype_of("weight")}
     with on_device(tensors.device):
         for wave in matrices.waves:
             where = (wave.table, wave.tiles)
             programs, half = (len(wave.tiles),), (len(wave.halves),)
-            _gather_kernel[programs](
-                addresses, extents, *where, tensors.chunks().present, *groups,
-                scalars.partials, scalars.ledger, max_norm or 0.0,
-                first, squares,
-                GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
-                SLOW=tensors.has("slow_ema"), CLIP=max_norm is not None,
-                COLUMNS=scalars.partials.shape[1], **strips,
-            )  # fmt: skip
+            gather(where, (first, squares), programs, strips)
             _normalise_kernel[programs](*where, *groups, squares, first, **strips)
             x, y = first, second
             for step, (a, b, c) in enumerate(wave.coefficients, 1):
@@ -270,8 +341,8 @@ def orthogonalise(matrices: MatrixSet, scalars: Scalars, max_norm: float | None)
                 _symmetric_kernel[half](*lower, gram, square, b, c, POLYNOMIAL=True, **products)
                 _polynomial_kernel[programs](
                     addresses, extents, *where, x, square, y, a,
-                    LAST=step == len(wave.coefficients), **products,
+                    LAST=step == len(wave.coefficients), **written, **products,
                 )  # fmt: skip
                 x, y = y, x
-    for kernel in (_gather_kernel, _normalise_kernel, _symmetric_kernel, _polynomial_kernel):
+    for kernel in (_normalise_kernel, _symmetric_kernel, _polynomial_kernel):
         settle(kernel)

@@ -55,7 +55,13 @@ def orthogonalise_torch(
     ``clip`` is what clipping and the loss scale multiply the gradient with, 0-dim FP64; where
     ``skip`` is true (0-dim bool; None: it is not) ``exp_avg`` stays as it is.
     """
-    _orthogonalise(matrices, scalars, momenta_torch(matrices.tensors, scalars, clip, skip))
+    momenta = momenta_torch(matrices.tensors, scalars, clip, skip)
+    _orthogonalise(matrices, scalars, momenta, "update")
+
+
+def orthogonalise_row_torch(matrices: MatrixSet, scalars: Scalars, row: str) -> None:
+    """`orthogonalise_row` in plain torch."""
+    _orthogonalise(matrices, scalars, dict(enumerate(matrices.tensors.flat[row])), row)
 
 
 def momenta_torch(
@@ -83,8 +89,10 @@ def momenta_torch(
     return mixed
 
 
-def _orthogonalise(matrices: MatrixSet, scalars: Scalars, sources: dict[int, Tensor]) -> None:
-    """Orthogonalises matrices in flat tensors, all of one shape at a time."""
+def _orthogonalise(
+    matrices: MatrixSet, scalars: Scalars, sources: dict[int, Tensor], row: str
+) -> None:
+    """Orthogonalises matrices in flat tensors to a row, all of one shape at a time."""
     tensors = matrices.tensors
     eps = scalars.hyperparameters[tensors.group.long(), HYPER["eps"]]
     for wave in matrices.waves:
@@ -97,4 +105,4 @@ def _orthogonalise(matrices: MatrixSet, scalars: Scalars, sources: dict[int, Ten
             least = torch.stack([eps[block.tensor] for block in blocks])
             result = newton_schulz_torch(torch.stack(views), wave.coefficients, least)
             for block, matrix in zip(blocks, result.unbind()):
-                block.view(tensors.flat["update"][block.tensor]).copy_(matrix)
+                block.view(tensors.flat[row][block.tensor]).copy_(matrix)

@@ -64,9 +64,9 @@ def runs() -> Iterator[Run]:
     alone = (["triton"], ["none"])
     yield from itertools.product(PREDICTORS, ["adamw"], INTERPRETED, drives, *alone)
     yield from itertools.product(("slow_ema", "linear"), ["muon"], ["fp32"], drives, *alone)
-    secant = (["secant"], ["adamw"])
-    yield from itertools.product(*secant, DTYPES, drives, ["torch"], ["none", "cpu"])
-    yield from itertools.product(*secant, ["fp32"], drives, *alone)
+    adamw_alone = (["secant", "orthogonal"], ["adamw"])
+    yield from itertools.product(*adamw_alone, DTYPES, drives, ["torch"], ["none", "cpu"])
+    yield from itertools.product(*adamw_alone, ["fp32"], drives, *alone)
 
 
 def make_parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:

@@ -129,16 +129,16 @@ class Engine:
         alike: dict[Any, list[Member]] = {}
         for member, rank in zip(members, overlapping([member.param for member in members])):
             rule = RULES[member.group["base"]]
-            kind = (rank, member.share, is_part(member.whole))
+            kind = (rank, member.share, is_part(member.whole), self.choice.kind_of(rule, member))
             key = (member.param.dtype, rule.name, kind, rule.batch_key(member.group))
             alike.setdefault(key, []).append(member)
         offload = self.config.offload if moves(self.config, self.device) else "none"
         masters = self.settings.master_weights
         batches = []
-        for (_, name, (rank, *_), _), its in alike.items():
+        for (_, name, (rank, *_, kind), _), its in alike.items():
             rule = RULES[name]
             self.choice.check_rule(rule)
-            rows = tuple(dict.fromkeys((*rule.rows, *self.choice.rows_for(rule))))
+            rows = tuple(dict.fromkeys((*rule.rows, *self.choice.rows_for(rule, kind))))
             batch = Batch(its, rows, rule, state, offload=offload, masters=masters)
             batch.aliased = rank > 0
             if self.predictor.predicts:
@@ -263,6 +263,11 @@ class Engine:
     def rates_on_device(self) -> bool:
         """Whether a learning rate is known to the device alone."""
         return not self._seen
+
+    @property
+    def spread(self) -> bool:
+        """Whether other ranks hold other tensors, which may move where none of these do."""
+        return self._others is not None
 
     @property
     def reads_are_free(self) -> bool:

@@ -33,10 +33,10 @@ def dot(x: Tensor, y: Tensor) -> float:
     return float(x.flatten().double().dot(y.flatten().double()))
 
 
-def orthogonalised(x: Tensor) -> Tensor:
-    """A matrix with singular values near one, by five Newton-Schulz steps."""
+def orthogonalised(x: Tensor, steps: int = 5) -> Tensor:
+    """A matrix with singular values near one, by so many Newton-Schulz steps."""
     x = x / x.norm().clamp(min=1e-8)
-    for _ in range(5):
+    for _ in range(steps):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x
@@ -108,7 +108,7 @@ class Reference:
         )
         if self.takes_other():
             return phases.after_gradient(report, False, self.config.full_steps)
-        slow = self.model == "slow_ema" and self.base != "muon"
+        slow = self.model in ("slow_ema", "orthogonal") and self.base != "muon"
         ready, refit = (self.cycles >= 2, self.config.full_steps) if self.linear else (slow, 2)
         phases.after_gradient(report, ready, refit)
         while phases.phase is Phase.PREDICT:
@@ -140,7 +140,8 @@ class Reference:
         clip = min(o.max_grad_norm / (norm + 1e-6), 1.0)
         usual = 2.0 * math.exp(ledger.norm_mean) / (norm + 1e-30)
         steady = min(clip, usual) / clip if ledger.norm_count else 1.0  # outliers count double
-        beta = min(n / (n + 4), self.config.slow_beta)
+        largest = 0.95 if self.model == "orthogonal" else 1.0
+        beta = min(n / (n + 4), self.config.slow_beta, largest)
         uu = us = ss = ee = 0.0
         for p, g in zip(self.tensors, (clip * g for g in gradients)):
             p.steps += 1
@@ -249,15 +250,17 @@ class Reference:
         square, slopes, decay = 0.0, [], o.betas[self.base == "lion"]
         decay = o.momentum if self.base == "muon" else decay
         for p in self.tensors:
-            factor = ledger.horizon * p.factor
+            factor, steps = ledger.horizon * p.factor, 0.25 + 3.0 * decayed
+            if first and not self.linear:
+                p.start, p.moved = p.w.clone(), torch.zeros_like(p.w)
             if self.linear:
                 move = factor / config.full_steps * p.ratio * p.last * (p.slow != 0)
+            elif self.model == "orthogonal":
+                move = -factor * 3.0 * o.lr * self.orthogonal(p)
             else:
-                if first:
-                    p.start, p.moved = p.w.clone(), torch.zeros_like(p.w)
-                move = -factor * o.lr * (0.25 + 3.0 * decayed) * self.along(p, p.slow)
+                move = -factor * o.lr * steps * self.along(p, p.slow)
                 p.moved += move
-            p.w.copy_(p.w + move if self.linear else findable(p.start, p.moved))
+            p.w.copy_(findable(p.start, p.moved) if self.model == "slow_ema" else p.w + move)
             square += dot(move, move)
             slopes.append(dot(p.m, move) / (1.0 - decay ** max(p.steps, 1)))
         distance = math.sqrt(ledger.jump_square) + math.sqrt(square)
@@ -269,6 +272,15 @@ class Reference:
         for p, slope in zip(self.tensors, slopes):
             p.slope += slope
         ledger.moved, ledger.stretch, ledger.jump_square = 1, ledger.stretch + 1, distance**2
+
+    def orthogonal(self, p: SimpleNamespace) -> Tensor:
+        """The direction along the slow EMA, orthogonalised: of matrices that are not too long."""
+        if p.w.ndim != 2 or min(p.w.shape) < 2 or max(p.w.shape) >= 6 * min(p.w.shape):
+            return torch.zeros_like(p.w)
+        x, tall = self.along(p, p.slow), p.w.shape[0] > p.w.shape[1]
+        x = orthogonalised(x.mT, 3).mT if tall else orthogonalised(x, 3)
+        turned: Tensor = 0.2 * math.sqrt(max(p.w.shape)) * x * (p.slow != 0)
+        return turned
 
     # ------------------------------------------------------------------------------- Correct
 

@@ -87,7 +87,7 @@ def continues(param: Tensor, entry: Group, predictor: Predictor, masters: str) -
         return False
     own = masters == "auto" and param.dtype in (torch.float16, torch.bfloat16)
     needed = (MASTER if own else RESIDUE) if again else SNAPSHOT
-    return needed.name in entry
+    return all(name in entry for name in (needed.name, *predictor.judges_with))
 
 
 def leave(param: Tensor, entry: dict[str, Any], rule: UpdateRule, standing: bool) -> None:

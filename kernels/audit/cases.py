@@ -21,12 +21,14 @@ from triton_hybrid.kernels.audit.problems import (
     itemsize,
 )
 from triton_hybrid.kernels.audit.targets import TYPE_NAMES, Launch, Target, launches
+from triton_hybrid.kernels.direction import DIRECTION
+from triton_hybrid.kernels.direction import along as see_along
 from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.fingerprint import find_writes, fingerprint, note_weights
 from triton_hybrid.kernels.gram import gram
 from triton_hybrid.kernels.ledger import decide
 from triton_hybrid.kernels.multi_tensor import TensorSet
-from triton_hybrid.kernels.newton_schulz import orthogonalise
+from triton_hybrid.kernels.newton_schulz import orthogonalise, orthogonalise_row
 from triton_hybrid.kernels.predict import predict
 from triton_hybrid.kernels.rows import NONE, OWN
 from triton_hybrid.kernels.scalars import Scalars
@@ -42,6 +44,7 @@ from triton_hybrid.kernels.verify import check_move, correct
 
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.predictors.linear import Linear
+from triton_hybrid.predictors.orthogonal import Orthogonal
 from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules import RULES
 from triton_hybrid.rules.rule import Rule
@@ -164,7 +167,7 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
     name = precision.name + (", one chunk" if shapes is SINGLE else "")
     weights = precision.weights
     slow, last = SlowEMA.displacement, Linear.displacement
-    linear = f"predict {name}, linear"
+    linear, turned = f"predict {name}, linear", f"predict {name}, orthogonal"
 
     def one_pass(
         title: str,
@@ -194,32 +197,21 @@ def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
     lost = _residue(precision)
     along = (wide, wide, *lost)  # slow EMA and second moment
     placed: dict[str, Any] = {"again": slow}
+    corrected: dict[str, Any] = {"restart": False, "deferred": True, **placed}
+    looked_at = (*weights, *along)
     slopes_of = along if precision.kept != NONE else (*along, *weights)
     moved = f"predict {name}, slow EMA"
     return [
         _predict_case(ADAMW, precision, slow, moved, shapes=shapes),
         _predict_case(ADAMW, precision, slow, f"{moved} again", again=True, shapes=shapes),
         one_pass(
-            f"check {name}, slow EMA",
-            check_move,
-            (*weights, *along),
-            weights,
-            True,
-            **limits,
-            **placed,
+            f"check {name}, slow EMA", check_move, looked_at, weights, True, **limits, **placed
         ),
         one_pass(f"slopes {name}, slow EMA", slopes, (narrow, *slopes_of), may_park=True, **placed),
-        one_pass(
-            f"correct {name}, slow EMA",
-            correct,
-            (*weights, *along),
-            weights,
-            restart=False,
-            deferred=True,
-            **placed,
-        ),
+        one_pass(f"correct {name}, slow EMA", correct, looked_at, weights, **corrected),
         _predict_case(ADAMW, precision, last, linear, shapes=shapes),
         _predict_case(ADAMW, precision, last, f"{linear} again", again=True, shapes=shapes),
+        _predict_case(ADAMW, precision, Orthogonal.displacement, turned, shapes=shapes),
         one_pass(f"check {name} (when it rolls back)", check_move, (wide,), weights, **limits),
         one_pass(f"slopes {name}", slopes, (narrow, *weights, wide)),
         one_pass(f"base slope {name}", slope_of, (*weights, narrow, wide, wide)),
@@ -274,20 +266,27 @@ def _secant_cases(precision: Precision) -> list[Case]:
 
 
 def _orthogonalise_case(
-    words: str, number: int, precision: Precision, products: str, slow: bool = True
-) -> Case:
-    """One of the launches of `orthogonalise`; ``slow``: the slow EMA takes part."""
+    words: str, number: int, precision: Precision, products: str, slow: bool = True,
+    row: bool = False,
+) -> Case:  # fmt: skip
+    """One of the launches of `orthogonalise`, or of `orthogonalise_row`.
+
+    ``slow``: the slow EMA takes part.
+    """
 
     def call(problem: Problem) -> None:
         assert problem.tensors.matrices is not None
         if not slow:
             del problem.tensors.dtype["slow_ema"]
-        orthogonalise(problem.tensors.matrices, problem.scalars, 1.0)
+        if row:
+            orthogonalise_row(problem.tensors.matrices, problem.scalars, DIRECTION)
+        else:
+            orthogonalise(problem.tensors.matrices, problem.scalars, 1.0)
 
     launch = _launch(number, call, precision, MUON, products=products)
     size, wide = getattr(torch, products).itemsize, precision.weight.itemsize
     # Gathered: the gradient, exp_avg read and written, the matrix. Divided, or of two operands: it.
-    gathered = precision.param.itemsize + (2 + slow) * wide + size
+    gathered = size + (wide if row else precision.param.itemsize + (2 + slow) * wide)
     moved = 2 * size if number else gathered
     return Case(f"muon {words}", launch, products=number > 1, on_paper=moved)
 
@@ -316,11 +315,13 @@ def _muon_cases() -> list[Case]:
         short = TYPE_NAMES[getattr(torch, products)]
         for number, words in _PRODUCTS.items():
             found.append(_orthogonalise_case(words.format(short), number, FP32, products))
+        for number, words in ((0, "take {}"), (10, "product {}, last step to a row")):
+            found.append(_orthogonalise_case(words.format(short), number, FP32, products, row=True))
     return found
 
 
 def _single_cases() -> list[Case]:
-    """Kernels of one program, which move no elements."""
+    """Kernels of one program, which move no elements, and one that never sees a weight."""
 
     def reduce(problem: Problem) -> None:
         chunks = problem.tensors.chunks(every=True)
@@ -329,6 +330,9 @@ def _single_cases() -> list[Case]:
     def decide_all(problem: Problem) -> None:
         decide(problem.scalars, 2.5, 5.0)
 
+    def see(problem: Problem) -> None:
+        see_along(problem.tensors, problem.scalars)
+
     def find(problem: Problem) -> None:
         find_writes([problem.tensors], problem.scalars)
 
@@ -336,6 +340,7 @@ def _single_cases() -> list[Case]:
         note_weights([problem.tensors], problem.scalars, every=False)
 
     return [
+        Case("direction fp32", _launch(0, see, FP32, ADAMW), (4, 4), (4,), floor=12),
         Case("settle, find writes", _launch(-1, find, FP32, ADAMW)),
         Case("settle, note weights", _launch(-1, note, FP32, ADAMW)),
         Case("reduce", _launch(0, reduce, FP32, ADAMW)),

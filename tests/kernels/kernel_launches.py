@@ -25,11 +25,13 @@ from triton_hybrid.kernels.secant import products_size
 from triton_hybrid.kernels.trial import new_trial
 
 from triton_hybrid.predictors.linear import Linear
+from triton_hybrid.predictors.orthogonal import Orthogonal
 from triton_hybrid.predictors.slow_ema import SlowEMA
 
 KERNELS_OF = "triton_hybrid.kernels."
 """Modules that have some."""
 SLOW_EMA, LINEAR = SlowEMA.displacement, Linear.displacement
+ORTHOGONAL = Orthogonal.displacement
 LEFT = ("residue", "moves")
 """What a prediction along the slow EMA leaves behind when it is undone."""
 
@@ -58,7 +60,7 @@ class Checked:
         **options: Any,
     ) -> None:
         """One predicted step."""
-        if along is LINEAR and coefficients is None:
+        if not along.along_rule and coefficients is None:
             coefficients = problem.ratios()
         options = {"threshold": 0.5, "share": 1.0, "first": True, **options}
         problem.poison(3)
@@ -101,6 +103,11 @@ class Checked:
         self.backend.gram(problem.tensors, problem.products)
         self._check(problem)
         return problem.products
+
+    def along(self, problem: Problem) -> None:
+        """The slow EMA as the rule sees it."""
+        self.backend.along(problem.tensors, problem.scalars)
+        self._check(problem)
 
     def products(self, problem: Problem, history: int, trial: Tensor | None = None) -> Tensor:
         """The inner products of the pairs."""
@@ -187,6 +194,8 @@ RUN: dict[str, Callable[[Checked, Problem], Any]] = {
     "clipped step": lambda on, it: on.step(it, max_norm=0.1),
     "predict": lambda on, it: on.predict(it.confident()),
     "predict linear": lambda on, it: on.predict(it.confident(), LINEAR),
+    "predict orthogonal": lambda on, it: on.predict(it.confident(), ORTHOGONAL),
+    "along": lambda on, it: on.along(it),
     "roll back": lambda on, it: (on.predict(it.confident()), on.check_move(it, limit=-1.0)),
     "slopes": lambda on, it: on.slopes(it),
     "correct": lambda on, it: on.correct(it.decided(0.75), restart=True),
@@ -198,7 +207,9 @@ RUN: dict[str, Callable[[Checked, Problem], Any]] = {
     "settle": lambda on, it: on.settle(it.confident(), torch.tensor([1.0, 1, 0.5, 2]), HISTORY),
 }
 """Every launch, with a problem."""
-ALONG = pytest.mark.parametrize("along", [SLOW_EMA, LINEAR], ids=["slow EMA", "linear"])
+ALONG = pytest.mark.parametrize(
+    "along", [SLOW_EMA, LINEAR, ORTHOGONAL], ids=["slow EMA", "linear", "orthogonal"]
+)
 BACKENDS = pytest.mark.parametrize("backend", [KERNELS, PLAIN], ids=repr)
 
 

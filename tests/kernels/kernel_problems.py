@@ -33,7 +33,7 @@ from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.rules import OPTIONS, RULES
 from triton_hybrid.state import WEIGHTS, Member
 
-DOWNHILL = {"slow_ema": 1.0, "displacement": -1.0}
+DOWNHILL = {"slow_ema": 1.0, "direction": 1.0, "displacement": -1.0}
 """Rows that predictions move along, and their sign against exp_avg."""
 
 

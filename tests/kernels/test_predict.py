@@ -9,7 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_launches import ALONG, BACKENDS, KERNELS, LEFT, LINEAR, PLAIN, SLOW_EMA, Checked
+from kernel_launches import (
+    ALONG,
+    BACKENDS,
+    KERNELS,
+    LEFT,
+    LINEAR,
+    ORTHOGONAL,
+    PLAIN,
+    SLOW_EMA,
+    Checked,
+)
 from kernel_memory import DEVICE, assert_near, assert_same_bits
 from kernel_problems import Make, Problem, problems
 from kernel_specs import FP16, FP64, THREE, fewer, plain, some
@@ -19,7 +29,13 @@ from triton_hybrid.kernels.ledger import FACTOR_COLUMN, SLOPE_COLUMN, read_ledge
 
 @pytest.mark.parametrize(
     ("rule", "along"),
-    [("adamw", SLOW_EMA), ("lion", SLOW_EMA), ("adamw", LINEAR), ("muon", LINEAR)],
+    [
+        ("adamw", SLOW_EMA),
+        ("lion", SLOW_EMA),
+        ("adamw", LINEAR),
+        ("muon", LINEAR),
+        ("adamw", ORTHOGONAL),
+    ],
 )
 @given(
     data=st.data(),

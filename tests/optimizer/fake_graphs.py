@@ -83,7 +83,8 @@ class _Recorder(TorchDispatchMode):
         ]
         if written:  # done by the replay alone
             self.graph.record(name, lambda: func(*args, **kwargs), args, kwargs)
-            return written[0] if len(schema.returns) == 1 else tuple(written) or None
+            found = tuple(written) if schema.returns else None
+            return written[0] if len(schema.returns) == 1 else found
         out = func(*args, **kwargs)
         if name in SCRATCH:
             out.zero_()  # what fills it is not done yet, and may be an index

@@ -105,7 +105,7 @@ def test_noisy_training_is_that_of_slow_ema_bit_for_bit(noise: str) -> None:
     assert_same_state(ends[0][1], ends[1][1])
 
 
-@pytest.mark.parametrize("predictor", ["slow_ema", "linear", "secant", "none"])
+@pytest.mark.parametrize("predictor", ["slow_ema", "orthogonal", "linear", "secant", "none"])
 def test_a_move_of_secant_under_another_predictor(predictor: str) -> None:
     """It is judged by who keeps a snapshot too; else it is taken out, and nothing is blamed."""
     task = Task()

@@ -98,7 +98,12 @@ def _over_ranks(rank: int, world: int, inline: bool) -> dict[str, Any]:
     Beside it one optimizer of all parameters on the same gradients.
     """
     runs: dict[str, Any] = {}
-    for predictor, steps in (("slow_ema", STEPS), ("linear", 30), ("secant", 25)):
+    for predictor, steps in (
+        ("slow_ema", STEPS),
+        ("orthogonal", 30),
+        ("linear", 30),
+        ("secant", 25),
+    ):
         config = fast_config(inline=inline, predictor=predictor)
         options: dict[str, Any] = {"lr": 3e-3, "hybrid": config, "max_grad_norm": 0.5}
         for kind in ("zero", "whole"):
@@ -163,7 +168,11 @@ def every_kind(rank: int, world: int) -> list[Any]:
     """Predictors, base rules, both backends; the first gradients are accumulated."""
     results = []
     kinds = [("linear", "adamw", "torch", 40), ("secant", "adamw", "torch", 40)]
-    kinds += [("auto", "muon", "torch", 40), ("slow_ema", "lion", "triton", 12)]
+    kinds += [
+        ("orthogonal", "adamw", "torch", 40),
+        ("auto", "muon", "torch", 40),
+        ("slow_ema", "lion", "triton", 12),
+    ]
     for predictor, base, backend, steps in kinds:
         plain = make_model()
         groups: Any = plain.parameters()
@@ -390,7 +399,7 @@ def test_models_of_their_own(results: dict[str, list[Any]]) -> None:
 
 
 @pytest.mark.parametrize("scenario", [zero_inline, zero_stepped])
-@pytest.mark.parametrize("predictor", ["slow_ema", "linear", "secant"])
+@pytest.mark.parametrize("predictor", ["slow_ema", "orthogonal", "linear", "secant"])
 def test_zero_redundancy_optimizer(
     results: dict[str, list[Any]], predictor: str, scenario: Any
 ) -> None:

@@ -33,7 +33,7 @@ from triton_hybrid import HybridOptimizer, Phase, offload
 from triton_hybrid.offload import LONG_STRETCH, MovingRow, Offload
 from triton_hybrid.state import Home, StepPlan, buffer_like
 
-PREDICTORS = ("slow_ema", "secant", "linear", "auto", "none")
+PREDICTORS = ("slow_ema", "orthogonal", "secant", "linear", "auto", "none")
 STRETCHES = {"short": {}, "long": {"max_predict_steps": 7, "correction_interval": 7}}
 
 

@@ -24,9 +24,12 @@ from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 KINDS = [
     (torch.float32, "auto", "slow_ema"),
     (torch.float32, "auto", "linear"),
+    (torch.float32, "auto", "orthogonal"),
+    (torch.bfloat16, "split", "orthogonal"),
     (torch.float32, "auto", "secant"),
     (torch.bfloat16, "auto", "slow_ema"),
     (torch.float16, "auto", "linear"),
+    (torch.float16, "auto", "orthogonal"),
     (torch.bfloat16, "split", "slow_ema"),
     (torch.bfloat16, "none", "slow_ema"),
 ]

@@ -8,7 +8,7 @@ least squares for each tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -98,8 +98,8 @@ class Linear(Predictor):
         self.cycles = -1
         """Cycles that were observed in a row, at most `CYCLES`; -1 before the first begins."""
 
-    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
-        return (*super().rows_for(rule), LAST_DISPLACEMENT, REGRESSION, RATIO)
+    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
+        return (*super().rows_for(rule, kind), LAST_DISPLACEMENT, REGRESSION, RATIO)
 
     @property
     def ready(self) -> bool:

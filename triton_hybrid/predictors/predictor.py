@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, State, StateRow
+from triton_hybrid.state import PREDICTION, SNAPSHOT, Batch, Home, Member, State, StateRow
 
 if TYPE_CHECKING:
     from triton_hybrid.engine import Engine
@@ -48,8 +48,12 @@ class Choice(abc.ABC):
     changed: bool = False
 
     @abc.abstractmethod
-    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
-        """The rows that it keeps of parameters of a base rule."""
+    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
+        """The rows that it keeps of parameters of a base rule, and of a kind of its own."""
+
+    def kind_of(self, rule: Rule, member: Member) -> Hashable:
+        """What it takes a parameter for; those of one batch are of one kind."""
+        return None
 
     def check_rule(self, rule: Rule) -> None:  # noqa: B027 - most follow any rule
         """Refuses a base rule that it cannot follow with a ValueError."""
@@ -115,6 +119,7 @@ class Predictor(Choice):
         keeps_pairs: Whether it notes moves and gradient changes, in every step after Warmup.
         slow_beta: Largest decay of the slow EMA; 0 without one.
         left: Batches that it never moves (`leaves`).
+        judges_with: Rows of a parameter without which a prediction in it was another's.
     """
 
     predicts: bool = True
@@ -124,6 +129,7 @@ class Predictor(Choice):
     share: float = 1.0
     least_beta1: float = -1.0
     keeps_pairs: bool = False
+    judges_with: tuple[str, ...] = ()
 
     def __init__(self, config: HybridConfig) -> None:
         self.config = config
@@ -136,7 +142,7 @@ class Predictor(Choice):
         self._slopes_known = False
         self._deferred: Displacement | None = None
 
-    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
+    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
         return (SLOW_EMA, SNAPSHOT, PREDICTION)
 
     def bind(self, engine: Engine) -> None:
@@ -176,12 +182,12 @@ class Predictor(Choice):
         self._deferred = again
         for batch in engine.batches:
             # Where nothing predicts, a checkpoint may have brought what another one has moved.
-            moved = self.predicts and (again is None or batch not in self.left)
+            moved = self.predicts and self._may_move(batch)
             backend.slopes(batch.tensors, scalars, again, moved)
         engine.over_ranks(scalars.sums)
         backend.decide(scalars, self.config.divergence_threshold, self.cooldown)
         for batch in engine.batches:
-            if again is None or batch not in self.left:
+            if self._may_move(batch):
                 backend.correct(
                     batch.tensors,
                     scalars,
@@ -189,6 +195,12 @@ class Predictor(Choice):
                     again=again,
                     deferred=again is not None,
                 )
+
+    def _may_move(self, batch: Batch) -> bool:
+        """Whether a prediction may stand in tensors of a batch."""
+        if self.again is None and self.predicts:
+            return batch.tensors.has(SNAPSHOT.name)
+        return self.again is None or batch not in self.left
 
     def take_deferred(self) -> Displacement | None:
         """The displacement, where `verify` has left masters for the base step to place along it."""

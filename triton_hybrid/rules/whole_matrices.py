@@ -26,7 +26,7 @@ class WholeMatrices:
     """The matrices of a tensor set of parts.
 
     Args:
-        tensors: With rows ``grad``, ``exp_avg`` and ``update``.
+        tensors: With rows ``grad``, ``exp_avg`` and ``update``, or one that is orthogonalised.
         members: Their parameters, DTensors on one mesh.
         grids: For each, equal blocks along its rows and columns.
         schedules: For each, the coefficients of Newton and Schulz's steps.
@@ -47,14 +47,21 @@ class WholeMatrices:
 
     def orthogonalise(self, scalars: Scalars, clip: Tensor, skip: Tensor | None) -> None:
         """Moves ``exp_avg`` and writes ``update``; arguments as of `orthogonalise_torch`."""
+        self._spread(momenta_torch(self._tensors, scalars, clip, skip), scalars, "update")
+
+    def orthogonalise_row(self, scalars: Scalars, row: str) -> None:
+        """Orthogonalises a row in place."""
+        self._spread(dict(enumerate(self._tensors.flat[row])), scalars, row)
+
+    def _spread(self, parts: dict[int, Tensor], scalars: Scalars, row: str) -> None:
+        """Orthogonalises matrices of which there are parts, and writes these to a row."""
         tensors = self._tensors
-        momenta = momenta_torch(tensors, scalars, clip, skip)
         eps = scalars.hyperparameters[tensors.group.long(), HYPER["eps"]]
         whole = {}
-        for index, mixed in momenta.items():
+        for index, mixed in parts.items():
             part, like = self._members[index].param, self._members[index].whole
-            mixed = mixed.as_strided(part.shape, part.stride()).to(self._dtype)
-            gathered: Any = like_whole(mixed.contiguous(), like)
+            mixed = mixed.as_strided(part.shape, part.stride(), mixed.storage_offset())
+            gathered: Any = like_whole(mixed.to(self._dtype).contiguous(), like)
             whole[index] = gathered.full_tensor().contiguous()
             if self._owners[index].mine:
                 whole[index] = self._orthogonal(whole[index], index, eps[index])
@@ -62,7 +69,8 @@ class WholeMatrices:
             owner = self._owners[index]
             dist.broadcast(matrix, owner.rank, group=owner.group)
             part = self._members[index].param
-            goal = tensors.flat["update"][index].as_strided(part.shape, part.stride())
+            flat = tensors.flat[row][index]
+            goal = flat.as_strided(part.shape, part.stride(), flat.storage_offset())
             goal.copy_(part_of(matrix, self._members[index].whole))
 
     def _orthogonal(self, matrix: Tensor, index: int, eps: Tensor) -> Tensor:
