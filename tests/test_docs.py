@@ -39,6 +39,7 @@ def table() -> Iterator[str]:
     lines = {
         'AdamW, `predictor="none"`': ("adamw", "none"),
         '`"slow_ema"`': ("adamw", "slow_ema"),
+        '`"orthogonal"`, of matrices': ("adamw", "orthogonal"),
         '`"secant"`, 10 pairs': ("adamw", "secant"),
         '`"linear"`': ("adamw", "linear"),
         '`"auto"`': ("adamw", "auto"),

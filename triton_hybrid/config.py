@@ -51,15 +51,16 @@ class HybridConfig(Configuration):
         divergence_threshold: Standard deviations above their running mean that gradient norm and
             loss may have at the predicted point. Positive.
         confidence_threshold: Least confidence at which the weights are moved, in [0, 1].
-        predictor: The dynamics model: ``"slow_ema"``, ``"secant"`` (for training without noise:
-            quasi-Newton moves, AdamW groups only), ``"linear"``, ``"none"`` (the base rule alone),
-            or ``"auto"``: ``secant`` where training is found deterministic, for which the losses
-            must be known, else ``slow_ema``. With ``auto`` and ``slow_ema`` the slow EMA is a part
-            of Muon's momentum.
+        predictor: The dynamics model: ``"slow_ema"``, ``"orthogonal"`` (its matrices
+            orthogonalised, as Muon would: 7 bytes a parameter more, and matrix products),
+            ``"secant"`` (for training without noise: quasi-Newton moves, AdamW groups only),
+            ``"linear"``, ``"none"`` (the base rule alone), or ``"auto"``: ``secant`` where
+            training is found deterministic, for which the losses must be known, else
+            ``slow_ema``. With ``auto`` and ``slow_ema`` the slow EMA is a part of Muon's momentum.
         history: Pairs of moves and gradient changes that ``secant`` keeps, each 8 bytes a
             parameter. In [1, 32].
-        slow_beta: Largest decay of the slow gradient EMA, in (0, 1). Its window is a quarter of
-            the run so far until this is reached.
+        slow_beta: Largest decay of the slow gradient EMA, in (0, 1); ``orthogonal`` takes 0.95 at
+            most. Its window is a quarter of the run so far until this is reached.
         inline: True: the Predict steps run inside the `step()` that ends a gradient part, so every
             call consumes one gradient. False: one phase step a call.
         offload: Where state lives that AdamW does not have (slow EMA, snapshot, displacements,
