@@ -33,7 +33,7 @@ class HybridStats:
         predictor: The model in use, where ``auto`` has chosen.
         deterministic: Whether ``auto`` found training deterministic; None where nobody looked, or
             there was too little to see.
-        reason: Why ``auto`` has chosen so; empty for other predictors.
+        reason: Why ``auto`` has chosen so, or why ``orthogonal`` moves nothing; else empty.
         divergences: Rejections by cause: ``nonfinite``, ``jump``, ``norm``, ``loss``.
         skipped_nonfinite: Gradients skipped because they were not finite.
         loss_scale: Present loss scale; 1 without scaling.

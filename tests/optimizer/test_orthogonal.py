@@ -78,6 +78,8 @@ def test_without_matrices_no_gradient_is_left_out() -> None:
     optimizer, _ = trained(shapes=((9,), (3, 4, 5)), steps=60)
     assert optimizer.stats().predicted_steps == 0
     assert optimizer.phase is Phase.FULL
+    assert "no matrix" in optimizer.stats().reason
+    assert trained()[0].stats().reason == ""
 
 
 def test_groups_of_muon_are_plain_muon() -> None:

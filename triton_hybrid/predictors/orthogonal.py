@@ -14,7 +14,7 @@ Elements whose gradient was never other than zero do not move.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,6 +110,8 @@ class Orthogonal(Predictor):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         self.refit_steps, self.slow_beta = REFIT_STEPS, min(config.slow_beta, SLOW_BETA)
+        self._matrices: dict[Batch, MatrixSet | WholeMatrices] = {}
+        self._scales: dict[Batch, Tensor] = {}
 
     def kind_of(self, rule: Rule, member: Member) -> Hashable:
         """Whether it moves a parameter."""
@@ -126,8 +128,6 @@ class Orthogonal(Predictor):
 
     def bind(self, engine: Engine) -> None:
         super().bind(engine)
-        self._matrices: dict[Batch, MatrixSet | WholeMatrices] = {}
-        self._scales: dict[Batch, Tensor] = {}
         for batch in engine.batches:
             if batch in self.left:
                 continue
@@ -145,7 +145,18 @@ class Orthogonal(Predictor):
 
     @property
     def ready(self) -> bool:
+        # Of ranks that hold other tensors, all must be in the same phase.
         return bool(self._matrices) or self.engine.spread
+
+    def explain(self, state: Mapping[str, float]) -> tuple[bool | None, str]:
+        moves = state.get("moves", 1.0)
+        return (
+            None,
+            "" if moves else f"no matrix is less than {LARGEST_ASPECT} times longer than wide",
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"moves": int(bool(self._matrices))}
 
     def coefficients(self, batch: Batch) -> Tensor:
         return self._scales[batch]

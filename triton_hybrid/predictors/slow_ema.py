@@ -105,5 +105,5 @@ class SlowEMA(Predictor):
 
     @property
     def ready(self) -> bool:
-        moving = len(self.left) < len(self.engine.batches) or self.engine.spread
+        moving = len(self.left) < len(self.engine.batches)
         return moving and max(self.engine.beta1s) > self.least_beta1
