@@ -47,7 +47,7 @@ SLOW_BETA = 0.95
 LENGTH = 3.0
 """Base steps that one predicted step stands for, at every learning rate."""
 STEPS: Coefficients = QUINTIC * 3
-"""Of Newton and Schulz: with five the loss is no lower."""
+"""Of Newton and Schulz: five took 0.005 off a loss of 1.53, on two seeds."""
 LARGEST_ASPECT = 6
 """A matrix this many times longer than wide is left to the base rule: GPT-2's embedding has 65,
 Llama's 8 to 31; gate and up of a feed-forward layer in one have 5.4."""
