@@ -141,7 +141,7 @@ class Orthogonal(Predictor):
                 matrices.scratch()  # memory is allocated at the first step
                 self._matrices[batch] = matrices
             scales = [ADAMW_RMS * math.sqrt(max(member.whole.shape)) for member in members]
-            self._scales[batch] = torch.tensor(scales, device=engine.device)
+            self._scales[batch] = torch.tensor(scales, dtype=torch.float32, device=engine.device)
 
     @property
     def ready(self) -> bool:
