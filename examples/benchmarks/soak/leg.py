@@ -261,6 +261,8 @@ class SoakRunner:
 
     def _look(self) -> None:
         """Whether the weights are what they should be."""
+        if self.hybrid is not None and self.leg.offload != "none":
+            self.hybrid._binding.save(self.optimizer.param_groups)  # what visits is newer than home
         for name, param in self.model.named_parameters():
             if not bool(param.detach().isfinite().all()):
                 self._complain(f"{name} is not finite in phase {self.phase}")
