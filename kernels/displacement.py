@@ -6,10 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.multi_tensor import TensorSet
+from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.together_torch import Cells
+
+SLOW_EMA = address_row("slow_ema")
+
+
+@triton.jit
+def scaled_row(
+    addresses, row, tensor, begin, length, factor, coefficients,
+    STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """A block of a row, times a number of its tensor; 0 where no gradient was other than 0."""
+    along = load_row(addresses, row, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    return factor * (tl.load(coefficients + tensor).to(STATE) * tl.where(s != 0, along, 0.0))
 
 
 class TorchDisplacement(Protocol):
@@ -38,6 +55,25 @@ class TorchDisplacement(Protocol):
 
         Its second row is scratch. ``factors`` of a tensor are floats on the CPU, else 0-dim.
         """
+
+
+class ScaledRow:
+    """`scaled_row` in plain torch, without its factors."""
+
+    def __init__(self, row: str) -> None:
+        self._row = row
+
+    def block(
+        self,
+        tensors: TensorSet,
+        rows: Mapping[str, Tensor],
+        factors: Sequence[Any],
+        out: Tensor,
+    ) -> Tensor:
+        """As `TorchDisplacement.block`."""
+        factor, coefficient = factors
+        moved = torch.mul(rows[self._row], coefficient, out=out[0]).mul_(factor)
+        return moved.masked_fill_(rows["slow_ema"] == 0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)  # itself alone, and so quickly hashed

@@ -138,7 +138,7 @@ class Engine:
         for (_, name, (rank, *_, kind), _), its in alike.items():
             rule = RULES[name]
             self.choice.check_rule(rule)
-            rows = tuple(dict.fromkeys((*rule.rows, *self.choice.rows_for(rule, kind))))
+            rows = tuple(dict.fromkeys((*rule.rows, *self.choice.rows_of_kind(rule, kind))))
             batch = Batch(its, rows, rule, state, offload=offload, masters=masters)
             batch.aliased = rank > 0
             if self.predictor.predicts:

@@ -8,7 +8,7 @@ same weights.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +77,7 @@ class Auto(Choice):
     def saved(self) -> dict[str, int]:
         return {"secant": int(self.active is self._quiet), "no_room": int(self._no_room)}
 
-    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         rows = self._noisy.rows_for(rule)
         if self.active is self._quiet:
             rows = tuple(dict.fromkeys((*rows, *self._quiet.rows_for(rule))))

@@ -8,7 +8,6 @@ least squares for each tensor.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.displacement import Displacement
+from triton_hybrid.kernels.displacement import Displacement, ScaledRow, scaled_row
 from triton_hybrid.kernels.gram import DISPLACEMENT
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.multi_tensor import TensorSet
-from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, Scalars
-from triton_hybrid.predictors.predictor import Predictor, Rows
+from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import Batch, Home, StateRow, fixed
 
@@ -45,9 +43,6 @@ the square of the last displacement."""
 RATIO = StateRow("ratio", fixed(torch.float32), shape=())
 
 
-SLOW_EMA = address_row("slow_ema")
-
-
 @triton.jit
 def _factors(row, factor):
     return tl.where(tl.load(row + LR) != 0, factor, 0.0)
@@ -59,14 +54,13 @@ def _block(
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    last = load_row(addresses, DISPLACEMENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     # What never had a gradient was moved by weight decay alone, which nobody predicts.
-    s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    last = tl.where(s != 0, last, 0.0)
-    return factor * (tl.load(coefficients + tensor).to(STATE) * last)
+    return scaled_row(
+        addresses, DISPLACEMENT, tensor, begin, length, factor, coefficients, STATE, BLOCK, FULL
+    )
 
 
-class _Torch:
+class _Torch(ScaledRow):
     """The displacement in plain torch."""
 
     def factors(
@@ -76,11 +70,6 @@ class _Torch:
         lr = scalars.hyperparameters[tensors.group.long(), HYPER["lr"]]
         return [torch.where(lr != 0, factor, 0.0), ratio.double()]
 
-    def block(self, tensors: TensorSet, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
-        factor, ratio = factors
-        moved = torch.mul(rows["displacement"], ratio, out=out[0]).mul_(factor)
-        return moved.masked_fill_(rows["slow_ema"] == 0, 0.0)
-
 
 class Linear(Predictor):
     """Continues the motion of the last cycle."""
@@ -89,7 +78,7 @@ class Linear(Predictor):
     lends_moments = True
     follows_trajectory = True
     displacement = Displacement(
-        _factors, _block, _Torch(), ("displacement", "slow_ema"), along_rule=False
+        _factors, _block, _Torch("displacement"), ("displacement", "slow_ema"), along_rule=False
     )
 
     def __init__(self, config: HybridConfig) -> None:
@@ -98,8 +87,8 @@ class Linear(Predictor):
         self.cycles = -1
         """Cycles that were observed in a row, at most `CYCLES`; -1 before the first begins."""
 
-    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
-        return (*super().rows_for(rule, kind), LAST_DISPLACEMENT, REGRESSION, RATIO)
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
+        return (*super().rows_for(rule), LAST_DISPLACEMENT, REGRESSION, RATIO)
 
     @property
     def ready(self) -> bool:

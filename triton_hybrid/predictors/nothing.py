@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import StateRow
@@ -16,5 +14,5 @@ class Nothing(Predictor):
     predicts = False
     ready = False
 
-    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return ()

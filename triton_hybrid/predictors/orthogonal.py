@@ -25,14 +25,14 @@ from torch import Tensor
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.flat_shards import handle_of
 from triton_hybrid.kernels.direction import weights_of
-from triton_hybrid.kernels.displacement import Displacement
+from triton_hybrid.kernels.displacement import Displacement, ScaledRow, scaled_row
 from triton_hybrid.kernels.matrices import Coefficients, MatrixSet
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import QUINTIC
-from triton_hybrid.kernels.rows import address_row, load_row
+from triton_hybrid.kernels.rows import address_row
 from triton_hybrid.kernels.scalars import HYPER, LR, Scalars
 from triton_hybrid.predictors.predictor import SLOW_EMA as SLOW_EMA_ROW
-from triton_hybrid.predictors.predictor import Predictor, Rows
+from triton_hybrid.predictors.predictor import Predictor
 from triton_hybrid.rules.muon import ADAMW_RMS, scratch_dtype
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.rules.whole_matrices import WholeMatrices
@@ -54,7 +54,6 @@ Llama's 8 to 31; gate and up of a feed-forward layer in one have 5.4."""
 REFIT_STEPS = 2
 """Full steps between two stretches; every gradient refits the slow EMA."""
 
-SLOW_EMA = address_row("slow_ema")
 DIRECTION = StateRow("direction", home=Home.HOST, when=lambda plan: plan.edge or not plan.gradient)
 """What is moved along; made anew by the first prediction in a row."""
 _DIRECTION = address_row("direction")
@@ -77,12 +76,12 @@ def _block(
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    along = load_row(addresses, _DIRECTION, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    return factor * (tl.load(coefficients + tensor).to(STATE) * tl.where(s != 0, along, 0.0))
+    return scaled_row(
+        addresses, _DIRECTION, tensor, begin, length, factor, coefficients, STATE, BLOCK, FULL
+    )
 
 
-class _Torch:
+class _Torch(ScaledRow):
     """The displacement in plain torch."""
 
     def factors(
@@ -92,11 +91,6 @@ class _Torch:
         rates = scalars.hyperparameters[tensors.group.long(), HYPER["lr"]]
         return [-factor * (rates * LENGTH), scales.double()]
 
-    def block(self, tensors: TensorSet, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
-        factor, scale = factors
-        moved = torch.mul(rows["direction"], scale, out=out[0]).mul_(factor)
-        return moved.masked_fill_(rows["slow_ema"] == 0, 0.0)
-
 
 class Orthogonal(Predictor):
     """Follows the orthogonalised slow EMA."""
@@ -104,7 +98,7 @@ class Orthogonal(Predictor):
     name = "orthogonal"
     judges_with = (DIRECTION.name,)
     displacement = Displacement(
-        _factors, _block, _Torch(), ("direction", "slow_ema"), along_rule=False
+        _factors, _block, _Torch("direction"), ("direction", "slow_ema"), along_rule=False
     )
 
     def __init__(self, config: HybridConfig) -> None:
@@ -119,9 +113,11 @@ class Orthogonal(Predictor):
         cut = member.param.ndim != 2 or handle_of(whole) is not None
         return rule.kernels.along is not None and is_hidden(whole.shape) and not cut
 
-    def rows_for(self, rule: Rule, kind: Hashable = True) -> tuple[StateRow, ...]:
-        moving = (SNAPSHOT, DIRECTION) if kind and rule.kernels.along is not None else ()
-        return (SLOW_EMA_ROW, *moving, PREDICTION)
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
+        return self.rows_of_kind(rule, rule.kernels.along is not None)
+
+    def rows_of_kind(self, rule: Rule, kind: Hashable) -> tuple[StateRow, ...]:
+        return (SLOW_EMA_ROW, *((SNAPSHOT, DIRECTION) if kind else ()), PREDICTION)
 
     def leaves(self, batch: Batch) -> bool:
         return batch.aliased or not batch.tensors.has(DIRECTION.name)
@@ -149,11 +145,8 @@ class Orthogonal(Predictor):
         return bool(self._matrices) or self.engine.spread
 
     def explain(self, state: Mapping[str, float]) -> tuple[bool | None, str]:
-        moves = state.get("moves", 1.0)
-        return (
-            None,
-            "" if moves else f"no matrix is less than {LARGEST_ASPECT} times longer than wide",
-        )
+        obstacle = f"no matrix is less than {LARGEST_ASPECT} times longer than wide"
+        return None, "" if state.get("moves", 1) else obstacle
 
     def state(self) -> dict[str, Any]:
         return {"moves": int(bool(self._matrices))}

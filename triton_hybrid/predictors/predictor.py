@@ -48,12 +48,16 @@ class Choice(abc.ABC):
     changed: bool = False
 
     @abc.abstractmethod
-    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
-        """The rows that it keeps of parameters of a base rule, and of a kind of its own."""
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
+        """The rows that it keeps of parameters of a base rule."""
 
     def kind_of(self, rule: Rule, member: Member) -> Hashable:
         """What it takes a parameter for; those of one batch are of one kind."""
         return None
+
+    def rows_of_kind(self, rule: Rule, kind: Hashable) -> tuple[StateRow, ...]:
+        """`rows_for`, of parameters that it takes for such ones."""
+        return self.rows_for(rule)
 
     def check_rule(self, rule: Rule) -> None:  # noqa: B027 - most follow any rule
         """Refuses a base rule that it cannot follow with a ValueError."""
@@ -142,7 +146,7 @@ class Predictor(Choice):
         self._slopes_known = False
         self._deferred: Displacement | None = None
 
-    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return (SLOW_EMA, SNAPSHOT, PREDICTION)
 
     def bind(self, engine: Engine) -> None:
@@ -198,9 +202,9 @@ class Predictor(Choice):
 
     def _may_move(self, batch: Batch) -> bool:
         """Whether a prediction may stand in tensors of a batch."""
-        if self.again is None and self.predicts:
-            return batch.tensors.has(SNAPSHOT.name)
-        return self.again is None or batch not in self.left
+        if self.again is not None:
+            return batch not in self.left
+        return not self.predicts or batch.tensors.has(SNAPSHOT.name)
 
     def take_deferred(self) -> Displacement | None:
         """The displacement, where `verify` has left masters for the base step to place along it."""

@@ -35,7 +35,6 @@ brought there and back, 16 to add the move to the weights, and 16 h + 8 every te
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,7 +79,7 @@ class Secant(Predictor):
         super().__init__(config)
         self.refit_steps, self.slow_beta = 0, 0.0
 
-    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         if not has_metric(rule.kernels):
             return ()
         history = self.config.history

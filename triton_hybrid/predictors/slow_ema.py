@@ -9,7 +9,7 @@ mixes the same vector into every step, and so does Muon here, whose matrices no 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -99,7 +99,7 @@ class SlowEMA(Predictor):
         super().__init__(config)
         self.refit_steps = REFIT_STEPS
 
-    def rows_for(self, rule: Rule, kind: Hashable = None) -> tuple[StateRow, ...]:
+    def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         moving = (RESIDUE, MOVE) if rule.kernels.along is not None else ()
         return (SLOW_EMA_ROW, *moving, PREDICTION)
 

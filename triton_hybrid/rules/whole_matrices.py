@@ -47,13 +47,15 @@ class WholeMatrices:
 
     def orthogonalise(self, scalars: Scalars, clip: Tensor, skip: Tensor | None) -> None:
         """Moves ``exp_avg`` and writes ``update``; arguments as of `orthogonalise_torch`."""
-        self._spread(momenta_torch(self._tensors, scalars, clip, skip), scalars, "update")
+        self._orthogonalise_parts(
+            momenta_torch(self._tensors, scalars, clip, skip), scalars, "update"
+        )
 
     def orthogonalise_row(self, scalars: Scalars, row: str) -> None:
         """Orthogonalises a row in place."""
-        self._spread(dict(enumerate(self._tensors.flat[row])), scalars, row)
+        self._orthogonalise_parts(dict(enumerate(self._tensors.flat[row])), scalars, row)
 
-    def _spread(self, parts: dict[int, Tensor], scalars: Scalars, row: str) -> None:
+    def _orthogonalise_parts(self, parts: dict[int, Tensor], scalars: Scalars, row: str) -> None:
         """Orthogonalises matrices of which there are parts, and writes these to a row."""
         tensors = self._tensors
         eps = scalars.hyperparameters[tensors.group.long(), HYPER["eps"]]
