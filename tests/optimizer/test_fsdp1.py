@@ -230,7 +230,7 @@ def resumed_elsewhere(rank: int, world: int) -> list[Any]:
     config = fast_config(inline=False, max_predict_steps=4)
     net = wrapped(make_net())
     optimizer = make_optimizer(net, hybrid=config)
-    train(net, optimizer, 8, True, rank, world)
+    train(net, optimizer, 9, True, rank, world)
     options = StateDictOptions(full_state_dict=True)
     weights, state = copy.deepcopy(get_state_dict(net, optimizer, options=options))
     plain = make_net()

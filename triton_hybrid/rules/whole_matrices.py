@@ -80,7 +80,8 @@ class WholeMatrices:
         (down, across), (rows, columns) = self._grids[index], matrix.shape
         blocks = matrix.view(down, rows // down, across, columns // across).transpose(1, 2)
         made = newton_schulz_torch(blocks, self._schedules[index], eps)
-        return made.transpose(1, 2).reshape(rows, columns)
+        # Other ranks receive it in the order of memory, which is another of a tall matrix.
+        return made.transpose(1, 2).reshape(rows, columns).contiguous()
 
 
 class _Owner(NamedTuple):
