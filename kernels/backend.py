@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from triton_hybrid.kernels.direction import along, along_torch, direct, direct_torch
+from triton_hybrid.kernels.direction import (
+    along,
+    along_torch,
+    direct,
+    direct_torch,
+    lengthen,
+    lengthen_torch,
+)
 from triton_hybrid.kernels.fingerprint import (
     find_writes,
     find_writes_torch,
@@ -56,19 +63,20 @@ class Backend:
     settle: Callable[..., None]  # notes its pair, places the weights
     shift: Callable[..., None]  # adds a move that was found in other bases
     base_slope: Callable[..., Tensor]  # of a gradient along the last base step
-    along: Callable[..., None]  # the slow EMA as the rule sees it
-    direct: Callable[..., None]  # the same, orthogonalised
+    along: Callable[..., None]  # the momentum as the rule sees it
+    lengthen: Callable[..., None]  # gives what was made of it a length
+    direct: Callable[..., None]  # all of it: seen, orthogonalised, at that length
 
 
 TRITON = Backend(
     "triton", measure, step, predict, check_move, slopes, decide, correct, gram,
     fingerprint, note_weights, find_writes, products, move, settle, shift, base_slope,
-    along, direct,
+    along, lengthen, direct,
 )  # fmt: skip
 TORCH = Backend(
     "torch", measure_torch, step_torch, predict_torch, check_move_torch, slopes_torch,
     decide_torch, correct_torch, gram_torch, fingerprint_torch, note_weights_torch,
     find_writes_torch, products_torch, move_torch, settle_torch, shift_torch, base_slope_torch,
-    along_torch, direct_torch,
+    along_torch, lengthen_torch, direct_torch,
 )  # fmt: skip
 BACKENDS = {backend.name: backend for backend in (TRITON, TORCH)}

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton_hybrid.kernels.direction import weights_of
 from triton_hybrid.kernels.multi_tensor import TensorSet
 
 LARGEST_SIDE = 1024
@@ -273,3 +272,11 @@ def _turn(basis: Tensor | None, gram: Tensor | None) -> Tensor | None:
 def _orthogonal(matrix: Tensor) -> Tensor:
     """A matrix that is orthogonal but for rounding, without it: else it would add up."""
     return 1.5 * matrix - 0.5 * matrix @ (matrix.T @ matrix)
+
+
+def weights_of(tensors: TensorSet) -> list[Tensor]:
+    """The weights of all tensors in the dtype of the mathematics, 1-D; views where that can be."""
+    kept = tensors.flat.get("weight", ())
+    if kept and not tensors.has_master:
+        return [*kept]
+    return [tensors.weight(index, slice(None)) for index in range(len(tensors))]

@@ -1,10 +1,14 @@
-"""What a base rule would do with the slow EMA, orthogonalised matrix by matrix.
+"""What a base rule would do with its momentum, orthogonalised matrix by matrix.
 
-A row ``direction`` takes first the direction that the rule has for the slow EMA, and then what
-Newton and Schulz's steps make of it (``newton_schulz.py``).
+A row ``direction`` takes first the direction that the rule has for exp_avg, then what Newton and
+Schulz's steps make of it (``newton_schulz.py``), and that at a length of its own: a displacement
+along it (`ROW`) needs no other row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -14,12 +18,11 @@ from triton_hybrid.kernels.matrices import MatrixSet
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.newton_schulz import orthogonalise_row
 from triton_hybrid.kernels.newton_schulz_torch import orthogonalise_row_torch
-from triton_hybrid.kernels.rows import TAIL_SHARE, address_row, load_row, store_row
+from triton_hybrid.kernels.rows import EXP_AVG, TAIL_SHARE, address_row, load_row, store_row
 from triton_hybrid.kernels.scalars import HYPER_COLUMNS, Scalars
 from triton_hybrid.kernels.together_torch import cells_of
 
 DIRECTION = address_row("direction")
-SLOW_EMA = address_row("slow_ema")
 
 
 @triton.jit
@@ -31,8 +34,8 @@ def _along_chunk(
     for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
         begin = start + inner
         denominator = DENOMINATOR(addresses, tensor, begin, length, a, b, c, d, STATE, BLOCK, FULL)
-        s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-        along = ALONG(addresses, tensor, begin, length, s, denominator, STATE, BLOCK, FULL)
+        m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        along = ALONG(addresses, tensor, begin, length, m, denominator, STATE, BLOCK, FULL)
         store_row(addresses, DIRECTION, tensor, begin, length, along, STATE, STATE, BLOCK, FULL)
 
 
@@ -58,10 +61,10 @@ def _along_kernel(
 
 
 def along(tensors: TensorSet, scalars: Scalars) -> None:
-    """Writes the direction that the rule has for the slow EMA. One launch.
+    """Writes the direction that the rule has for exp_avg. One launch.
 
     Args:
-        tensors: With rows ``slow_ema``, ``direction`` and those that the rule reads along it.
+        tensors: With rows ``exp_avg``, ``direction`` and those that the rule reads along it.
         scalars: Of these tensors.
     """
     rule = tensors.rule
@@ -81,33 +84,93 @@ def along_torch(tensors: TensorSet, scalars: Scalars) -> None:
     table = torch.stack(rule.torch_along.numbers(rows, step), 1).to(tensors.compute_dtype)
     numbers = [*map(tuple, table.tolist() if tensors.device.type == "cpu" else table.unbind())]
     for cells in cells_of(tensors, numbers):
-        read = {name: cells.joined(name) for name in ("slow_ema", *rule.reads_along)}
-        out = read["slow_ema"].new_empty(2, cells.total)
+        read = {name: cells.joined(name) for name in ("exp_avg", *rule.reads_along)}
+        out = read["exp_avg"].new_empty(2, cells.total)
         its = numbers[cells.first]
-        cells.put("direction", rule.torch_along.along(read, read["slow_ema"], its, out))
+        cells.put("direction", rule.torch_along.along(read, read["exp_avg"], its, out))
 
 
-def direct(tensors: TensorSet, matrices: MatrixSet, scalars: Scalars) -> None:
-    """Writes the orthogonalised direction along the slow EMA. 3 + 3 · steps launches for a wave.
+@triton.jit
+def _lengthen_chunk(
+    addresses, tensor, start, length, scale,
+    STATE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    for inner in range(0, chunk_length(start, length, CHUNK, FULL), BLOCK):
+        begin = start + inner
+        turned = load_row(addresses, DIRECTION, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        m = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        turned = tl.where(m != 0, scale * turned, 0.0)
+        store_row(addresses, DIRECTION, tensor, begin, length, turned, STATE, STATE, BLOCK, FULL)
+
+
+@triton.jit
+def _lengthen_kernel(
+    addresses, extents, places, n_chunks, scales,
+    PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
+        scale = tl.load(scales + tensor).to(STATE)
+        for FULL in tl.static_range(2):
+            if full == FULL:
+                _lengthen_chunk(
+                    addresses, tensor, start, length, scale, STATE,
+                    BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
+                )  # fmt: skip
+
+
+def lengthen(tensors: TensorSet, scales: Tensor) -> None:
+    """Multiplies ``direction`` with a number of each tensor, and zeroes it where exp_avg is 0.
+
+    So stays what never had a gradient, though its matrix moves. One launch.
 
     Args:
-        tensors: With rows ``slow_ema``, ``direction`` and those that the rule reads along it.
+        tensors: With rows ``exp_avg`` and ``direction``.
+        scales: FP32 ``[tensors]``.
+    """
+    tensors.launch(_lengthen_kernel, scales, every=True)
+
+
+def lengthen_torch(tensors: TensorSet, scales: Tensor) -> None:
+    """`lengthen` in plain torch."""
+    for turned, m, scale in zip(tensors.flat["direction"], tensors.flat["exp_avg"], scales):
+        turned.mul_(scale).masked_fill_(m == 0, 0.0)
+
+
+def direct(tensors: TensorSet, matrices: MatrixSet, scalars: Scalars, scales: Tensor) -> None:
+    """Writes the orthogonalised direction along exp_avg. 4 + 3 · steps launches for one wave.
+
+    Args:
+        tensors: With rows ``exp_avg``, ``direction`` and those that the rule reads along it.
         matrices: All of them, orthogonalised in ``direction``.
         scalars: Of these tensors.
+        scales: Lengths, FP32 ``[tensors]``.
     """
     along(tensors, scalars)
     orthogonalise_row(matrices, scalars, DIRECTION)
+    lengthen(tensors, scales)
 
 
-def direct_torch(tensors: TensorSet, matrices: MatrixSet, scalars: Scalars) -> None:
+def direct_torch(tensors: TensorSet, matrices: MatrixSet, scalars: Scalars, scales: Tensor) -> None:
     """`direct` in plain torch."""
     along_torch(tensors, scalars)
     orthogonalise_row_torch(matrices, scalars, "direction")
+    lengthen_torch(tensors, scales)
 
 
-def weights_of(tensors: TensorSet) -> list[Tensor]:
-    """The weights of all tensors in the dtype of the mathematics, 1-D; views where that can be."""
-    kept = tensors.flat.get("weight", ())
-    if kept and not tensors.has_master:
-        return [*kept]
-    return [tensors.weight(index, slice(None)) for index in range(len(tensors))]
+@triton.jit
+def row_block(
+    addresses, tensor, begin, length, factor, a, b, c, d, coefficients,
+    DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """A block of a displacement along ``direction``."""
+    return factor * load_row(
+        addresses, DIRECTION, tensor, begin, length, STATE, STATE, BLOCK, FULL
+    )  # fmt: skip
+
+
+def row_block_torch(rows: Mapping[str, Tensor], factors: Sequence[Any], out: Tensor) -> Tensor:
+    """`row_block` in plain torch, in the first row of ``out``."""
+    return torch.mul(rows["direction"], factors[0], out=out[0])

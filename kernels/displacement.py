@@ -91,10 +91,12 @@ class Displacement:
     torch: TorchDisplacement
     reads: tuple[str, ...]
     """Rows that `block` reads, beside the weight and the rule's ``reads_along``."""
-    along_rule: bool
-    """Whether the rule says where a gradient would lead (``rule.along``). Nothing that it is made
-    of changes until the next base step, so it is computed again where the weights before the move
-    are needed (``residue.py``); of any other a snapshot is kept."""
+    along_rule: bool = False
+    """Whether the rule says where a gradient would lead (``rule.along``)."""
+    again: bool = False
+    """Whether nothing that it is made of changes until the next base step. Then it is computed
+    again where the weights before the move are needed (``residue.py``); of any other a snapshot is
+    kept."""
 
 
 def computed_again(

@@ -176,10 +176,10 @@ def predict(
         scalars.ledger, partials, float(threshold), float(share), every=True,
         FACTORS=displacement.factors, DISPLACEMENT=displacement.block,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
-        MASTER=tensors.has_master, AGAIN=displacement.along_rule, FIRST=first, SLOPES=with_slopes,
+        MASTER=tensors.has_master, AGAIN=displacement.again, FIRST=first, SLOPES=with_slopes,
     )  # fmt: skip
     # All programs have read the factors that stood: those with the new step take their place.
-    table = moves if displacement.along_rule else None
+    table = moves if displacement.again else None
     sums, chunks = own(scalars.sums, tensors), tensors.chunks(every=True)
     return [launch, reduction(partials, chunks, sums, 0 if with_slopes else 1, table)]
 
@@ -211,7 +211,7 @@ def predict_torch(
     prediction = scalars.prediction[tensors.place]
     factor = prediction[:, FACTOR_COLUMN.value].double() * ledger[INDEX["horizon"]] * share
     columns = displacement.torch.factors(tensors, scalars, factor, coefficients)
-    if displacement.along_rule:
+    if displacement.again:
         moved_now = takes_part & moving
         columns = add_to_move_torch(tensors, scalars, columns[0], moved_now, first)
     inverse1, *factors = torch.stack([inverse_correction1, *columns], dim=1).to(compute).unbind(1)
@@ -240,7 +240,7 @@ def _move(
     moves: Any,
 ) -> tuple[Tensor, Tensor]:
     """Moves some elements, unless ``moves`` is False; returns the displacement, what is seen."""
-    if displacement.along_rule:
+    if displacement.again:
         *parts, a, b, c, d = factors
         basis = basis_torch(cells, displacement, (1.0, a, b, c, d), out)
         return add_move_torch(cells, basis, (parts[0], parts[1], parts[2]), first, moves)

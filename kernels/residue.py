@@ -240,13 +240,16 @@ def add_to_move_torch(
 
 
 def moved_torch(rule: UpdateRule, rows: Mapping[str, Tensor], numbers: Tensor) -> Tensor:
-    """The displacement along the slow EMA that stands in some elements.
+    """The displacement that stands in some elements.
 
     Args:
         rule: Of their tensor.
-        rows: ``slow_ema`` and those of ``rule.reads_along``, 1-D.
+        rows: ``direction``; or ``slow_ema`` and those of ``rule.reads_along``, 1-D.
         numbers: The tensor's row of the table of moves.
     """
+    if "direction" in rows:
+        along = rows["direction"]
+        return along * numbers[0].to(along.device, along.dtype)
     slow = rows["slow_ema"]
     factor, _, *others = numbers.to(slow.device, slow.dtype).unbind()
     out = slow.new_empty(2, len(slow))

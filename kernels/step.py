@@ -29,6 +29,7 @@ from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.placement import accepted_move, load_placed, placed_by_update
 from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.rows import (
+    EXP_AVG,
     GRAD,
     TAIL_SHARE,
     address_row,
@@ -91,7 +92,8 @@ def _update_chunk(
         begin = start + inner
         if AGAIN:
             # Before anything is stored: then the compiler takes the rows that it reads as loaded.
-            s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+            if SLOW:
+                s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
             w = load_placed(
                 addresses, tensor, begin, length, fraction, written, moved, p, q, r, t, moves,
                 DISPLACEMENT, DENOMINATOR, ALONG, PARAM_TYPE, STATE, KEPT, BLOCK, FULL,
@@ -99,6 +101,8 @@ def _update_chunk(
         else:
             w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         g = load_row(addresses, GRAD, tensor, begin, length, GRAD_TYPE, STATE, BLOCK, FULL) * clip
+        if COMPARE and not SLOW:
+            s = load_row(addresses, EXP_AVG, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         direction, denominator = DIRECTION(
             addresses, tensor, begin, length, g, a, b, c, d, STATE, UPDATE_TYPE, BLOCK, FULL
         )
@@ -107,16 +111,16 @@ def _update_chunk(
         store_weight(
             addresses, tensor, begin, length, w, PARAM_TYPE, STATE, MASTER, KEPT, BLOCK, FULL
         )
+        if SLOW and not AGAIN:
+            s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+        if COMPARE:
+            ahead = size * ALONG(
+                addresses, tensor, begin, length, s, denominator, STATE, BLOCK, FULL
+            )  # fmt: skip
+            uu += fold(update * update, BLOCK, FULL)
+            us += fold(update * ahead, BLOCK, FULL)
+            ss += fold(ahead * ahead, BLOCK, FULL)
         if SLOW:
-            if not AGAIN:
-                s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-            if COMPARE:
-                ahead = size * ALONG(
-                    addresses, tensor, begin, length, s, denominator, STATE, BLOCK, FULL
-                )  # fmt: skip
-                uu += fold(update * update, BLOCK, FULL)
-                us += fold(update * ahead, BLOCK, FULL)
-                ss += fold(ahead * ahead, BLOCK, FULL)
             s = s + slow_rate * (share * g - s)
             if not AGAIN:
                 ee += fold(s * s, BLOCK, FULL)
@@ -158,7 +162,7 @@ def _step_kernel(
     DISPLACEMENT: tl.constexpr, DENOMINATOR: tl.constexpr, AGAIN: tl.constexpr,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, STATE: tl.constexpr,
     UPDATE_TYPE: tl.constexpr, MASTER: tl.constexpr, KEPT: tl.constexpr,
-    SLOW: tl.constexpr, COMPARE: tl.constexpr,
+    SLOW: tl.constexpr, COMPARE: tl.constexpr, AVERAGED: tl.constexpr,
     MEASURE: tl.constexpr, CLIP: tl.constexpr, STATISTICS: tl.constexpr, UPDATE: tl.constexpr,
     LAST: tl.constexpr, OBSERVE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TENSORS: tl.constexpr,
@@ -225,7 +229,7 @@ def _step_kernel(
                         PARAM_TYPE, GRAD_TYPE, STATE, UPDATE_TYPE, MASTER, KEPT, SLOW,
                         COMPARE, PIECE if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                     )  # fmt: skip
-        if SLOW:
+        if AVERAGED:
             tl.store(own + 2 * COLUMNS, tl.sum(uu, axis=0))
             tl.store(own + 3 * COLUMNS, tl.sum(us, axis=0))
             tl.store(own + 4 * COLUMNS, tl.sum(ss, axis=0))
@@ -239,7 +243,7 @@ def _step_kernel(
             tl.store(arrivals + 1, 0)
             _close_step(
                 partials, ledger, steps, present, n_tensors, max_norm, slow_beta,
-                CLIP, SLOW, MEASURE, OBSERVE, LAST, COLUMNS, TENSORS,
+                CLIP, AVERAGED, MEASURE, OBSERVE, LAST, COLUMNS, TENSORS,
             )  # fmt: skip
 
 
@@ -270,7 +274,7 @@ def step(
     cooperative: bool | None = None,
     known: bool = False,
     reduce: Callable[[Tensor], Tensor] | None = None,
-    again: Displacement | None = None,
+    again: Sequence[Displacement] | None = None,
 ) -> None:
     """One base step over tensor sets of different dtypes and rules on one device.
 
@@ -278,21 +282,21 @@ def step(
     or where Triton cannot launch cooperatively, and those of the rule's `prepare` between them.
 
     Args:
-        sets: Tensor sets with rows ``param``, ``grad``, ``weight``, those of their rule and, when
-            ``slow_beta`` is positive, ``slow_ema``. Their ``steps`` are advanced.
+        sets: Tensor sets with rows ``param``, ``grad``, ``weight``, those of their rule and, if
+            they keep one, ``slow_ema``. Their ``steps`` are advanced.
         scalars: Of these sets. ``hold`` in the ledger keeps the update back.
         max_norm: Global-norm clipping threshold, or None.
         slow_beta: Largest decay of the slow EMA, 0 to leave it out. The rest of the decay
             warms up with the number of gradients (see `slow_decay`).
         observed: Whether the running statistics take this step in.
-        measured: Whether update, slow direction and slow EMA are compared for them; False saves
-            the arithmetic, and leaves what rests on it as it is.
+        measured: Whether update, slow direction and slow EMA are compared for them; of sets
+            without a slow EMA update and exp_avg before it. False leaves what rests on it as it is.
         cooperative: None chooses; True or False forces one or two launches.
         known: Whether ``scalars.gradient`` holds what `measure` found, here or on all processes.
         reduce: Adds FP64 sums up over the processes that hold the other parts of these tensors;
             None where there are none.
-        again: In the step of a verification, the displacement that was left to it by `correct`:
-            masters of an accepted prediction begin where it puts them. Not with ``measured``.
+        again: In the step of a verification, of each set the displacement that `correct` left to
+            it: masters of an accepted prediction begin where it puts them. Not with ``measured``.
 
     Raises:
         ValueError: A cooperative launch of several programs in the interpreter.
@@ -309,28 +313,26 @@ def step(
     assert len(rules) == len(sets), "a tensor set without a rule cannot be updated"
     options: dict[str, Any] = {"max_norm": max_norm, "slow_beta": slow_beta}
     options |= {"observed": observed, "measured": measured and slow_beta > 0}
+    along = [{"again": displacement} for displacement in again or (None,) * len(sets)]
     assert again is None or (slow_beta > 0 and not measured), "again: such a step places nothing"
     if known:
         scalars.partials[:2].zero_()  # where the first part would have left it
         scalars.partials[:2, 0] = scalars.gradient
     elif cooperative and len(sets) == 1 and rules[0].prepare is None:
-        options["again"] = again
-        _launch(sets[0], scalars, statistics=True, update=True, last=True, **options)
+        _launch(sets[0], scalars, statistics=True, update=True, last=True, **options, **along[0])
         return
     else:
         for tensors in sets:
             _launch(tensors, scalars, statistics=True, update=False, last=False, **options)
     gradient = None if reduce is None else Gradient.of(scalars, max_norm)
-    options["again"] = again
-    for tensors, rule in zip(sets, rules):
+    for tensors, rule, its in zip(sets, rules, along):
         if rule.prepare is not None:
             rule.prepare(tensors, scalars, max_norm)
         last = reduce is None and tensors is sets[-1]
-        _launch(tensors, scalars, statistics=False, update=True, last=last, **options)
+        _launch(tensors, scalars, statistics=False, update=True, last=last, **options, **its)
     if reduce is not None and gradient is not None:
-        steady = None
+        steady, (norm, _, _, coefficient, _) = None, gradient
         if slow_beta > 0:
-            norm, coefficient = gradient.norm, gradient.coefficient
             steady = averaging_rates(scalars.ledger, slow_beta, norm, coefficient)[1]
         sums, measured = _weighted(sets, scalars, slice(2, None)), bool(options["measured"])
         if measured:
@@ -355,11 +357,8 @@ def _weighted(sets: Sequence[TensorSet], scalars: Scalars, rows: slice) -> Tenso
     """First-stage sums over the programs of all sets, FP64, each set with its share."""
     first = scalars.partials[rows].double()
     ends = [tensors.first_column + tensors.tiling.programs for tensors in sets]
-    parts = [
-        tensors.share * first[:, tensors.first_column : end].sum(1)
-        for tensors, end in zip(sets, ends)
-    ]
-    return torch.stack(parts).sum(0)
+    own = [first[:, its.first_column : end].sum(1) * its.share for its, end in zip(sets, ends)]
+    return torch.stack(own).sum(0)
 
 
 @repeated
@@ -376,7 +375,7 @@ def _launch(
     measured: bool,
     again: Displacement | None = None,
 ) -> list[Launch]:
-    rule, slow = tensors.rule, slow_beta > 0
+    rule, averaged = tensors.rule, slow_beta > 0
     assert rule is not None
     single = statistics and update and not INTERPRETED
     placing = again is not None and placed_by_update(tensors)
@@ -392,7 +391,8 @@ def _launch(
         **{**computed_again(tensors, again, placing), "ALONG": rule.along},
         FACTORED=tensors.rate_factors is not None, MASTER=tensors.has_master,
         GRAD_TYPE=tensors.dtype_of("grad"), UPDATE_TYPE=tensors.dtype_of("update"),
-        SLOW=slow, COMPARE=measured and not tensors.frozen, MEASURE=measured,
+        SLOW=averaged and tensors.has("slow_ema"), COMPARE=measured and not tensors.frozen,
+        AVERAGED=averaged, MEASURE=measured,
         CLIP=max_norm is not None, STATISTICS=statistics, UPDATE=update, LAST=last,
         OBSERVE=observed, COLUMNS=scalars.partials.shape[1], TENSORS=128,
         options={**RESIDENT_LAUNCH, **extra},

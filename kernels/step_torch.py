@@ -51,7 +51,7 @@ def step_torch(
     cooperative: bool | None = None,
     known: bool = False,
     reduce: Callable[[Tensor], Tensor] | None = None,
-    again: Displacement | None = None,
+    again: Sequence[Displacement] | None = None,
 ) -> None:
     """`step` in plain torch.
 
@@ -72,7 +72,7 @@ def step_torch(
     sums = torch.zeros(UPDATE_SUMS, dtype=torch.float64, device=ledger.device)
     skip = None if on_cpu else ~applied
     if applied is not False:
-        for tensors in sets:
+        for index, tensors in enumerate(sets):
             compared = measured and not tensors.frozen
             clip = torch.as_tensor(coefficient * unscale, dtype=torch.float64, device=ledger.device)
             assert tensors.rule is not None
@@ -82,8 +82,9 @@ def step_torch(
             part = 1.0 if reduce is None else tensors.share
             places = None
             if again is not None and placed_by_update(tensors):
-                places = Places(tensors, scalars, again)
-            sums += part * _update(tensors, table, skip, rates, measured, compared, places)
+                places = Places(tensors, scalars, again[index])
+            own = rates if tensors.has("slow_ema") else None
+            sums += part * _update(tensors, table, skip, own, measured, compared, places)
             here: float | Tensor = 1.0
             if not all(tensors.present):
                 here = torch.tensor(tensors.present, device=ledger.device)
@@ -265,6 +266,7 @@ def _update_cells(
         g = cells.joined("grad").to(tensors.compute_dtype)
         g = g * its.clip if clipped else g
     slow = ["slow_ema"] * (rates is not None)
+    ahead = cells.joined("exp_avg").clone() if compared and not slow else None
     if lists:
         weights = cells.rows("weight") if weight is None else cells.parts(weight)
         grads = cells.rows("grad") if g is None else cells.parts(g)
@@ -273,6 +275,8 @@ def _update_cells(
         rule.torch.update(Block(weights, grads, moments, its, steps, scratch))
     names = slow if lists and not compared else [*rule.reads, *slow]
     rows = {name: cells.joined(name) for name in names}
+    if ahead is not None:
+        rows["slow_ema"] = ahead
     changed = [*slow] if lists else [*rule.writes, *slow]
     block = Block(weight, g, rows, its, None, scratch[:, : cells.total])
     before = {name: rows[name].clone() for name in changed} if skip is not None else {}

@@ -64,7 +64,7 @@ def runs() -> Iterator[Run]:
     alone = (["triton"], ["none"])
     yield from itertools.product(PREDICTORS, ["adamw"], INTERPRETED, drives, *alone)
     yield from itertools.product(("slow_ema", "linear"), ["muon"], ["fp32"], drives, *alone)
-    adamw_alone = (["secant", "orthogonal"], ["adamw"])
+    adamw_alone = (["secant"], ["adamw"])
     yield from itertools.product(*adamw_alone, DTYPES, drives, ["torch"], ["none", "cpu"])
     yield from itertools.product(*adamw_alone, ["fp32"], drives, *alone)
 

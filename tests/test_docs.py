@@ -24,9 +24,17 @@ BF16 = torch.bfloat16
 
 def item_bytes(base: str, predictor: str, *masters: StateRow) -> int:
     """Bytes a parameter of all declared rows; state is FP32 whatever the parameter."""
-    rule = RULES[base]
-    rows = (*rule.rows, *PREDICTORS[predictor](HybridConfig()).rows_for(rule), *masters)
-    kept = [row for row in dict.fromkeys(rows) if row.saved]
+    rule, choice = RULES[base], PREDICTORS[predictor](HybridConfig())
+    matrix, other = (
+        _bytes_of((*rule.rows, *choice.rows_of_kind(rule, kind)), *masters)
+        for kind in (True, False)
+    )
+    assert matrix == other, "whatever it takes a parameter for"
+    return matrix
+
+
+def _bytes_of(rows: tuple[StateRow, ...], *masters: StateRow) -> int:
+    kept = [row for row in dict.fromkeys((*rows, *masters)) if row.saved]
     # What predictions lose of a weight that is moved in place; masters are not.
     kept = [row for row in kept if not (row.in_place and MASTER in masters)]
     return sum(row.itemsize(BF16, OPTIONS) for row in kept)
@@ -39,7 +47,6 @@ def table() -> Iterator[str]:
     lines = {
         'AdamW, `predictor="none"`': ("adamw", "none"),
         '`"slow_ema"`': ("adamw", "slow_ema"),
-        '`"orthogonal"`, of matrices': ("adamw", "orthogonal"),
         '`"secant"`, 10 pairs': ("adamw", "secant"),
         '`"linear"`': ("adamw", "linear"),
         '`"auto"`': ("adamw", "auto"),

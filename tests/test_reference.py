@@ -43,7 +43,7 @@ def training(
 @settings(max_examples=max(20, settings().max_examples))
 @given(
     base=st.sampled_from(("adamw", "lion", "muon")),
-    predictor=st.sampled_from(("auto", "slow_ema", "orthogonal", "secant", "linear", "none")),
+    predictor=st.sampled_from(("auto", "slow_ema", "secant", "linear", "none")),
     seed=st.integers(0, 99),
     noise=st.sampled_from((0.0, 0.02, 0.3)),
     decays=st.booleans(),
@@ -94,10 +94,10 @@ def test_the_optimizer_is_its_reference(
         reference.step(gradients, loss if observes else math.nan)
         for param, weight in zip(ours, theirs):
             # Horizon factors and step fractions are FP32, Muon's products too.
-            tolerance = 1e-4 if base == "muon" or predictor == "orthogonal" else 1e-6
+            tolerance = 1e-4 if base == "muon" or predictor in ("slow_ema", "auto") else 1e-6
             torch.testing.assert_close(param.detach(), weight, rtol=tolerance, atol=tolerance)
     ledger, stats = reference.ledger, optimizer.stats()
     assert stats.rollbacks == ledger.rejected
     assert predictor != "auto" or stats.predictor == reference.model
-    if predictor in ("slow_ema", "orthogonal", "linear"):
+    if predictor in ("slow_ema", "linear"):
         assert stats.confidence == pytest.approx(ledger.confidence, abs=1e-3)

@@ -127,11 +127,12 @@ class Binding:
         for param, rule in old:
             if id(param) not in present and param in state:
                 leave(param, state[param], rule, standing)
-        predictor, masters = self._choice().active, self.settings.master_weights
-        for param, rule in self._params if standing else ():
-            if not continues(param, state.get(param, {}), predictor, masters):
+        choice, masters = self._choice(), self.settings.master_weights
+        for member in members if standing else ():
+            base, entry = RULES[member.group["base"]], state.get(member.param, {})
+            if not continues(member, entry, base, choice, masters):
                 # A checkpoint of another predictor, or with masters kept otherwise.
-                leave(param, state[param], rule, standing)
+                leave(member.param, state[member.param], base.kernels, standing)
                 ledger["written"] = 1.0
         if standing and old and known != present:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it

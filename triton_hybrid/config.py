@@ -51,26 +51,26 @@ class HybridConfig(Configuration):
         divergence_threshold: Standard deviations above their running mean that gradient norm and
             loss may have at the predicted point. Positive.
         confidence_threshold: Least confidence at which the weights are moved, in [0, 1].
-        predictor: The dynamics model: ``"slow_ema"``, ``"orthogonal"`` (its matrices
-            orthogonalised, as Muon would: 7 bytes a parameter more, and matrix products),
-            ``"secant"`` (for training without noise: quasi-Newton moves, AdamW groups only),
+        predictor: The dynamics model: ``"slow_ema"`` (of AdamW's and Lion's matrices, their
+            orthogonalised momentum; on a CPU those with a side of at most 256), ``"secant"``
+            (for training without noise: quasi-Newton moves, AdamW groups only),
             ``"linear"``, ``"none"`` (the base rule alone), or ``"auto"``: ``secant`` where
             training is found deterministic, for which the losses must be known, else
             ``slow_ema``. With ``auto`` and ``slow_ema`` the slow EMA is a part of Muon's momentum.
         history: Pairs of moves and gradient changes that ``secant`` keeps, each 8 bytes a
             parameter. In [1, 32].
-        slow_beta: Largest decay of the slow gradient EMA, in (0, 1); ``orthogonal`` takes 0.95 at
-            most. Its window is a quarter of the run so far until this is reached.
+        slow_beta: Largest decay of the slow gradient EMA, in (0, 1). Its window is a quarter of the
+            run so far until this is reached.
         inline: True: the Predict steps run inside the `step()` that ends a gradient part, so every
             call consumes one gradient. False: one phase step a call.
-        offload: Where state lives that AdamW does not have (slow EMA, snapshot, displacements,
-            pairs): ``"none"`` (the device), ``"cpu"``, or ``"pinned"``, page-locked host
-            memory, from which copies do not hold the host up. It visits the device for the steps
-            that touch it; what a gradient step touches comes back while the backward pass before
-            it runs. In a stretch of more than four predictions without a gradient that do not read
-            the moments (stepped drive, ``linear``), these leave too. The results are the same bits.
-            Parameters on the CPU have one memory only, and nothing is copied. Not for steps
-            captured in a CUDA graph.
+        offload: Where state lives that AdamW does not have (slow EMA, directions, snapshot,
+            displacements, pairs): ``"none"`` (the device), ``"cpu"``, or ``"pinned"``, page-locked
+            host memory, from which copies do not hold the host up. It visits the device for the
+            steps that touch it; what a gradient step touches comes back while the backward pass
+            before it runs. In a stretch of more than four predictions without a gradient that do
+            not read the moments (stepped drive, ``linear``), these leave too. The results are the
+            same bits. Parameters on the CPU have one memory only, and nothing is copied. Not for
+            steps captured in a CUDA graph.
 
     Raises:
         ValueError: A value outside its range; the message names field, value and range.

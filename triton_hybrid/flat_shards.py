@@ -11,7 +11,7 @@ import gc
 import weakref
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,35 @@ def is_cut(param: Any) -> bool:
     """Whether FSDP1 keeps other pieces of a parameter on other ranks."""
     handle = handle_of(param)
     return handle is not None and bool(handle.uses_sharded_strategy)
+
+
+class Piece(NamedTuple):
+    """What of a parameter of FSDP1 lies on this rank: a piece of it, flattened."""
+
+    shape: torch.Size  # of the whole
+    here: slice
+    group: Any  # of the ranks that hold the other pieces
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The whole, from the part of every rank of the group, which all call this."""
+        flat = part.new_zeros(self.shape.numel())
+        flat[self.here] = part
+        dist.all_reduce(flat, group=self.group)
+        return flat.view(self.shape)
+
+
+def piece_of(param: Any) -> Piece | None:
+    """The piece of a parameter that this rank has; None where it has the whole, or of several."""
+    if not is_cut(param):
+        return None
+    flat = (handle := handle_of(param)).flat_param
+    pieces = zip(flat._params or (), flat._shard_param_infos, flat._shapes)
+    for piece, its, shape in pieces:
+        if piece is param:
+            end = its.intra_param_end_idx + 1 if its.in_shard else 0
+            here = slice(its.intra_param_start_idx if its.in_shard else 0, end)
+            return Piece(shape, here, handle.process_group)
+    return None
 
 
 def check_flat(param: Any, index: int, base: str) -> None:
@@ -115,13 +144,16 @@ def gradient_beside(param: Any) -> Any:
     return next((piece for piece, its in pieces if its.in_shard and piece.requires_grad), flat).grad
 
 
-def saved_rows(param: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
+def saved_rows(param: Tensor, entry: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """State as ``FSDP.optim_state_dict`` can take it; `joined` is the inverse.
 
     It takes tensors for tensors like the parameter, all of one dtype, and scalars that are equal to
-    themselves, as NaN is not: small rows become the bits of their numbers, each by itself.
+    themselves, as NaN is not: small rows become the bits of their numbers, each by itself. And it
+    takes the same rows of all parameters: of ``names`` those that one does not keep are NaN.
     """
-    found: dict[str, Any] = {}
+    missing = [name for name in names if name not in entry] if entry else []
+    nothing = {name: torch.full_like(param, torch.nan, dtype=wide(param, {})) for name in missing}
+    found: dict[str, Any] = nothing
     for key, value in entry.items():
         row = DECLARED.get(key)
         if not isinstance(value, Tensor) or row is None or row is STEP:
@@ -144,6 +176,8 @@ def joined(entry: Mapping[str, Any]) -> dict[str, Any]:
             parts[key] = value
         elif name in DECLARED:
             parts.setdefault(name, {})[place] = value
+        elif like_param(key, value) and value.numel() and bool(value.isnan().all()):
+            continue  # of another parameter
         elif key in _NARROW and isinstance(value, Tensor):
             found[key] = value.to(_NARROW[key])
         else:

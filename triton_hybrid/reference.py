@@ -63,13 +63,18 @@ class Reference:
         entries = {**dict.fromkeys(LEDGER.split(), 0.0), "horizon": 1.0, "loss_previous": math.nan}
         self.ledger = SimpleNamespace(**entries)
         self.tensors = [
-            SimpleNamespace(w=w, m=0.0 * w, v=0.0 * w, slow=0.0 * w, start=0.0 * w,
+            SimpleNamespace(w=w, m=0.0 * w, v=0.0 * w, slow=0.0 * w, start=0.0 * w, moved=0.0 * w,
                             last=0.0 * w, ratio=0.0, cross=0.0, past=0.0,
                             square=0.0, steps=0, factor=1.0, slope=0.0)
             for w in weights
         ]  # fmt: skip
         self.model = "slow_ema" if config.predictor == "auto" else config.predictor
         self.secant, self.watch = SecantReference(self), Watch()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the slow EMA predicts, and is a part of Muon's momentum."""
+        return self.model == "slow_ema"
 
     # ------------------------------------------------------------------ one step, all phases
 
@@ -108,7 +113,7 @@ class Reference:
         )
         if self.takes_other():
             return phases.after_gradient(report, False, self.config.full_steps)
-        slow = self.model in ("slow_ema", "orthogonal") and self.base != "muon"
+        slow = self.mixes and self.base != "muon"
         ready, refit = (self.cycles >= 2, self.config.full_steps) if self.linear else (slow, 2)
         phases.after_gradient(report, ready, refit)
         while phases.phase is Phase.PREDICT:
@@ -140,19 +145,20 @@ class Reference:
         clip = min(o.max_grad_norm / (norm + 1e-6), 1.0)
         usual = 2.0 * math.exp(ledger.norm_mean) / (norm + 1e-30)
         steady = min(clip, usual) / clip if ledger.norm_count else 1.0  # outliers count double
-        largest = 0.95 if self.model == "orthogonal" else 1.0
-        beta = min(n / (n + 4), self.config.slow_beta, largest)
+        beta = min(n / (n + 4), self.config.slow_beta)
         uu = us = ss = ee = 0.0
         for p, g in zip(self.tensors, (clip * g for g in gradients)):
             p.steps += 1
+            momentum = p.m.clone()
             update = (size := self.size(p)) * self.direction(p, g)
             if not still:
                 p.w.mul_(1.0 - o.lr * o.weight_decay).sub_(update)
             if self.base != "muon":  # whose matrices no prediction moves along the slow EMA
-                ahead = size * self.along(p, p.slow)
+                ahead = size * self.along(p, momentum if self.turns(p) else p.slow)
                 uu, us = uu + dot(update, update), us + dot(update, ahead)
                 ss += dot(ahead, ahead)
-            p.slow += (1.0 - beta) * (steady * g - p.slow)
+            if not self.turns(p):
+                p.slow += (1.0 - beta) * (steady * g - p.slow)
             ee += dot(p.slow, p.slow)
         self.observe(norm, loss)
         if self.phases.measures:  # the confidence is the cosine of update and slow direction
@@ -182,7 +188,7 @@ class Reference:
     def direction(self, p: SimpleNamespace, g: Tensor) -> Tensor:
         """Updates the moments; the direction of the base rule's step."""
         (beta1, beta2), momentum = self.options.betas, self.options.momentum
-        if self.base == "muon" and self.model == "slow_ema":
+        if self.base == "muon" and self.mixes:
             p.m.lerp_(g, 1.0 - momentum**3)
             part = 0.6 * min(self.ledger.slow_count / 1000.0, 1.0)
             return orthogonalised(torch.lerp(g, torch.lerp(p.m, p.slow, part), momentum))
@@ -255,12 +261,13 @@ class Reference:
                 p.start, p.moved = p.w.clone(), torch.zeros_like(p.w)
             if self.linear:
                 move = factor / config.full_steps * p.ratio * p.last * (p.slow != 0)
-            elif self.model == "orthogonal":
-                move = -factor * 3.0 * o.lr * self.orthogonal(p)
+            elif self.turns(p):
+                p.turned = self.orthogonal(p) if first else p.turned
+                move = -factor * 3.0 * o.lr * p.turned
             else:
                 move = -factor * o.lr * steps * self.along(p, p.slow)
-                p.moved += move
-            p.w.copy_(findable(p.start, p.moved) if self.model == "slow_ema" else p.w + move)
+            p.moved = p.moved + move
+            p.w.copy_(p.w + move if self.linear else findable(p.start, p.moved))
             square += dot(move, move)
             slopes.append(dot(p.m, move) / (1.0 - decay ** max(p.steps, 1)))
         distance = math.sqrt(ledger.jump_square) + math.sqrt(square)
@@ -273,13 +280,16 @@ class Reference:
             p.slope += slope
         ledger.moved, ledger.stretch, ledger.jump_square = 1, ledger.stretch + 1, distance**2
 
+    def turns(self, p: SimpleNamespace) -> bool:
+        """Whether a parameter moves along its orthogonalised momentum: a matrix, not too long."""
+        hidden = p.w.ndim == 2 and min(p.w.shape) > 1 and max(p.w.shape) < 6 * min(p.w.shape)
+        return hidden and self.mixes and self.base != "muon"
+
     def orthogonal(self, p: SimpleNamespace) -> Tensor:
-        """The direction along the slow EMA, orthogonalised: of matrices that are not too long."""
-        if p.w.ndim != 2 or min(p.w.shape) < 2 or max(p.w.shape) >= 6 * min(p.w.shape):
-            return torch.zeros_like(p.w)
-        x, tall = self.along(p, p.slow), p.w.shape[0] > p.w.shape[1]
+        """The direction along the momentum, orthogonalised."""
+        x, tall = self.along(p, p.m), p.w.shape[0] > p.w.shape[1]
         x = orthogonalised(x.mT, 3).mT if tall else orthogonalised(x, 3)
-        turned: Tensor = 0.2 * math.sqrt(max(p.w.shape)) * x * (p.slow != 0)
+        turned: Tensor = 0.2 * math.sqrt(max(p.w.shape)) * x * (p.m != 0)
         return turned
 
     # ------------------------------------------------------------------------------- Correct

@@ -24,6 +24,7 @@ from triton_hybrid.flat_shards import (
     handle_of,
     is_cut,
     like_param,
+    piece_of,
     saved_rows,
     share_of,
 )
@@ -75,8 +76,36 @@ def like_whole(part: Tensor, whole: Any) -> Tensor:
 
 
 @torch.no_grad()
+def whole_of(part: Tensor, param: Any) -> Tensor:
+    """A whole tensor, from the parts of all ranks, which lie as a parameter's do."""
+    if (piece := piece_of(param)) is not None:
+        return piece.whole(part)
+    gathered: Any = like_whole(part.contiguous(), param)
+    whole: Tensor = gathered.full_tensor().contiguous()
+    return whole
+
+
+def whole_shape(param: Any) -> torch.Size:
+    """The shape of a parameter as a whole."""
+    piece = piece_of(param)
+    shape: torch.Size = param.shape if piece is None else piece.shape
+    return shape
+
+
+def part_group(param: Any) -> Any:
+    """The ranks that hold the parts of a parameter; of a mesh, its first dimension that cuts."""
+    if (piece := piece_of(param)) is not None:
+        return piece.group
+    mesh = param.device_mesh
+    cuts = enumerate(param.placements)
+    return mesh.get_group(next(d for d, p in cuts if p.is_shard() and mesh.size(d) > 1))
+
+
+@torch.no_grad()
 def part_of(tensor: Tensor, whole: Any) -> Tensor:
-    """What lies on this rank of a tensor that every rank has, laid out as a DTensor."""
+    """What lies on this rank of a tensor that every rank has, laid out as a parameter."""
+    if (piece := piece_of(whole)) is not None:
+        return tensor.flatten()[piece.here]
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = whole.device_mesh
@@ -106,12 +135,14 @@ def saved_parts(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) ->
     if not any(map(is_managed, params)):
         return state_dict
     state = dict(state_dict["state"])
+    flat = [state.get(index, {}) for index, param in enumerate(params) if handle_of(param)]
+    names = sorted({key for its in flat for key, value in its.items() if like_param(key, value)})
     for index, param in enumerate(params):
         if index in state:
             state[index] = dict(state[index])
             forget_fingerprints(param, state[index])
             if handle_of(param) is not None:
-                state[index] = saved_rows(param, state[index])
+                state[index] = saved_rows(param, state[index], names)
     return {**state_dict, "state": state}
 
 

@@ -13,9 +13,11 @@ from triton_hybrid.kernels.multi_tensor import assembled, remainder_of
 from triton_hybrid.kernels.residue import moved_torch, recovered_torch
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
 from triton_hybrid.kernels.update_rule import UpdateRule
-from triton_hybrid.predictors.predictor import Predictor
+from triton_hybrid.predictors.predictor import SLOW_EMA, Choice
+from triton_hybrid.rules.rule import Rule
 from triton_hybrid.shards import local
 from triton_hybrid.state import (
+    DIRECTION,
     MASTER,
     MOVE,
     PREDICTION,
@@ -23,6 +25,7 @@ from triton_hybrid.state import (
     RESIDUE,
     SNAPSHOT,
     Group,
+    Member,
     as_dense,
     as_predicted,
     moved_again,
@@ -50,7 +53,8 @@ def weight_before(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
 
 def _moved(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
     """The displacement that stands in a parameter, 1-D in the order of memory."""
-    names = ("slow_ema", *rule.reads_along)
+    turned = DIRECTION.name in entry
+    names = (DIRECTION.name,) if turned else (SLOW_EMA.name, *rule.reads_along)
     rows = {name: dense_view(entry[name]).to(param.device) for name in names}
     return moved_torch(rule, rows, entry[MOVE.name])
 
@@ -75,19 +79,24 @@ def restore_weight(param: Tensor, entry: dict[str, Any], rule: UpdateRule) -> No
         entry[REMAINDER.name].copy_(remainder_of(before, param.detach()))
 
 
-def continues(param: Tensor, entry: Group, predictor: Predictor, masters: str) -> bool:
+def continues(member: Member, entry: Group, rule: Rule, choice: Choice, masters: str) -> bool:
     """Whether what a predictor needs to judge the prediction in a parameter is there.
 
     ``masters``: how those of 16-bit parameters are kept, as in HybridOptimizer.
     """
+    param, predictor = member.param, choice.active
     if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] == 0:
         return True
     again = moved_again(entry)
-    if not predictor.predicts or again is (predictor.again is None):
+    if not predictor.predicts or again is not predictor.recomputes:
+        return False
+    rows = choice.rows_of_kind(rule, choice.kind_of(rule, member))
+    # What a rank has nothing of is saved with the rows of either kind (`flat_shards.saved_rows`).
+    if again and param.numel() and (DIRECTION.name in entry) != (DIRECTION in rows):
         return False
     own = masters == "auto" and param.dtype in (torch.float16, torch.bfloat16)
     needed = (MASTER if own else RESIDUE) if again else SNAPSHOT
-    return all(name in entry for name in (needed.name, *predictor.judges_with))
+    return needed.name in entry
 
 
 def leave(param: Tensor, entry: dict[str, Any], rule: UpdateRule, standing: bool) -> None:

@@ -50,6 +50,11 @@ class StepPlan(NamedTuple):
     pairs: bool  # does it note moves and gradient changes?
     followed: bool  # is it a base step that another follows, with no prediction between?
 
+    @property
+    def stands(self) -> bool:
+        """Whether a prediction is in the weights before it, or may be after it."""
+        return self.edge or not self.gradient
+
 
 ZEROS, WEIGHTS = "zeros", "weights"
 """What a new row begins as."""
@@ -117,20 +122,14 @@ MASTER = StateRow("master", fixed(torch.float32), init=WEIGHTS)
 """FP32 weights behind 16-bit parameters (``master_weights="auto"``)."""
 REMAINDER = StateRow("remainder", fixed(torch.int16))
 """What BF16 parameters lack of them (``master_weights="split"``)."""
-SNAPSHOT = StateRow(
-    "snapshot",
-    home=Home.HOST,
-    when=lambda plan: plan.edge or not plan.gradient or plan.pairs,
-)
+SNAPSHOT = StateRow("snapshot", home=Home.HOST, when=lambda plan: plan.stands or plan.pairs)
 """Weights before the move, of a predictor whose move cannot be computed again."""
 RESIDUE = StateRow(
-    "residue",
-    fixed(torch.int8),
-    home=Home.HOST,
-    when=lambda plan: plan.edge or not plan.gradient,
-    in_place=True,
+    "residue", fixed(torch.int8), home=Home.HOST, when=lambda plan: plan.stands, in_place=True
 )
 """What is lost of them, where it can (`kernels.residue`)."""
+DIRECTION = StateRow("direction", home=Home.HOST, when=lambda plan: plan.stands)
+"""What matrices are moved along, new with the first prediction in a row."""
 MOVE = StateRow("move", fixed(torch.float64), shape=(MOVE_COLUMNS,))
 """What the displacement that stands is made of."""
 PREDICTION = StateRow("prediction", fixed(torch.float32), shape=(PREDICTION_COLUMNS.value,))
@@ -221,7 +220,8 @@ class Batch:
         kept = {"split": SPLIT, "none": NONE}.get(masters, OWN) if sixteen_bit else OWN
         rows = [row for row in rows if not (row.in_place and sixteen_bit and kept == OWN)]
         self.state, self._group, self._rows = state, members[0].group, rows
-        for row in {SNAPSHOT, RESIDUE, MOVE} - set(rows):  # of another predictor's checkpoint
+        # Of another predictor's checkpoint.
+        for row in {SNAPSHOT, RESIDUE, DIRECTION, MOVE} - set(rows):
             for param in self.params:
                 state[param].pop(row.name, None)
         groups = [member.group_index for member in members]

@@ -29,11 +29,12 @@ class HybridStats:
         rollbacks: Predictions rolled back.
         horizon: Present factor on predicted displacements; halved by every rejection.
         confidence: Share of the newest motion, in norm, that the model had predicted.
-        signal: Share of the squared gradient that is signal; the rest is noise.
+        signal: Share of the squared gradient that is known to be signal; the rest is noise, and
+            what parameters without a slow EMA have of it.
         predictor: The model in use, where ``auto`` has chosen.
         deterministic: Whether ``auto`` found training deterministic; None where nobody looked, or
             there was too little to see.
-        reason: Why ``auto`` has chosen so, or why ``orthogonal`` moves nothing; else empty.
+        reason: Why ``auto`` has chosen so; else empty.
         divergences: Rejections by cause: ``nonfinite``, ``jump``, ``norm``, ``loss``.
         skipped_nonfinite: Gradients skipped because they were not finite.
         loss_scale: Present loss scale; 1 without scaling.

@@ -54,7 +54,7 @@ class Stretches:
             return
         predictor, rates, betas = engine.predictor, HYPER["lr"], HYPER["beta1"]
         start.zero_()
-        if predictor.again is None:
+        if not predictor.recomputes:
             engine.scalars.moves[:, 0].fill_(math.nan)  # a snapshot is kept instead
         for batch in engine.batches:
             tensors = batch.tensors

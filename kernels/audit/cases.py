@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import triton
 from triton_hybrid.kernels.audit.case import Case
+from triton_hybrid.kernels.audit.moves import launch_of, move_cases, predict_case
 from triton_hybrid.kernels.audit.problems import (
     FP32,
     FP64,
     HALVES,
-    MANY,
     SINGLE,
     WITHOUT_MASTERS,
     Precision,
@@ -20,45 +20,30 @@ from triton_hybrid.kernels.audit.problems import (
     Shapes,
     itemsize,
 )
-from triton_hybrid.kernels.audit.targets import TYPE_NAMES, Launch, Target, launches
-from triton_hybrid.kernels.direction import DIRECTION
+from triton_hybrid.kernels.audit.targets import TYPE_NAMES
+from triton_hybrid.kernels.direction import DIRECTION, lengthen
 from triton_hybrid.kernels.direction import along as see_along
-from triton_hybrid.kernels.displacement import Displacement
-from triton_hybrid.kernels.fingerprint import find_writes, fingerprint, note_weights
-from triton_hybrid.kernels.gram import gram
+from triton_hybrid.kernels.fingerprint import find_writes, note_weights
 from triton_hybrid.kernels.ledger import decide
-from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import orthogonalise, orthogonalise_row
-from triton_hybrid.kernels.predict import predict
-from triton_hybrid.kernels.rows import NONE, OWN
-from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.secant import move, products_size, settle
 from triton_hybrid.kernels.secant import products as pair_products
 from triton_hybrid.kernels.shift import shift
-from triton_hybrid.kernels.slopes import slopes
 from triton_hybrid.kernels.step import step
 from triton_hybrid.kernels.sums import reduce_partials
-from triton_hybrid.kernels.trapezoid import base_slope
 from triton_hybrid.kernels.trial import TRIAL
-from triton_hybrid.kernels.verify import check_move, correct
 
 from triton_hybrid.config import HybridConfig
 from triton_hybrid.predictors.linear import Linear
-from triton_hybrid.predictors.orthogonal import Orthogonal
+from triton_hybrid.predictors.orthogonal import TURNED
 from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules import RULES
+from triton_hybrid.rules.adamw import ADAMW
 from triton_hybrid.rules.rule import Rule
 
 __all__ = ["Case", "cases"]
 
-ADAMW, MUON = RULES["adamw"], RULES["muon"]
-
-
-def _launch(
-    number: int, call: Callable[[Problem], None], *problem: Any, **options: Any
-) -> Callable[[Target], Launch]:
-    """One of the launches, by number, that a call makes with a problem for the target."""
-    return lambda target: launches(target, call, Problem(target, *problem, **options))[number]
+MUON = RULES["muon"]
 
 
 def _step_case(
@@ -70,15 +55,22 @@ def _step_case(
     slow: bool = False,
     measured: bool = True,
     accepting: bool = False,
+    turned: bool = False,
     shapes: Shapes | None = None,
 ) -> Case:
-    """One launch of `step` or a part of it; ``accepting``: where masters follow a prediction."""
-    slow, measured = slow or accepting, measured and not accepting
+    """One launch of `step` or a part of it.
+
+    ``accepting``: where masters follow a prediction; ``turned``: of matrices, without a slow EMA.
+    """
+    averaged, measured = slow or accepting or turned, measured and not accepting
+    slow = averaged and not turned
+    without = ("slow_ema",) if turned else ()
     wide, narrow = precision.weight.itemsize, precision.param.itemsize
     kernels = rule.kernels
     words = [precision.name, part]
     words += ["clip"] * clip + ["slow EMA"] * slow
-    words += ["accepting" if accepting else "unmeasured"] * (slow and not measured)
+    words += ["matrices"] * turned
+    words += ["accepting" if accepting else "unmeasured"] * (averaged and not measured)
     words += ["one chunk"] * (shapes is SINGLE)
     name = f"{rule.name} {', '.join(words)}"
 
@@ -87,138 +79,34 @@ def _step_case(
             [problem.tensors],
             problem.scalars,
             max_norm=1.0 if clip else None,
-            slow_beta=0.9 if slow else 0.0,
+            slow_beta=0.9 if averaged else 0.0,
             observed=True,
             measured=measured,
             cooperative=part == "one launch",
-            again=SlowEMA.displacement if accepting else None,
+            again=(TURNED if turned else SlowEMA.displacement,) if accepting else None,
         )
 
-    launch = _launch(-1 if part == "update" else 0, call, precision, rule, shapes)
+    number = -1 if part == "update" else 0
+    launch = launch_of(number, call, precision, rule, shapes, without=without)
     if part == "statistics":
         return Case(name, launch, reads=(narrow,), floor=narrow)
     own = tuple(itemsize(rule, row, precision) for row in kernels.reads)
     written = tuple(itemsize(rule, row, precision) for row in kernels.writes)
     gradient = (narrow,) * (kernels.uses_gradient or slow)
     extra = (wide,) * slow
+    along = (wide,) * (turned and accepting)  # exp_avg before the update is read anyway
     bare = own + written + precision.weights + precision.weights
     return Case(
         name,
         launch,
-        precision.weights + own + gradient + extra,
+        precision.weights + own + gradient + extra + along,
         precision.weights + written + extra,
         first_pass=(narrow,) if part == "one launch" else (),
         floor=sum(bare) + narrow * kernels.uses_gradient,
         may_spill=precision == FP64,
-        may_park=slow,
+        may_park=averaged,
         pieces=2 if accepting else 1,
     )
-
-
-def _predict_case(
-    rule: Rule,
-    precision: Precision,
-    displacement: Displacement,
-    name: str,
-    *,
-    again: bool = False,
-    shapes: Shapes | None = None,
-) -> Case:
-    """The pass of `predict` over all elements; ``again``: of a further step in a row."""
-    wide, slow = precision.weight.itemsize, displacement.along_rule
-    slopes_known = again and not slow
-
-    def call(problem: Problem) -> None:
-        alone = None if displacement.along_rule else torch.zeros(len(problem.tensors))
-        options: dict[str, Any] = {"first": not again, "with_slopes": not slopes_known}
-        sets = (problem.tensors, problem.scalars)
-        predict(*sets, displacement, alone, threshold=0.5, share=0.5, **options)
-
-    # Each reads the slow EMA; that of a trajectory knows from it what never had a gradient.
-    vectors: tuple[int, ...] = (wide,)
-    if not displacement.along_rule:
-        vectors += (wide,)
-    else:
-        vectors += tuple(itemsize(rule, row, precision) for row in rule.kernels.reads_along)
-    first_moment = (wide,) * (not slopes_known)
-    lost = _residue(precision) if slow else ()
-    # What stands in the parameter alone is not written to the master behind.
-    written = (precision.param.itemsize,) if slow and not lost else precision.weights
-    # The bare move needs no exp_avg, and keeps nothing of what was there before.
-    return Case(
-        name,
-        _launch(-2, call, precision, rule, shapes),
-        precision.weights + vectors + first_moment + lost * again,
-        written + lost,
-        floor=sum(precision.weights + vectors + written),
-        may_park=slow,
-    )
-
-
-def _residue(precision: Precision) -> tuple[int, ...]:
-    """The byte of a weight that is moved in place."""
-    in_place = precision.kept != OWN or precision.param == precision.weight
-    return (torch.int8.itemsize,) * in_place
-
-
-def _move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
-    """Predict, check, slopes, gram, correct."""
-    wide, narrow = precision.weight.itemsize, precision.param.itemsize
-    name = precision.name + (", one chunk" if shapes is SINGLE else "")
-    weights = precision.weights
-    slow, last = SlowEMA.displacement, Linear.displacement
-    linear, turned = f"predict {name}, linear", f"predict {name}, orthogonal"
-
-    def one_pass(
-        title: str,
-        launcher: Callable[..., None],
-        reads: tuple[int, ...],
-        writes: tuple[int, ...] = (),
-        may_park: bool = False,
-        **options: Any,
-    ) -> Case:
-        def call(problem: Problem) -> None:
-            launcher(problem.tensors, problem.scalars, **options)
-
-        launch = _launch(0, call, precision, ADAMW, shapes)
-        return Case(title, launch, reads, writes, floor=sum(reads + writes), may_park=may_park)
-
-    def gram_of(tensors: TensorSet, scalars: Scalars) -> None:
-        gram(tensors, scalars.sums[:, :2])
-
-    def slope_of(tensors: TensorSet, scalars: Scalars) -> None:
-        base_slope(tensors, scalars, scalars.hyperparameters)
-
-    def fingerprint_of(tensors: TensorSet, scalars: Scalars) -> None:
-        fingerprint(tensors, scalars.prediction[:, 4:])
-
-    limits: dict[str, Any] = {"threshold": 0.5, "limit": 10.0, "cooldown": 5.0, "last": True}
-    restarted = (wide, *weights)
-    lost = _residue(precision)
-    along = (wide, wide, *lost)  # slow EMA and second moment
-    placed: dict[str, Any] = {"again": slow}
-    corrected: dict[str, Any] = {"restart": False, "deferred": True, **placed}
-    looked_at = (*weights, *along)
-    slopes_of = along if precision.kept != NONE else (*along, *weights)
-    moved = f"predict {name}, slow EMA"
-    return [
-        _predict_case(ADAMW, precision, slow, moved, shapes=shapes),
-        _predict_case(ADAMW, precision, slow, f"{moved} again", again=True, shapes=shapes),
-        one_pass(
-            f"check {name}, slow EMA", check_move, looked_at, weights, True, **limits, **placed
-        ),
-        one_pass(f"slopes {name}, slow EMA", slopes, (narrow, *slopes_of), may_park=True, **placed),
-        one_pass(f"correct {name}, slow EMA", correct, looked_at, weights, **corrected),
-        _predict_case(ADAMW, precision, last, linear, shapes=shapes),
-        _predict_case(ADAMW, precision, last, f"{linear} again", again=True, shapes=shapes),
-        _predict_case(ADAMW, precision, Orthogonal.displacement, turned, shapes=shapes),
-        one_pass(f"check {name} (when it rolls back)", check_move, (wide,), weights, **limits),
-        one_pass(f"slopes {name}", slopes, (narrow, *weights, wide)),
-        one_pass(f"base slope {name}", slope_of, (*weights, narrow, wide, wide)),
-        one_pass(f"fingerprint {name}", fingerprint_of, (narrow,)),
-        one_pass(f"gram {name}", gram_of, (*weights, wide, wide), (wide, wide)),
-        one_pass(f"correct {name}, restart", correct, (*weights, wide), restarted, restart=True),
-    ]
 
 
 def _secant_cases(precision: Precision) -> list[Case]:
@@ -240,7 +128,7 @@ def _secant_cases(precision: Precision) -> list[Case]:
             trial = () if launcher is settle else (torch.zeros(len(TRIAL), dtype=torch.float64),)
             launcher(problem.tensors, problem.scalars, *trial, numbers, history)
 
-        launch = _launch(0, call, precision, ADAMW)
+        launch = launch_of(0, call, precision, ADAMW)
         floor = sum(reads + writes + inner * history) or None
         name = f"secant {name} {precision.name}"
         return Case(name, launch, reads, writes, inner, times=history, floor=floor, **counted)
@@ -255,7 +143,7 @@ def _secant_cases(precision: Precision) -> list[Case]:
     def move_on(problem: Problem) -> None:
         shift(problem.tensors, problem.scalars, torch.zeros(3, dtype=torch.float64))
 
-    name, launch = f"secant shift {precision.name}", _launch(0, move_on, precision, ADAMW)
+    name, launch = f"secant shift {precision.name}", launch_of(0, move_on, precision, ADAMW)
     floor = 2 * sum(weights) + 2 * wide
     return [
         Case(name, launch, (*weights, wide, wide), weights, floor=floor),
@@ -283,7 +171,7 @@ def _orthogonalise_case(
         else:
             orthogonalise(problem.tensors.matrices, problem.scalars, 1.0)
 
-    launch = _launch(number, call, precision, MUON, products=products)
+    launch = launch_of(number, call, precision, MUON, products=products)
     size, wide = getattr(torch, products).itemsize, precision.weight.itemsize
     # Gathered: the gradient, exp_avg read and written, the matrix. Divided, or of two operands: it.
     gathered = size + (wide if row else precision.param.itemsize + (2 + slow) * wide)
@@ -310,7 +198,7 @@ def _muon_cases() -> list[Case]:
             found.append(_orthogonalise_case(name, 0, precision, "bfloat16", slow))
             found.append(_step_case(MUON, precision, "update", clip=True, slow=slow))
         name = f"muon predict {precision.name}, linear"
-        found.append(_predict_case(MUON, precision, Linear.displacement, name))
+        found.append(predict_case(MUON, precision, Linear.displacement, name))
     for products in ("bfloat16", "float32"):
         short = TYPE_NAMES[getattr(torch, products)]
         for number, words in _PRODUCTS.items():
@@ -333,6 +221,9 @@ def _single_cases() -> list[Case]:
     def see(problem: Problem) -> None:
         see_along(problem.tensors, problem.scalars)
 
+    def turn(problem: Problem) -> None:
+        lengthen(problem.tensors, torch.zeros(len(problem.tensors)))
+
     def find(problem: Problem) -> None:
         find_writes([problem.tensors], problem.scalars)
 
@@ -340,12 +231,13 @@ def _single_cases() -> list[Case]:
         note_weights([problem.tensors], problem.scalars, every=False)
 
     return [
-        Case("direction fp32", _launch(0, see, FP32, ADAMW), (4, 4), (4,), floor=12),
-        Case("settle, find writes", _launch(-1, find, FP32, ADAMW)),
-        Case("settle, note weights", _launch(-1, note, FP32, ADAMW)),
-        Case("reduce", _launch(0, reduce, FP32, ADAMW)),
-        Case("decide", _launch(0, decide_all, FP32, ADAMW)),
-        Case("decide, one tensor", _launch(0, decide_all, FP32, ADAMW, SINGLE)),
+        Case("direction fp32", launch_of(0, see, FP32, ADAMW), (4, 4), (4,), floor=12),
+        Case("direction fp32, at length", launch_of(0, turn, FP32, ADAMW), (4, 4), (4,), floor=12),
+        Case("settle, find writes", launch_of(-1, find, FP32, ADAMW)),
+        Case("settle, note weights", launch_of(-1, note, FP32, ADAMW)),
+        Case("reduce", launch_of(0, reduce, FP32, ADAMW)),
+        Case("decide", launch_of(0, decide_all, FP32, ADAMW)),
+        Case("decide, one tensor", launch_of(0, decide_all, FP32, ADAMW, SINGLE)),
     ]
 
 
@@ -358,7 +250,7 @@ def _rule_cases(rule: Rule) -> list[Case]:
         if precision in HALVES:
             found.append(_step_case(rule, precision, clip=True, accepting=True))
         name = f"{rule.name} predict {precision.name}"
-        found.append(_predict_case(rule, precision, SlowEMA.displacement, name))
+        found.append(predict_case(rule, precision, SlowEMA.displacement, name))
     return found
 
 
@@ -371,19 +263,22 @@ def cases() -> list[Case]:
                 found.append(_step_case(ADAMW, precision, clip=clip, slow=slow))
         found.append(_step_case(ADAMW, precision, clip=True, slow=True, measured=False))
         found.append(_step_case(ADAMW, precision, "statistics"))
+        found.append(_step_case(ADAMW, precision, clip=True, turned=True))
         for part in ("one launch", "update") if precision in HALVES else ():
-            found.append(_step_case(ADAMW, precision, part, clip=True, accepting=True))
+            for turned in (False, True):
+                options: Any = {"clip": True, "accepting": True, "turned": turned}
+                found.append(_step_case(ADAMW, precision, part, **options))
         for slow in (False, True):
             found.append(_step_case(ADAMW, precision, "update", clip=True, slow=slow))
     found.append(_step_case(ADAMW, FP32, clip=True, slow=True, shapes=SINGLE))
     found.append(_step_case(ADAMW, FP64, clip=True, slow=True))
     for precision in (FP32, *HALVES):
-        found.extend(_move_cases(precision))
-    found.extend(_move_cases(FP32, SINGLE))
+        found.extend(move_cases(precision))
+    found.extend(move_cases(FP32, SINGLE))
     for precision in WITHOUT_MASTERS:
         found.append(_step_case(ADAMW, precision, clip=True, slow=True))
         found.append(_step_case(ADAMW, precision, "update", clip=True))
-        found.extend(_move_cases(precision))
+        found.extend(move_cases(precision))
     for precision in (FP32, *HALVES):
         found.extend(_secant_cases(precision))
     found.extend(_muon_cases())

@@ -76,7 +76,8 @@ def itemsize(rule: Rule, name: str, precision: Precision) -> int:
 class Problem:
     """The tensors of a launch, small and on the CPU.
 
-    ``shapes`` None are those of the rule's kind; ``products`` is the dtype of the matrix products.
+    ``shapes`` None are those of the rule's kind; ``products`` is the dtype of the matrix products,
+    and ``without`` names rows that there are none of.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Problem:
         rule: Rule,
         shapes: Shapes | None = None,
         products: str = "bfloat16",
+        without: Sequence[str] = (),
     ) -> None:
         shapes = shapes or (MATRICES if rule.bind else MANY)
         state = precision.weight
@@ -100,7 +102,8 @@ class Problem:
             rows["weight"] = row(state)
         group = {**OPTIONS, "ns_dtype": products}
         for name, declared in rows_of(rule).items():
-            rows[name] = row(declared.dtype(rows["param"][0], group))
+            if name not in without:
+                rows[name] = row(declared.dtype(rows["param"][0], group))
         tiling = gpu_tiling(target.processors, state.itemsize)
         self.tensors = TensorSet(rows, tiling, precision.kept, rule=rule.kernels)
         if rule.bind is not None:

@@ -25,13 +25,13 @@ from triton_hybrid.kernels.secant import products_size
 from triton_hybrid.kernels.trial import new_trial
 
 from triton_hybrid.predictors.linear import Linear
-from triton_hybrid.predictors.orthogonal import Orthogonal
+from triton_hybrid.predictors.orthogonal import TURNED
 from triton_hybrid.predictors.slow_ema import SlowEMA
 
 KERNELS_OF = "triton_hybrid.kernels."
 """Modules that have some."""
 SLOW_EMA, LINEAR = SlowEMA.displacement, Linear.displacement
-ORTHOGONAL = Orthogonal.displacement
+ORTHOGONAL = TURNED
 LEFT = ("residue", "moves")
 """What a prediction along the slow EMA leaves behind when it is undone."""
 
@@ -60,13 +60,13 @@ class Checked:
         **options: Any,
     ) -> None:
         """One predicted step."""
-        if not along.along_rule and coefficients is None:
+        if not along.again and coefficients is None:
             coefficients = problem.ratios()
         options = {"threshold": 0.5, "share": 1.0, "first": True, **options}
         problem.poison(3)
         before = problem.ledger.clone()
         sets = problem.tensors, problem.scalars
-        problem.again = along if along.along_rule else None
+        problem.again = along if along.again else None
         self.backend.predict(*sets, along, coefficients, **options)
         assert_same_bits(problem.ledger, before, "the ledger of a move")
         self._check(problem)
@@ -105,7 +105,7 @@ class Checked:
         return problem.products
 
     def along(self, problem: Problem) -> None:
-        """The slow EMA as the rule sees it."""
+        """The momentum as the rule sees it."""
         self.backend.along(problem.tensors, problem.scalars)
         self._check(problem)
 

@@ -49,7 +49,7 @@ class Problem:
 
     The values of a tensor follow from its spec alone, so the same spec in another list, at
     another place or in another order means the same numbers. ``groups`` are the hyperparameters
-    of the groups that specs name, ``options`` those of the rule.
+    of the groups that specs name, ``options`` those of the rule; ``without`` rows it keeps none of.
     """
 
     def __init__(
@@ -60,10 +60,12 @@ class Problem:
         precision: Precision = FP32,
         tiling: Tiling | None = ONE,
         groups: Sequence[dict[str, float]] = GROUPS,
+        without: Sequence[str] = (),
         **options: Any,
     ) -> None:
         self.specs, self.rule, self.precision = list(specs), RULES[rule], precision
         same = {"rule": rule, "precision": precision, "tiling": tiling, "groups": groups}
+        same |= {"without": without}
         self.twin = partial(Problem, self.specs, **same, **options)
         """Makes another problem like this one, but for some options."""
         self.arena = Arena()
@@ -74,7 +76,7 @@ class Problem:
         self.declared = [
             row
             for row in dict.fromkeys(rows)
-            if row.shape is None and not (row.in_place and self.masters)
+            if row.shape is None and not ((row.in_place and self.masters) or row.name in without)
         ]
         self.again: Displacement | None = None
         """The displacement that stands, where it can be computed again."""
@@ -187,6 +189,8 @@ class Problem:
         """The displacement of a tensor, from the table of moves."""
         rows, param = self.tensors.block_rows(index), self.rows["param"][index]
         numbers = self.scalars.moves[self.tensors.place][index]
+        if self.again is None or "direction" not in self.again.reads:
+            rows.pop("direction", None)
         found = moved_torch(self.rule.kernels, rows, numbers)
         return found.as_strided(param.shape, param.stride())
 

@@ -1,4 +1,4 @@
-"""The orthogonalised direction along the slow EMA: both backends against an FP64 oracle."""
+"""The orthogonalised direction along the momentum: both backends against an FP64 oracle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kernel_memory import assert_near, assert_same_bits
 from kernel_problems import Make, Problem, problems
 from kernel_specs import FP64, ON_GPU, plain
 from torch import Tensor
-from triton_hybrid.kernels.direction import weights_of
+from triton_hybrid.kernels.bases import weights_of
 from triton_hybrid.kernels.matrices import MatrixSet, MatrixTiling
 from triton_hybrid.kernels.newton_schulz import QUINTIC
 from triton_hybrid.kernels.newton_schulz_torch import newton_schulz_torch
@@ -26,17 +26,17 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 
 def oracle(problem: Problem, index: int) -> Tensor:
-    """The direction that AdamW has for the slow EMA, FP64."""
+    """The direction that AdamW has for exp_avg, FP64."""
     row = problem.scalars.hyperparameters[problem.tensors.group[index].long()].cpu()
-    slow, square = (problem.rows[name][index].double().cpu() for name in ("slow_ema", "exp_avg_sq"))
+    first, square = (problem.rows[name][index].double().cpu() for name in ("exp_avg", "exp_avg_sq"))
     step = max(float(problem.tensors.steps[index]), 1.0)
     correction = 1.0 - math.exp(step * float(row[HYPER["log_beta2"]]))
-    return slow / ((square / correction).sqrt() + float(row[HYPER["eps"]]))
+    return first / ((square / correction).sqrt() + float(row[HYPER["eps"]]))
 
 
 @pytest.mark.parametrize("rule", ["adamw", "lion"])
 @given(data=st.data())
-def test_both_backends_see_the_slow_ema_as_the_rule_does(rule: str, data: st.DataObject) -> None:
+def test_both_backends_see_the_momentum_as_the_rule_does(rule: str, data: st.DataObject) -> None:
     make: Make = data.draw(problems(rule, groups=3))
     problem, twin = make(), make()
     before = problem.snapshot()
@@ -58,7 +58,8 @@ def directed(backend: Checked, dtype: torch.dtype, shapes: Any, shift: int = 0) 
     tiling = None if ON_GPU else SMALL
     matrices = MatrixSet(problem.tensors, grids, schedules, tiling, dtype=dtype)
     before = problem.snapshot()
-    backend.backend.direct(problem.tensors, matrices, problem.scalars)
+    scales = torch.arange(1.0, count + 1.0, device=problem.tensors.device)
+    backend.backend.direct(problem.tensors, matrices, problem.scalars, scales)
     problem.check()
     problem.assert_unchanged(before, but=("direction",))
     return problem
@@ -71,22 +72,41 @@ def test_matrices_are_orthogonalised(backend: Checked, dtype: torch.dtype, shift
     shapes = ((16, 16), (5, 20), (33, 17), (2, 3))
     problem = directed(backend, dtype, shapes, shift)
     for index in range(len(shapes)):
-        wanted = newton_schulz_torch(oracle(problem, index), STEPS, 1e-8)
+        wanted = (index + 1) * newton_schulz_torch(oracle(problem, index), STEPS, 1e-8)
         found = problem.rows["direction"][index].double().cpu()
         assert float((found - wanted).norm() / wanted.norm()) < TOLERANCE[dtype]
 
 
 @BACKENDS
 def test_zeros_stay_zeros(backend: Checked) -> None:
-    """A matrix without a gradient is divided by no norm."""
+    """A matrix without a gradient is divided by no norm; an element without one stays at zero."""
     problem = Problem(plain((16, 20), (8, 8)))
-    problem.rows["slow_ema"][0].zero_()
+    problem.rows["exp_avg"][0].zero_()
+    problem.rows["exp_avg"][1][3, 5] = 0.0
     matrices = MatrixSet(
         problem.tensors, [(1, 1)] * 2, [STEPS] * 2, None if ON_GPU else SMALL, dtype=torch.float32
     )
-    backend.backend.direct(problem.tensors, matrices, problem.scalars)
+    scales = torch.ones(2, device=problem.tensors.device)
+    backend.backend.direct(problem.tensors, matrices, problem.scalars, scales)
     assert bool((problem.rows["direction"][0] == 0).all())
-    assert bool((problem.rows["direction"][1] != 0).all())
+    still = problem.rows["direction"][1] == 0
+    assert still.nonzero().tolist() == [[3, 5]]
+
+
+@given(make=problems())
+def test_both_backends_lengthen_alike(make: Make) -> None:
+    problem, twin = make(), make()
+    scales = torch.linspace(0.5, 2.0, len(problem.specs), device=problem.tensors.device)
+    before = problem.snapshot()
+    for one, on in ((problem, KERNELS), (twin, PLAIN)):
+        on.backend.lengthen(one.tensors, scales)
+        one.check()
+        one.assert_unchanged(before, but=("direction",))
+    problem.assert_same(twin, rows=["direction"])
+    for index, scale in enumerate(scales):
+        moved = problem.rows["exp_avg"][index] != 0
+        wanted = torch.where(moved, before["direction"][index] * scale, 0.0)
+        assert_same_bits(problem.rows["direction"][index], wanted, f"direction[{index}]")
 
 
 @given(make=problems())

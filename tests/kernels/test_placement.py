@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_launches import BACKENDS, KERNELS, PLAIN, SLOW_EMA, Checked
+from kernel_launches import BACKENDS, KERNELS, ORTHOGONAL, PLAIN, SLOW_EMA, Checked
 from kernel_memory import assert_same_bits
 from kernel_problems import Make, Problem, problems
 from kernel_specs import BF16, FP16, Precision, fewer, plain, some
 from triton_hybrid.kernels.audit.cases import cases
+from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.ledger import FRACTION_COLUMN, PART_COLUMN
 from triton_hybrid.kernels.placement import Places, placed_by_update
 from triton_hybrid.kernels.step_torch import _update, averaging_rates, update_numbers
@@ -24,11 +25,13 @@ MOVING = [name for name, rule in RULES.items() if rule.kernels.along is not None
 STEP: dict[str, Any] = {"measured": False, "max_norm": 1.0}
 
 
-def predicted(make: Make, backend: Checked, stretch: int = 1) -> Problem:
+def predicted(
+    make: Make, backend: Checked, stretch: int = 1, along: Displacement = SLOW_EMA
+) -> Problem:
     """A problem in whose weights a prediction stands."""
     problem = make().confident()
     for number in range(stretch):
-        backend.predict(problem, first=number == 0, share=0.4)
+        backend.predict(problem, along, first=number == 0, share=0.4)
         backend.check_move(problem)
     return problem
 
@@ -42,11 +45,13 @@ def write(problem: Problem, index: int) -> None:
         param[(0,) * param.ndim] = 7.0
 
 
-def place(backend: Checked, problem: Problem, deferred: bool) -> None:
+def place(
+    backend: Checked, problem: Problem, deferred: bool, along: Displacement = SLOW_EMA
+) -> None:
     """Carries the decision out, and makes the base step."""
     sets = problem.tensors, problem.scalars
-    backend.backend.correct(*sets, restart=False, again=SLOW_EMA, deferred=deferred)
-    backend.step(problem, again=SLOW_EMA if deferred else None, **STEP)
+    backend.backend.correct(*sets, restart=False, again=along, deferred=deferred)
+    backend.step(problem, again=[along] if deferred else None, **STEP)
 
 
 @BACKENDS
@@ -57,10 +62,11 @@ def place(backend: Checked, problem: Problem, deferred: bool) -> None:
     fractions=st.permutations((1.0, 1.0, 0.625, 1.9)),
     decision=st.sampled_from((1.0, 1.0, 1.0, 0.0, 2.0, 3.0)),
     stretch=st.integers(1, 3),
+    along=st.sampled_from((SLOW_EMA, ORTHOGONAL)),
 )
 def test_in_the_update_is_in_a_pass_before_it(
     backend: Checked, rule: str, data: st.DataObject, fractions: list[float], decision: float,
-    stretch: int,
+    stretch: int, along: Displacement,
 ) -> None:  # fmt: skip
     """Whatever was decided, tensor by tensor, with a gradient or without, written or not."""
     make = data.draw(problems(rule, groups=3, absent=True))
@@ -69,7 +75,7 @@ def test_in_the_update_is_in_a_pass_before_it(
     parts = data.draw(st.lists(each, min_size=count, max_size=count), label="parts")
     results = []
     for deferred in (False, True):
-        problem = predicted(make, backend, stretch)
+        problem = predicted(make, backend, stretch, along)
         problem.decided(*([0.0] if decision == 2.0 else fractions), decision=decision)
         problem.note(hold=float(decision == 2.0))
         for index, part in enumerate(parts):
@@ -77,7 +83,7 @@ def test_in_the_update_is_in_a_pass_before_it(
             if part < 0:
                 problem.prediction[index, FRACTION] = 1.0
                 write(problem, index)
-        place(backend, problem, deferred)
+        place(backend, problem, deferred, along)
         results.append(problem)
     apart, together = results
     together.assert_same(apart)
@@ -140,4 +146,4 @@ def test_a_step_that_measures_or_has_no_slow_ema_places_nothing() -> None:
     problem = Problem(some(), precision=BF16)
     for options in ({"measured": True}, {"measured": False, "slow_beta": 0.0}):
         with pytest.raises(AssertionError, match="again"):
-            KERNELS.step(problem, again=SLOW_EMA, **options)
+            KERNELS.step(problem, again=[SLOW_EMA], **options)

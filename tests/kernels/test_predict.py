@@ -56,7 +56,7 @@ def test_both_backends_match_the_fp64_oracle(
     for actual, backend in ((problem, KERNELS), (twin, PLAIN), (oracle, PLAIN)):
         backend.predict(actual, along, share=share, first=first)
 
-    left = (*LEFT, "param") if along is SLOW_EMA else ("param",)
+    left = (*LEFT, "param") if along.again else ("param",)
     for actual in (problem, twin):
         actual.assert_near(oracle, ["point"], rtol=2e-6, atol=2e-6)
         actual.assert_unchanged(before, but=("weight", *left, *actual.worked_out))
@@ -64,7 +64,7 @@ def test_both_backends_match_the_fp64_oracle(
         scale = max(1e-6, float(columns[1].abs().max()))
         assert_near(*columns, "slope and squared displacement", rtol=1e-5, atol=1e-5 * scale)
         assert (actual.sums[:, 2] == 0).all()
-        if along is SLOW_EMA and actual.masters:
+        if along.again and actual.masters:
             for index, weight in enumerate(before["weight"]):
                 assert_same_bits(actual.rows["weight"][index], weight, f"master[{index}]")
     if problem.precision != FP64:  # whose bias corrections differ in the last bit

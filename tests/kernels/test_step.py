@@ -25,6 +25,7 @@ EVERY_RULE = pytest.mark.parametrize("rule", RULES)
 STEADY = {"lr": 1e-2, "weight_decay": 0.1, "horizon": 0.0}
 
 
+@pytest.mark.parametrize("slow", [True, False], ids=["slow EMA", "none kept"])
 @EVERY_RULE
 @given(
     data=st.data(),
@@ -34,14 +35,15 @@ STEADY = {"lr": 1e-2, "weight_decay": 0.1, "horizon": 0.0}
     measured=st.booleans(),
 )
 def test_both_backends_match_the_fp64_oracle(
-    rule: str, data: st.DataObject, slow_count: int, **options: Any
+    rule: str, slow: bool, data: st.DataObject, slow_count: int, **options: Any
 ) -> None:
     make = data.draw(problems(rule, groups=3, absent=True))
-    problem, twin = make(), make()
+    without = () if slow else ("slow_ema",)
+    problem, twin = make(without=without), make(without=without)
     for actual in (problem, twin):
         actual.note(slow_count=slow_count, loss=2.0, loss_previous=2.5)
     oracle, before = problem.promoted(), problem.snapshot()
-    written = ["weight", *problem.moments, *["slow_ema"] * bool(options["slow_beta"])]
+    written = ["weight", *problem.moments, *["slow_ema"] * (slow and options["slow_beta"] > 0)]
 
     for actual, backend in ((problem, KERNELS), (twin, PLAIN), (oracle, PLAIN)):
         backend.step(actual, **options)

@@ -56,7 +56,7 @@ def test_an_overflow_in_mid_window_skips_its_step(dtype: torch.dtype, backend: s
         assert torch.equal(param, optimizer.state[param]["master"].to(dtype))
 
 
-@pytest.mark.parametrize("predictor", ["slow_ema", "orthogonal", "linear", "secant"])
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear", "secant"])
 def test_a_predict_stretch_splits_no_window(predictor: str) -> None:
     config = fast_config(inline=False, predictor=predictor)
     model, optimizer = make(AccumulationConfig(2, minimum=2), hybrid=config)

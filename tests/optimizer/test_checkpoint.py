@@ -162,7 +162,7 @@ def test_what_torch_has_not_is_refused() -> None:
         torch_state_dict(HybridOptimizer(matrices, base="muon", blocks=(2, 1)))
 
 
-@pytest.mark.parametrize("predictor", ["auto", "slow_ema", "orthogonal", "linear", "none"])
+@pytest.mark.parametrize("predictor", ["auto", "slow_ema", "linear", "none"])
 def test_a_file_is_as_large_as_the_state(predictor: str, tmp_path: Path) -> None:
     params = [nn.Parameter(torch.ones(200, 100)) for _ in range(4)]
     optimizer = HybridOptimizer(params, hybrid=fast_config(predictor=predictor))

@@ -26,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "slow_ema": {"predictor": "slow_ema"},
     "auto": {"predictor": "auto"},
     "linear": {"predictor": "linear", "correction_interval": 2},
-    "orthogonal": {"predictor": "orthogonal", "correction_interval": 2},
+    "slow_ema, two in a row": {"predictor": "slow_ema", "correction_interval": 2},
     "secant": {"predictor": "secant"},
     "stretches of three": {"correction_interval": 3, "max_predict_steps": 7},
     "clipped": {"max_grad_norm": 0.5},

@@ -27,7 +27,7 @@ from triton_hybrid.kernels.multi_tensor import assembled, remainder_of
 
 from triton_hybrid import HybridConfig, HybridOptimizer, split_param_groups
 
-PREDICTORS = ("slow_ema", "orthogonal", "secant", "linear", "none")
+PREDICTORS = ("slow_ema", "secant", "linear", "none")
 HALVES = (torch.float16, torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""``orthogonal``: which parameters it moves, by how much, and what it leaves alone."""
+"""Matrices along their orthogonalised momentum: which, by how much, and what stays where it is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training import assert_same_weights, fast_config, weights
+from training import fast_config, weights
 
 from triton_hybrid import HybridOptimizer, Phase
+from triton_hybrid.predictors import slow_ema
 from triton_hybrid.predictors.orthogonal import LENGTH, is_hidden
 
 SHAPES = ((12, 8), (8, 12), (60, 11), (66, 11), (3, 4, 5), (1, 7), (9,), ())
@@ -21,9 +22,10 @@ def trained(
     shapes: Any = SHAPES, steps: int = 40, seed: int = 0, **options: Any
 ) -> tuple[HybridOptimizer, list[nn.Parameter]]:
     """An optimizer that has followed noisy gradients up to a Predict step, if there is one."""
-    generator = torch.Generator().manual_seed(seed)
-    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-    config = fast_config(predictor="orthogonal", inline=False, **options.pop("config", {}))
+    generator, dtype = torch.Generator().manual_seed(seed), options.pop("dtype", torch.float32)
+    made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    params = [nn.Parameter(value) for value in made]
+    config = fast_config(**{"inline": False, **options.pop("config", {})})
     optimizer = HybridOptimizer(params, lr=1e-2, hybrid=config, **options)
     for number in range(2 * steps):
         if number >= steps and (
@@ -33,7 +35,7 @@ def trained(
         optimizer.zero_grad()
         for param in params if optimizer.needs_backward else ():
             noise = 0.3 * torch.randn(param.shape, generator=generator)
-            param.grad = param.detach() + noise
+            param.grad = (param.detach() + noise).to(dtype)
             if param.ndim == 2:
                 param.grad[0] = 0.0  # as a word that no batch has had
         optimizer.step()
@@ -53,57 +55,58 @@ def moved_by(optimizer: HybridOptimizer) -> list[Tensor]:
     return [after - old for after, old in zip(weights(optimizer), before)]
 
 
-def test_matrices_move_and_nothing_else() -> None:
-    optimizer, _ = trained()
-    moves = moved_by(optimizer)
-    assert [bool((move != 0).any()) for move in moves] == MOVED
-    for move, hidden in zip(moves, MOVED):
+def first_moves(lr: float = 1e-2) -> tuple[HybridOptimizer, list[Tensor]]:
+    """What the first prediction of a run moves, when nothing has made it longer or shorter yet."""
+    steps = 1
+    while True:
+        optimizer, _ = trained(steps=steps)
+        if optimizer.phase is Phase.PREDICT:
+            break
+        steps += 1
+    optimizer.param_groups[0]["lr"] = lr
+    return optimizer, moved_by(optimizer)
+
+
+@pytest.fixture
+def no_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if all parameters were vectors."""
+    monkeypatch.setattr(slow_ema, "is_turned", lambda rule, member: False)
+
+
+def test_matrices_move_along_their_momentum_and_the_rest_along_the_slow_ema(
+    request: pytest.FixtureRequest,
+) -> None:
+    optimizer, ours = first_moves()
+    request.getfixturevalue("no_matrices")
+    _, theirs = first_moves()
+    for move, other, hidden in zip(ours, theirs, MOVED):
+        assert bool((move != 0).any()) or move.shape == (1, 7), "whose gradients are zero"
+        assert torch.equal(move, other) != hidden
         assert not hidden or bool((move[0] == 0).all()), "a row without a gradient moved"
+    for param, hidden in zip(optimizer.param_groups[0]["params"], MOVED):
+        rows = {"direction"} if hidden else {"slow_ema"}
+        assert {"direction", "slow_ema"} & set(optimizer.state[param]) == rows
+
+
+def test_matrices_that_a_cpu_cannot_afford_follow_the_slow_ema() -> None:
+    optimizer, params = trained(shapes=((257, 300), (256, 300)), steps=3)
+    rows = [{"direction", "slow_ema"} & set(optimizer.state[param]) for param in params]
+    assert rows == [{"slow_ema"}, {"direction"}]
 
 
 @pytest.mark.parametrize("lr", [1e-2, 2e-3])
 def test_a_move_has_the_length_of_some_steps_of_muon(lr: float) -> None:
     """The root mean square of its matrices is 0.2 times rate and length, nearly."""
-    steps = 1
-    while (found := trained(steps=steps))[0].phase is not Phase.PREDICT:
-        steps += 1  # to the first prediction, which nothing has made longer or shorter yet
-    optimizer, params = found
-    optimizer.param_groups[0]["lr"] = lr
-    for param, move in zip(params[:3], moved_by(optimizer)):
+    optimizer, moves = first_moves(lr)
+    for param, move in zip(optimizer.param_groups[0]["params"][:3], moves):
         size = float(move[1:].square().mean().sqrt()) / (0.2 * lr * LENGTH)
         assert 0.6 < size < 1.3, param.shape
 
 
-def test_without_matrices_no_gradient_is_left_out() -> None:
-    optimizer, _ = trained(shapes=((9,), (3, 4, 5)), steps=60)
-    assert optimizer.stats().predicted_steps == 0
-    assert optimizer.phase is Phase.FULL
-    assert "no matrix" in optimizer.stats().reason
-    assert trained()[0].stats().reason == ""
-
-
-def test_groups_of_muon_are_plain_muon() -> None:
-    shapes = ((12, 8), (8, 12))
-    ours, _ = trained(shapes, steps=60, base="muon")
-    theirs, params = trained(shapes, steps=0, base="muon", config={"warmup_steps": 999})
-    generator = torch.Generator().manual_seed(0)
-    for shape in shapes:
-        torch.randn(shape, generator=generator)
-    for _ in range(60):
-        for param in params:
-            param.grad = param.detach() + 0.3 * torch.randn(param.shape, generator=generator)
-            param.grad[0] = 0.0
-        theirs.step()
-    assert ours.stats().predicted_steps == 0
-    assert_same_weights(weights(ours), weights(theirs))
-
-
-def test_the_slow_ema_forgets_in_time() -> None:
-    """With a gradient that turns round, the row has turned after a few windows of 20."""
-    param = nn.Parameter(torch.zeros(6, 6))
-    optimizer = HybridOptimizer([param], lr=1e-3, hybrid=fast_config(predictor="orthogonal"))
-    for step in range(260):
-        param.grad = torch.ones(6, 6) if step < 200 else -torch.ones(6, 6)
-        optimizer.step()
-    slow = optimizer.state[param]["slow_ema"]
-    assert bool((slow < -0.9 * (1.0 - 2.0 * 0.95**60)).all())
+def test_no_state_beside_that_of_adamw_takes_more_than_five_bytes() -> None:
+    """Of a weight, and four of a 16-bit one; small rows and padding beside."""
+    for dtype, most in ((torch.float32, 8 + 5), (torch.bfloat16, 4 + 8 + 4)):
+        shapes = ((120, 100), (100, 90), (90, 30), (90, 4))
+        optimizer, params = trained(shapes=shapes, dtype=dtype)
+        elements = sum(param.numel() for param in params)
+        assert 0 <= optimizer.stats().state_bytes_device - most * elements < 600

@@ -421,7 +421,7 @@ def test_a_checkpoint_of_another_predictor_goes_on() -> None:
             other.load_state_dict(optimizer.state_dict())
         optimizer = other
         losses = run(optimizer, loss, 15)
-        assert losses[-1] < 1.1 * losses[0], kind
+        assert losses[-1] < max(1.1 * losses[0], 0.05), kind  # from 48
 
 
 @pytest.mark.parametrize("masters", ["auto", "split", "none"])

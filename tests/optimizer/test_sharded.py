@@ -97,7 +97,6 @@ KINDS: list[dict[str, Any]] = [
     {"config": {"predictor": "slow_ema"}, "noisy": True},
     {"config": {"predictor": "slow_ema", "inline": False}, "noisy": True},
     {"config": {"predictor": "linear", "inline": False, "max_predict_steps": 4}},
-    {"config": {"predictor": "orthogonal"}, "noisy": True},
     # Quasi-Newton steps make much of little: in FP32 rounding moves them apart by 5e-5.
     {"config": {"predictor": "secant"}, "dtype": torch.float64, "sizes": WIDE},
     {"config": {"predictor": "none"}, "noisy": True},
@@ -144,7 +143,7 @@ def on_other_meshes(rank: int, world: int) -> dict[str, Any]:
     """HSDP (replicas of parts); tensor parallel, with plain parameters after it."""
     even = (12, 8, 8, 3)  # tensor parallel layers take no others
     runs: dict[str, Any] = {}
-    for predictor in ("slow_ema", "orthogonal", "linear"):
+    for predictor in ("slow_ema", "linear"):
         options: dict[str, Any] = {"hybrid": fast_config(predictor=predictor)}
         model = make_net(sizes=even)
         optimizer = make_optimizer(model, process_group=False, **options)
@@ -260,7 +259,7 @@ def test_losses_are_those_of_one_process(results: dict[str, list[Any]], number: 
     assert worst < 1e-5
 
 
-@pytest.mark.parametrize("predictor", ["slow_ema", "orthogonal", "linear"])
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
 @pytest.mark.parametrize("kind", ["hsdp", "tensor parallel"])
 def test_losses_on_other_meshes(results: dict[str, list[Any]], kind: str, predictor: str) -> None:
     found = of_all(results, on_other_meshes)

@@ -333,7 +333,7 @@ def test_masters_of_elements_nobody_wrote_keep_their_bits(precision: str, write:
 
 # --------------------------------------------------------- E: what AdamW leaves alone is left alone
 
-PREDICTORS = pytest.mark.parametrize("predictor", ["slow_ema", "orthogonal", "linear"])
+PREDICTORS = pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
 
 
 def run_branches(dtype: torch.dtype, base: str, predictor: str) -> list[tuple[Tensor, ...]]:

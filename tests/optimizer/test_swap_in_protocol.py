@@ -206,7 +206,7 @@ def run_within(
     base: str,
     dtype: torch.dtype,
     before: Callable[[], Any],
-    predictors: tuple[str, ...] = ("slow_ema", "orthogonal", "linear"),
+    predictors: tuple[str, ...] = ("slow_ema", "linear"),
     **options: Any,
 ) -> list[Tensor]:
     """A run whose optimizer is made, stepped and read within the ambient settings."""

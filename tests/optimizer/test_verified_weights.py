@@ -24,12 +24,9 @@ from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 KINDS = [
     (torch.float32, "auto", "slow_ema"),
     (torch.float32, "auto", "linear"),
-    (torch.float32, "auto", "orthogonal"),
-    (torch.bfloat16, "split", "orthogonal"),
     (torch.float32, "auto", "secant"),
     (torch.bfloat16, "auto", "slow_ema"),
     (torch.float16, "auto", "linear"),
-    (torch.float16, "auto", "orthogonal"),
     (torch.bfloat16, "split", "slow_ema"),
     (torch.bfloat16, "none", "slow_ema"),
 ]
@@ -172,7 +169,7 @@ def test_a_checkpoint_written_inside_goes_on_bit_for_bit(
     predicted = weights(optimizer)
     with optimizer.verified_weights():
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    keys = {key for entry in saved[1]["state"].values() for key in entry}
+    keys = [set(entry) for entry in saved[1]["state"].values()]
     other = make_model(dtype, seed=5)
     restored = HybridOptimizer(
         other.parameters(), lr=1e-2, master_weights=masters, hybrid=optimizer.hybrid
@@ -185,10 +182,11 @@ def test_a_checkpoint_written_inside_goes_on_bit_for_bit(
         assert_same_weights(weights(restored), before)
         restored.train()
     assert_same_weights(weights(restored), predicted)
-    assert "predicted" in keys
-    assert keys - set(restored.state[next(other.parameters())]) <= {
-        "predicted", "predicted_master", "predicted_remainder", "verified_fingerprint"
-    }  # fmt: skip
+    assert "predicted" in set.union(*keys)
+    for known, param in zip(keys, other.parameters()):
+        assert known - set(restored.state[param]) <= {
+            "predicted", "predicted_master", "predicted_remainder", "verified_fingerprint"
+        }  # fmt: skip
     assert train(model, optimizer, 20, repeated()) == train(other, restored, 20, repeated())
     assert_same_weights(weights(optimizer), weights(restored))
     assert_same_state(state_copy(optimizer), state_copy(restored))

@@ -8,7 +8,7 @@ same weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from triton_hybrid.predictors.secant import Secant, has_metric
 from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules.adamw import ADAMW
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import State, StateRow
+from triton_hybrid.state import Member, State, StateRow
 
 if TYPE_CHECKING:
     from triton_hybrid.engine import Engine
@@ -77,8 +77,16 @@ class Auto(Choice):
     def saved(self) -> dict[str, int]:
         return {"secant": int(self.active is self._quiet), "no_room": int(self._no_room)}
 
+    def kind_of(self, rule: Rule, member: Member) -> Hashable:
+        return self._noisy.kind_of(rule, member)
+
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
-        rows = self._noisy.rows_for(rule)
+        return self._with_pairs(self._noisy.rows_for(rule), rule)
+
+    def rows_of_kind(self, rule: Rule, kind: Hashable) -> tuple[StateRow, ...]:
+        return self._with_pairs(self._noisy.rows_of_kind(rule, kind), rule)
+
+    def _with_pairs(self, rows: tuple[StateRow, ...], rule: Rule) -> tuple[StateRow, ...]:
         if self.active is self._quiet:
             rows = tuple(dict.fromkeys((*rows, *self._quiet.rows_for(rule))))
         return rows

@@ -78,7 +78,7 @@ class Linear(Predictor):
     lends_moments = True
     follows_trajectory = True
     displacement = Displacement(
-        _factors, _block, _Torch("displacement"), ("displacement", "slow_ema"), along_rule=False
+        _factors, _block, _Torch("displacement"), ("displacement", "slow_ema")
     )
 
     def __init__(self, config: HybridConfig) -> None:

@@ -115,25 +115,23 @@ class Predictor(Choice):
         predicts: Whether it ever moves anything.
         follows_trajectory: Whether it moves along the displacements of cycles.
         displacement: What it moves the weights by.
+        recomputes: Whether the weights before a prediction are found by its displacement, computed
+            again; else a snapshot of them is kept.
         share: Part of that which each predicted step makes.
         refit_steps: Full steps needed after a stretch that held; 0: none, and it goes on.
-        again: The displacement, where it can be computed again until the next base step; None where
-            a snapshot of the weights is kept.
         least_beta1: Tensors of groups with no larger β1 stay where they are.
         keeps_pairs: Whether it notes moves and gradient changes, in every step after Warmup.
         slow_beta: Largest decay of the slow EMA; 0 without one.
         left: Batches that it never moves (`leaves`).
-        judges_with: Rows of a parameter without which a prediction in it was another's.
     """
 
     predicts: bool = True
     follows_trajectory: bool = False
     displacement: Displacement
-    again: Displacement | None = None
+    recomputes: bool = False
     share: float = 1.0
     least_beta1: float = -1.0
     keeps_pairs: bool = False
-    judges_with: tuple[str, ...] = ()
 
     def __init__(self, config: HybridConfig) -> None:
         self.config = config
@@ -144,7 +142,7 @@ class Predictor(Choice):
         self.active = self
         self.refit_steps = config.full_steps
         self._slopes_known = False
-        self._deferred: Displacement | None = None
+        self._deferred: tuple[Displacement, ...] | None = None
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return (SLOW_EMA, SNAPSHOT, PREDICTION)
@@ -168,6 +166,10 @@ class Predictor(Choice):
         """A number for each tensor that the displacement takes, FP32 ``[tensors]``, or None."""
         return None
 
+    def displacement_of(self, batch: Batch) -> Displacement:
+        """What the weights of a batch are moved by."""
+        return self.displacement
+
     def leaves(self, batch: Batch) -> bool:
         """Whether it never moves the tensors of a batch."""
         return batch.aliased or (self.displacement.along_rule and batch.tensors.frozen)
@@ -181,33 +183,37 @@ class Predictor(Choice):
 
         ``last``: a prediction may follow this gradient.
         """
-        engine, again = self.engine, self.again
-        backend, scalars = engine.backend, engine.scalars
-        self._deferred = again
-        for batch in engine.batches:
+        engine, backend, scalars = self.engine, self.engine.backend, self.engine.scalars
+        again = [self._again(batch) for batch in engine.batches]
+        self._deferred = tuple(filter(None, again)) or None
+        for batch, displacement in zip(engine.batches, again):
             # Where nothing predicts, a checkpoint may have brought what another one has moved.
             moved = self.predicts and self._may_move(batch)
-            backend.slopes(batch.tensors, scalars, again, moved)
+            backend.slopes(batch.tensors, scalars, displacement, moved)
         engine.over_ranks(scalars.sums)
         backend.decide(scalars, self.config.divergence_threshold, self.cooldown)
-        for batch in engine.batches:
+        for batch, displacement in zip(engine.batches, again):
             if self._may_move(batch):
                 backend.correct(
                     batch.tensors,
                     scalars,
                     restart=self.follows_trajectory,
-                    again=again,
-                    deferred=again is not None,
+                    again=displacement,
+                    deferred=self.recomputes,
                 )
 
     def _may_move(self, batch: Batch) -> bool:
         """Whether a prediction may stand in tensors of a batch."""
-        if self.again is not None:
+        if self.recomputes:
             return batch not in self.left
         return not self.predicts or batch.tensors.has(SNAPSHOT.name)
 
-    def take_deferred(self) -> Displacement | None:
-        """The displacement, where `verify` has left masters for the base step to place along it."""
+    def _again(self, batch: Batch) -> Displacement | None:
+        """The displacement of a batch, where it is computed again."""
+        return self.displacement_of(batch) if self.recomputes else None
+
+    def take_deferred(self) -> tuple[Displacement, ...] | None:
+        """Of each batch, where `verify` has left masters for the base step to place along them."""
         again, self._deferred = self._deferred, None
         return again
 
@@ -224,7 +230,7 @@ class Predictor(Choice):
                 limit=limit,
                 cooldown=self.cooldown,
                 last=batch is engine.batches[-1],
-                again=None if batch in self.left else self.again,
+                again=None if batch in self.left else self._again(batch),
             )
 
     def move(self, first: bool) -> None:
@@ -240,7 +246,7 @@ class Predictor(Choice):
             engine.backend.predict(
                 batch.tensors,
                 engine.scalars,
-                self.displacement,
+                self.displacement_of(batch),
                 self.coefficients(batch),
                 threshold=self.config.confidence_threshold,
                 share=self.share,

@@ -1,16 +1,18 @@
-"""``slow_ema``: a base step along the slow gradient EMA.
+"""``slow_ema``: a base step along the slow gradient EMA; of matrices, along their momentum.
 
     displacement = -factor · lr · horizon · slow_ema / (√v̂ + ε)
 
 The slow EMA is preconditioned as the base rule does with a gradient. One predicted step is a
 quarter of a base step with it, and more as the learning rate decays. AdEMAMix (arXiv 2409.03137)
 mixes the same vector into every step, and so does Muon here, whose matrices no prediction moves.
+Those of AdamW and Lion move along their orthogonalised momentum (``orthogonal.py``), and keep
+its direction in the place of a slow EMA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
@@ -21,10 +23,14 @@ from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, STEPS_AHEAD, Scalars
+from triton_hybrid.predictors.orthogonal import TURNED, Turned, is_turned
 from triton_hybrid.predictors.predictor import SLOW_EMA as SLOW_EMA_ROW
 from triton_hybrid.predictors.predictor import Predictor, Rows
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.state import MOVE, PREDICTION, RESIDUE, StateRow
+from triton_hybrid.state import DIRECTION, MOVE, PREDICTION, RESIDUE, Batch, Member, StateRow
+
+if TYPE_CHECKING:
+    from triton_hybrid.engine import Engine
 
 FIRST_HORIZON = 0.25
 HORIZON_GAIN = 3.0
@@ -90,18 +96,39 @@ class SlowEMA(Predictor):
     """Follows the slow gradient EMA."""
 
     name = "slow_ema"
-    mixes = True
-    displacement = Displacement(_factors, _block, _Torch(), ("slow_ema",), along_rule=True)
-
-    again = displacement
+    mixes = recomputes = True
+    turned: Turned
+    displacement = Displacement(_factors, _block, _Torch(), ("slow_ema",), True, again=True)
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
         self.refit_steps = REFIT_STEPS
 
+    def kind_of(self, rule: Rule, member: Member) -> Hashable:
+        """Whether a parameter moves along its orthogonalised momentum."""
+        return is_turned(rule, member)
+
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
-        moving = (RESIDUE, MOVE) if rule.kernels.along is not None else ()
+        moving = (RESIDUE, MOVE, DIRECTION) if rule.kernels.along is not None else ()
         return (SLOW_EMA_ROW, *moving, PREDICTION)
+
+    def rows_of_kind(self, rule: Rule, kind: Hashable) -> tuple[StateRow, ...]:
+        rows = self.rows_for(rule)
+        without = SLOW_EMA_ROW if kind and DIRECTION in rows else DIRECTION
+        return tuple(row for row in rows if row is not without)
+
+    def displacement_of(self, batch: Batch) -> Displacement:
+        return TURNED if batch.tensors.has(DIRECTION.name) else self.displacement
+
+    def bind(self, engine: Engine) -> None:
+        super().bind(engine)
+        moving = (batch for batch in engine.batches if batch not in self.left)
+        self.turned = Turned(batch for batch in moving if batch.tensors.has(DIRECTION.name))
+
+    def move(self, first: bool) -> None:
+        if first:
+            self.turned.direct(self.engine.backend, self.engine.scalars)
+        super().move(first)
 
     @property
     def ready(self) -> bool:

@@ -18,7 +18,7 @@ from triton_hybrid.kernels.matrices import Coefficients
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz_torch import momenta_torch, newton_schulz_torch
 from triton_hybrid.kernels.scalars import HYPER, Scalars
-from triton_hybrid.shards import like_whole, part_of
+from triton_hybrid.shards import part_group, part_of, whole_of, whole_shape
 from triton_hybrid.state import Member
 
 
@@ -27,7 +27,7 @@ class WholeMatrices:
 
     Args:
         tensors: With rows ``grad``, ``exp_avg`` and ``update``, or one that is orthogonalised.
-        members: Their parameters, DTensors on one mesh.
+        members: Their parameters, DTensors on one mesh or pieces of FSDP1.
         grids: For each, equal blocks along its rows and columns.
         schedules: For each, the coefficients of Newton and Schulz's steps.
         dtype: What matrices are multiplied in.
@@ -63,8 +63,7 @@ class WholeMatrices:
         for index, mixed in parts.items():
             part, like = self._members[index].param, self._members[index].whole
             mixed = mixed.as_strided(part.shape, part.stride(), mixed.storage_offset())
-            gathered: Any = like_whole(mixed.to(self._dtype).contiguous(), like)
-            whole[index] = gathered.full_tensor().contiguous()
+            whole[index] = whole_of(mixed.to(self._dtype), like)
             if self._owners[index].mine:
                 whole[index] = self._orthogonal(whole[index], index, eps[index])
         for index, matrix in whole.items():
@@ -93,17 +92,14 @@ class _Owner(NamedTuple):
 
 
 def _owners(members: Sequence[Member]) -> list[_Owner]:
-    """Along the first dimension of the mesh that cuts; the largest matrices are dealt out first."""
+    """One of the ranks that hold parts of it; the largest matrices are dealt out first."""
     load: dict[int, float] = {}
     found: dict[int, _Owner] = {}
-    by_size = sorted(range(len(members)), key=lambda index: -members[index].whole.numel())
-    for index in by_size:
-        whole: Any = members[index].whole
-        mesh = whole.device_mesh
-        dim = next(d for d, p in enumerate(whole.placements) if p.is_shard() and mesh.size(d) > 1)
-        group = mesh.get_group(dim)
+    shapes = [whole_shape(member.whole) for member in members]
+    for index in sorted(range(len(members)), key=lambda index: -shapes[index].numel()):
+        group = part_group(members[index].whole)
         ranks = dist.get_process_group_ranks(group)
         owner = min(ranks, key=lambda rank: (load.get(rank, 0.0), rank))
-        load[owner] = load.get(owner, 0.0) + float(whole.numel()) * min(whole.shape)
+        load[owner] = load.get(owner, 0.0) + float(shapes[index].numel()) * min(shapes[index])
         found[index] = _Owner(owner, group, owner == dist.get_rank())
     return [found[index] for index in range(len(members))]
