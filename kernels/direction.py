@@ -14,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.launch import Launch
 from triton_hybrid.kernels.matrices import MatrixSet
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.newton_schulz import orthogonalise_row
 from triton_hybrid.kernels.newton_schulz_torch import orthogonalise_row_torch
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.rows import EXP_AVG, TAIL_SHARE, address_row, load_row, store_row
 from triton_hybrid.kernels.scalars import HYPER_COLUMNS, Scalars
 from triton_hybrid.kernels.together_torch import cells_of
@@ -60,16 +62,21 @@ def _along_kernel(
                 )  # fmt: skip
 
 
-def along(tensors: TensorSet, scalars: Scalars) -> None:
+@repeated
+def along(tensors: TensorSet, scalars: Scalars) -> list[Launch]:
     """Writes the direction that the rule has for exp_avg. One launch.
 
     Args:
         tensors: With rows ``exp_avg``, ``direction`` and those that the rule reads along it.
         scalars: Of these tensors.
     """
+    return [_along(tensors, scalars)]
+
+
+def _along(tensors: TensorSet, scalars: Scalars) -> Launch:
     rule = tensors.rule
     assert rule is not None
-    tensors.launch(
+    return tensors.prepared(
         _along_kernel, tensors.group, scalars.hyperparameters, tensors.steps, every=True,
         CONSTANTS=rule.constants, DENOMINATOR=rule.denominator, ALONG=rule.along,
     )  # fmt: skip
@@ -120,43 +127,48 @@ def _lengthen_kernel(
                 )  # fmt: skip
 
 
-def lengthen(tensors: TensorSet, scales: Tensor) -> None:
+@repeated
+def lengthen(tensors: TensorSet, scalars: Scalars, scales: Tensor) -> list[Launch]:
     """Multiplies ``direction`` with a number of each tensor, and zeroes it where exp_avg is 0.
 
     So stays what never had a gradient, though its matrix moves. One launch.
 
     Args:
         tensors: With rows ``exp_avg`` and ``direction``.
+        scalars: Of these tensors.
         scales: FP32 ``[tensors]``.
     """
-    tensors.launch(_lengthen_kernel, scales, every=True)
+    return [tensors.prepared(_lengthen_kernel, scales, every=True)]
 
 
-def lengthen_torch(tensors: TensorSet, scales: Tensor) -> None:
+def lengthen_torch(tensors: TensorSet, scalars: Scalars, scales: Tensor) -> None:
     """`lengthen` in plain torch."""
     for turned, m, scale in zip(tensors.flat["direction"], tensors.flat["exp_avg"], scales):
         turned.mul_(scale).masked_fill_(m == 0, 0.0)
 
 
-def direct(tensors: TensorSet, matrices: MatrixSet, scalars: Scalars, scales: Tensor) -> None:
+@repeated
+def direct(
+    tensors: TensorSet, scalars: Scalars, matrices: MatrixSet, scales: Tensor
+) -> list[Launch]:
     """Writes the orthogonalised direction along exp_avg. 4 + 3 · steps launches for one wave.
 
     Args:
         tensors: With rows ``exp_avg``, ``direction`` and those that the rule reads along it.
-        matrices: All of them, orthogonalised in ``direction``.
         scalars: Of these tensors.
+        matrices: All of them, orthogonalised in ``direction``.
         scales: Lengths, FP32 ``[tensors]``.
     """
-    along(tensors, scalars)
-    orthogonalise_row(matrices, scalars, DIRECTION)
-    lengthen(tensors, scales)
+    turn = orthogonalise_row(matrices, scalars, DIRECTION)
+    lengthened = tensors.prepared(_lengthen_kernel, scales, every=True)
+    return [_along(tensors, scalars), *turn, lengthened]
 
 
-def direct_torch(tensors: TensorSet, matrices: MatrixSet, scalars: Scalars, scales: Tensor) -> None:
+def direct_torch(tensors: TensorSet, scalars: Scalars, matrices: MatrixSet, scales: Tensor) -> None:
     """`direct` in plain torch."""
     along_torch(tensors, scalars)
     orthogonalise_row_torch(matrices, scalars, "direction")
-    lengthen_torch(tensors, scales)
+    lengthen_torch(tensors, scalars, scales)
 
 
 @triton.jit

@@ -15,12 +15,11 @@ them back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
 import triton.language as tl
-from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH, on_device, settle
+from triton_hybrid.kernels.launch import INTERPRETED, MATRIX_LAUNCH, Launch, prepared
 from triton_hybrid.kernels.ledger import SLOW_COUNT
 from triton_hybrid.kernels.matrices import (
     FIRST_TILE,
@@ -33,7 +32,9 @@ from triton_hybrid.kernels.matrices import (
     tile_at,
     tile_in_memory,
 )
+from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz_torch import MIX_GRADIENTS, SMALLEST_NORM
+from triton_hybrid.kernels.repeated import repeated
 from triton_hybrid.kernels.rows import (
     EXP_AVG,
     GRAD,
@@ -267,7 +268,10 @@ def _polynomial_kernel(
         tl.store(target + at, value)
 
 
-def orthogonalise(matrices: MatrixSet, scalars: Scalars, max_norm: float | None) -> None:
+@repeated
+def orthogonalise(
+    tensors: TensorSet, scalars: Scalars, matrices: MatrixSet, max_norm: float | None
+) -> list[Launch]:
     """Updates ``exp_avg`` with the gradient, and ``update`` with the orthogonalised momentum.
 
     Unless the step is skipped; tensors without a gradient are left out. Where there is a row
@@ -275,76 +279,72 @@ def orthogonalise(matrices: MatrixSet, scalars: Scalars, max_norm: float | None)
     seen fewer than `MIX_GRADIENTS` gradients. Launches: 2 + 3 · steps for each wave.
 
     Args:
-        matrices: The matrices.
-        scalars: Of their tensors. A group's ``eps`` is the least norm that a matrix is divided by,
+        tensors: Those that the matrices are of.
+        scalars: Of these tensors. A group's ``eps`` is the least norm that a matrix is divided by,
             ``beta1`` the decay of ``exp_avg``. Squares and flags of the gradient are as the
             statistics left them; ``hold`` in the ledger skips the step.
+        matrices: The matrices.
         max_norm: Global-norm clipping threshold, or None.
     """
-    tensors = matrices.tensors
-    groups = (tensors.group, scalars.hyperparameters)
-
-    def gather(where: Sequence[Any], goals: Sequence[Any], grid: Any, options: Any) -> None:
-        _gather_kernel[grid](
-            *tensors.tables(), *where, tensors.chunks().present, *groups,
-            scalars.partials, scalars.ledger, max_norm or 0.0, *goals,
-            GRAD_TYPE=tensors.dtype_of("grad"), STATE=tensors.dtype_of("weight"),
-            SLOW=tensors.has("slow_ema"), CLIP=max_norm is not None,
-            COLUMNS=scalars.partials.shape[1], **options,
-        )  # fmt: skip
-
-    _iterate(matrices, scalars, gather, _UPDATE)
-    settle(_gather_kernel)
+    present = tensors.chunks().present
+    state = (present, tensors.group, scalars.hyperparameters, scalars.partials, scalars.ledger)
+    constants = {"GRAD_TYPE": tensors.dtype_of("grad"), "SLOW": tensors.has("slow_ema")}
+    constants |= {"CLIP": max_norm is not None, "COLUMNS": scalars.partials.shape[1]}
+    return _launches(matrices, scalars, _gather_kernel, (*state, max_norm or 0.0), constants)
 
 
-def orthogonalise_row(matrices: MatrixSet, scalars: Scalars, row: tl.constexpr) -> None:
-    """Orthogonalises a row of state, in place. Launches: 2 + 3 · steps for each wave.
+def orthogonalise_row(matrices: MatrixSet, scalars: Scalars, row: tl.constexpr) -> list[Launch]:
+    """What orthogonalises a row of state, in place: 2 + 3 · steps launches for each wave.
 
     Args:
         matrices: Of the row, which has the dtype of the weights.
         scalars: Of their tensors; a group's ``eps`` is the least norm.
         row: Its number.
     """
-    tensors = matrices.tensors
-
-    def take(where: Sequence[Any], goals: Sequence[Any], grid: Any, options: Any) -> None:
-        _take_kernel[grid](
-            *tensors.tables(), *where, *goals,
-            ROW=row, STATE=tensors.dtype_of("weight"), **options,
-        )  # fmt: skip
-
-    _iterate(matrices, scalars, take, row)
-    settle(_take_kernel)
+    return _launches(matrices, scalars, _take_kernel, (), {}, row)
 
 
-def _iterate(
-    matrices: MatrixSet, scalars: Scalars, gather: Callable[..., None], row: tl.constexpr
-) -> None:
-    """Gathers matrices, orthogonalises them, and writes them to a row."""
+def _launches(
+    matrices: MatrixSet,
+    scalars: Scalars,
+    gather: Any,
+    own: tuple[Any, ...],
+    constants: dict[str, Any],
+    row: tl.constexpr = _UPDATE,
+) -> list[Launch]:
+    """What gathers matrices, orthogonalises them, and writes them to a row.
+
+    ``own`` and ``constants``: arguments of ``gather`` alone.
+    """
     tensors, tiling = matrices.tensors, matrices.tiling
-    addresses, extents = tensors.tables()
+    tables, state = tensors.tables(), tensors.dtype_of("weight")
     first, second, gram, square, squares = matrices.scratch()
     groups = (tensors.group, scalars.hyperparameters)
     dtype = TRITON_DTYPES[matrices.dtype]
     common = {"DTYPE": dtype, "TILE": tiling.tile}
     common |= {"num_warps": tiling.warps, **MATRIX_LAUNCH}
     strips, products = {"STRIP": tiling.strip, **common}, {"DEPTH": tiling.depth, **common}
-    written = {"ROW": row, "ROW_TYPE": dtype if row is _UPDATE else tensors.dtype_of("weight")}
-    with on_device(tensors.device):
-        for wave in matrices.waves:
-            where = (wave.table, wave.tiles)
-            programs, half = (len(wave.tiles),), (len(wave.halves),)
-            gather(where, (first, squares), programs, strips)
-            _normalise_kernel[programs](*where, *groups, squares, first, **strips)
-            x, y = first, second
-            for step, (a, b, c) in enumerate(wave.coefficients, 1):
-                lower = (wave.table, wave.halves)
-                _symmetric_kernel[half](*lower, x, gram, 0.0, 0.0, POLYNOMIAL=False, **products)
-                _symmetric_kernel[half](*lower, gram, square, b, c, POLYNOMIAL=True, **products)
-                _polynomial_kernel[programs](
-                    addresses, extents, *where, x, square, y, a,
-                    LAST=step == len(wave.coefficients), **written, **products,
-                )  # fmt: skip
-                x, y = y, x
-    for kernel in (_normalise_kernel, _symmetric_kernel, _polynomial_kernel):
-        settle(kernel)
+    read = {"ROW": row} if row is not _UPDATE else {}
+    written = {"ROW": row, "ROW_TYPE": state if read else dtype}
+    found = []
+    for wave in matrices.waves:
+        where = (wave.table, wave.tiles)
+        programs, half = (len(wave.tiles),), (len(wave.halves),)
+        every = {**read, **constants, "STATE": state, **strips}
+        found.append(prepared(gather, programs, *tables, *where, *own, first, squares, **every))
+        its = (*where, *groups, squares, first)
+        found.append(prepared(_normalise_kernel, programs, *its, **strips))
+        x, y = first, second
+        for step, (a, b, c) in enumerate(wave.coefficients, 1):
+            lower = (wave.table, wave.halves)
+            last = {"LAST": step == len(wave.coefficients), **written, **products}
+            for arguments, polynomial in (
+                ((x, gram, 0.0, 0.0), False),
+                ((gram, square, b, c), True),
+            ):
+                options = {"POLYNOMIAL": polynomial, **products}
+                found.append(prepared(_symmetric_kernel, half, *lower, *arguments, **options))
+            operands = (*tables, *where, x, square, y, a)
+            found.append(prepared(_polynomial_kernel, programs, *operands, **last))
+            x, y = y, x
+    return found

@@ -220,8 +220,8 @@ class Batch:
         kept = {"split": SPLIT, "none": NONE}.get(masters, OWN) if sixteen_bit else OWN
         rows = [row for row in rows if not (row.in_place and sixteen_bit and kept == OWN)]
         self.state, self._group, self._rows = state, members[0].group, rows
-        # Of another predictor's checkpoint.
-        for row in {SNAPSHOT, RESIDUE, DIRECTION, MOVE} - set(rows):
+        # Of another predictor's checkpoint, or of a parameter taken for something else.
+        for row in set(DECLARED.values()) - {STEP, MASTER, REMAINDER, *rows}:
             for param in self.params:
                 state[param].pop(row.name, None)
         groups = [member.group_index for member in members]

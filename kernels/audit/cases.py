@@ -24,6 +24,7 @@ from triton_hybrid.kernels.audit.targets import TYPE_NAMES
 from triton_hybrid.kernels.direction import DIRECTION, lengthen
 from triton_hybrid.kernels.direction import along as see_along
 from triton_hybrid.kernels.fingerprint import find_writes, note_weights
+from triton_hybrid.kernels.launch import start
 from triton_hybrid.kernels.ledger import decide
 from triton_hybrid.kernels.newton_schulz import orthogonalise, orthogonalise_row
 from triton_hybrid.kernels.secant import move, products_size, settle
@@ -163,13 +164,14 @@ def _orthogonalise_case(
     """
 
     def call(problem: Problem) -> None:
-        assert problem.tensors.matrices is not None
+        tensors, matrices = problem.tensors, problem.tensors.matrices
+        assert matrices is not None
         if not slow:
-            del problem.tensors.dtype["slow_ema"]
+            del tensors.dtype["slow_ema"]
         if row:
-            orthogonalise_row(problem.tensors.matrices, problem.scalars, DIRECTION)
+            start(orthogonalise_row(matrices, problem.scalars, DIRECTION), tensors.device)
         else:
-            orthogonalise(problem.tensors.matrices, problem.scalars, 1.0)
+            orthogonalise(tensors, problem.scalars, matrices, 1.0)
 
     launch = launch_of(number, call, precision, MUON, products=products)
     size, wide = getattr(torch, products).itemsize, precision.weight.itemsize
@@ -222,7 +224,7 @@ def _single_cases() -> list[Case]:
         see_along(problem.tensors, problem.scalars)
 
     def turn(problem: Problem) -> None:
-        lengthen(problem.tensors, torch.zeros(len(problem.tensors)))
+        lengthen(problem.tensors, problem.scalars, torch.zeros(len(problem.tensors)))
 
     def find(problem: Problem) -> None:
         find_writes([problem.tensors], problem.scalars)

@@ -59,7 +59,7 @@ def directed(backend: Checked, dtype: torch.dtype, shapes: Any, shift: int = 0) 
     matrices = MatrixSet(problem.tensors, grids, schedules, tiling, dtype=dtype)
     before = problem.snapshot()
     scales = torch.arange(1.0, count + 1.0, device=problem.tensors.device)
-    backend.backend.direct(problem.tensors, matrices, problem.scalars, scales)
+    backend.backend.direct(problem.tensors, problem.scalars, matrices, scales)
     problem.check()
     problem.assert_unchanged(before, but=("direction",))
     return problem
@@ -87,7 +87,7 @@ def test_zeros_stay_zeros(backend: Checked) -> None:
         problem.tensors, [(1, 1)] * 2, [STEPS] * 2, None if ON_GPU else SMALL, dtype=torch.float32
     )
     scales = torch.ones(2, device=problem.tensors.device)
-    backend.backend.direct(problem.tensors, matrices, problem.scalars, scales)
+    backend.backend.direct(problem.tensors, problem.scalars, matrices, scales)
     assert bool((problem.rows["direction"][0] == 0).all())
     still = problem.rows["direction"][1] == 0
     assert still.nonzero().tolist() == [[3, 5]]
@@ -99,7 +99,7 @@ def test_both_backends_lengthen_alike(make: Make) -> None:
     scales = torch.linspace(0.5, 2.0, len(problem.specs), device=problem.tensors.device)
     before = problem.snapshot()
     for one, on in ((problem, KERNELS), (twin, PLAIN)):
-        on.backend.lengthen(one.tensors, scales)
+        on.backend.lengthen(one.tensors, one.scalars, scales)
         one.check()
         one.assert_unchanged(before, but=("direction",))
     problem.assert_same(twin, rows=["direction"])

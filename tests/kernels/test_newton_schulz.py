@@ -73,7 +73,7 @@ def orthogonalised(problem: Problem, plain: bool = False) -> list[Tensor]:
         one = torch.ones((), dtype=torch.float64, device=DEVICE)
         orthogonalise_torch(problem.tensors.matrices, problem.scalars, one, None)
     else:
-        orthogonalise(problem.tensors.matrices, problem.scalars, None)
+        orthogonalise(problem.tensors, problem.scalars, problem.tensors.matrices, None)
     problem.arena.check()
     return [tensor.clone() for tensor in problem.rows["update"]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -101,6 +102,34 @@ def test_a_move_has_the_length_of_some_steps_of_muon(lr: float) -> None:
     for param, move in zip(optimizer.param_groups[0]["params"][:3], moves):
         size = float(move[1:].square().mean().sqrt()) / (0.2 * lr * LENGTH)
         assert 0.6 < size < 1.3, param.shape
+
+
+@pytest.mark.parametrize("then", [True, False], ids=["matrices then", "vectors then"])
+@pytest.mark.parametrize("stands", [True, False], ids=["predicted", "verified"])
+def test_a_checkpoint_in_which_matrices_were_something_else_goes_on(
+    then: bool, stands: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prediction that stands there is taken out, and no row is kept that is not needed."""
+    with monkeypatch.context() as patch:
+        if not then:
+            patch.setattr(slow_ema, "is_turned", lambda rule, member: False)
+        theirs, params = trained()
+        before = weights(theirs)
+        if stands:
+            theirs.step()
+        saved = copy.deepcopy(theirs.state_dict())
+    if then:
+        monkeypatch.setattr(slow_ema, "is_turned", lambda rule, member: False)
+    ours = HybridOptimizer(params, lr=0.0, weight_decay=0.0, hybrid=theirs.hybrid)
+    ours.load_state_dict(saved)
+    ours.param_groups[0]["lr"] = 1e-9
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    ours.step()
+    for param, old, hidden in zip(params, before, MOVED):
+        torch.testing.assert_close(param.detach(), old, rtol=0, atol=1e-6 if hidden else 0.1)
+        row = "direction" if hidden and not then else "slow_ema"
+        assert {"direction", "slow_ema"} & set(ours.state[param]) == {row}
 
 
 def test_no_state_beside_that_of_adamw_takes_more_than_five_bytes() -> None:

@@ -118,6 +118,6 @@ class Turned:
             if isinstance(matrices, WholeMatrices):
                 backend.along(batch.tensors, scalars)
                 matrices.orthogonalise_row(scalars, DIRECTION.name)
-                backend.lengthen(batch.tensors, scales)
+                backend.lengthen(batch.tensors, scalars, scales)
             else:
-                backend.direct(batch.tensors, matrices, scalars, scales)
+                backend.direct(batch.tensors, scalars, matrices, scales)

@@ -217,7 +217,7 @@ def _prepare(tensors: TensorSet, scalars: Scalars, max_norm: float | None) -> No
         )
         return
     assert tensors.matrices is not None
-    orthogonalise(tensors.matrices, scalars, max_norm)
+    orthogonalise(tensors, scalars, tensors.matrices, max_norm)
 
 
 def _prepare_torch(tensors: TensorSet, scalars: Scalars, clip: Tensor, skip: Tensor | None) -> None:
