@@ -83,6 +83,13 @@ def piece_of(param: Any) -> Piece | None:
     return None
 
 
+def whole_shape(param: Any) -> torch.Size:
+    """The shape of a parameter as a whole."""
+    piece = piece_of(param)
+    shape: torch.Size = param.shape if piece is None else piece.shape
+    return shape
+
+
 def check_flat(param: Any, index: int, base: str) -> None:
     """Refuses what cannot be updated piece by piece with a NotImplementedError."""
     handle = handle_of(param)
@@ -91,11 +98,10 @@ def check_flat(param: Any, index: int, base: str) -> None:
             f"params: parameter {index} is of FSDP1 with CPUOffload(offload_params=True): must be "
             "without, it is not built"
         )
-    if base == "muon" and handle is not None and (is_cut(param) or param is handle.flat_param):
+    if base == "muon" and handle is not None and param is handle.flat_param:
         raise NotImplementedError(
-            f"base='muon' of parameter {index}: FSDP1 (FullyShardedDataParallel) has cut the "
-            "matrices into pieces of a line; must be 'adamw' or 'lion', or use "
-            "torch.distributed.fsdp.fully_shard"
+            f"base='muon' of parameter {index}: FSDP1 (FullyShardedDataParallel) has made one "
+            "parameter of several; must be 'adamw' or 'lion', or wrap with use_orig_params=True"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_hybrid.checks import check_choice, check_flag, check_number, require
-from triton_hybrid.flat_shards import check_flat
+from triton_hybrid.flat_shards import check_flat, whole_shape
 from triton_hybrid.kernels.rows import TRITON_DTYPES
 from triton_hybrid.rules import OPTIONS, RULES
 from triton_hybrid.shards import check_dtensor, is_dtensor, local
@@ -185,7 +185,7 @@ def split_param_groups(
 
     Raises:
         ValueError: The model has no hidden matrix, or blocks do not divide a matrix.
-        NotImplementedError: FSDP1 has cut the matrices.
+        NotImplementedError: FSDP1 has made one parameter of several.
     """
     named = dict(model.named_parameters())
     for place, param in enumerate(named.values()):
@@ -200,9 +200,10 @@ def split_param_groups(
             rest.append(param)
             continue
         inputs_first = hidden[id(param)]
-        outputs, inputs = param.shape[::-1] if inputs_first else param.shape
+        shape = whole_shape(param)
+        outputs, inputs = shape[::-1] if inputs_first else shape
         if ".lora_B." in name:  # the inputs of the layer that it adapts
-            inputs = named[name.replace(".lora_B.", ".lora_A.")].shape[1]
+            inputs = whole_shape(named[name.replace(".lora_B.", ".lora_A.")])[1]
         parts = 1 if ".lora_A." in name else _parts(name, outputs, inputs, blocks or {})
         matrices.append((param, (1, parts) if inputs_first else (parts, 1), inputs_first))
     if not matrices:

@@ -85,13 +85,6 @@ def whole_of(part: Tensor, param: Any) -> Tensor:
     return whole
 
 
-def whole_shape(param: Any) -> torch.Size:
-    """The shape of a parameter as a whole."""
-    piece = piece_of(param)
-    shape: torch.Size = param.shape if piece is None else piece.shape
-    return shape
-
-
 def part_group(param: Any) -> Any:
     """The ranks that hold the parts of a parameter; of a mesh, its first dimension that cuts."""
     if (piece := piece_of(param)) is not None:

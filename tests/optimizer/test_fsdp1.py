@@ -46,6 +46,8 @@ KINDS: list[dict[str, Any]] = [
     {"config": {"predictor": "linear", "inline": False, "max_predict_steps": 4}, "quiet": True},
     {"config": {"predictor": "secant"}, "quiet": True, "dtype": torch.float64},
     {"config": {"predictor": "slow_ema"}, "base": "lion"},
+    {"config": {"predictor": "slow_ema"}, "base": "muon"},
+    {"config": {"predictor": "slow_ema", "inline": False}, "base": "muon", "strategy": "NO_SHARD"},
     {"config": {"predictor": "slow_ema"}, "backend": "triton", "steps": 7},
 ]
 
@@ -206,13 +208,14 @@ def resumed(rank: int, world: int) -> list[Any]:
     """In any phase of a cycle a run goes on with the same bits."""
     results = []
     ways = [through_fsdp, through_checkpoints, through_pieces]
-    for stop, orig in ((7, True), (8, True), (8, False), (9, True), (9, False)):
+    kinds = [(7, True, "adamw"), (8, True, "adamw"), (8, False, "adamw"), (9, True, "adamw")]
+    for stop, orig, base in (*kinds, (9, False, "adamw"), (8, True, "muon")):
         for way in ways if stop == 8 else ways[:1]:
             runs = []
             for _ in range(2):
                 net = wrapped(make_net(), orig)
                 config = fast_config(inline=False, max_predict_steps=4)
-                runs.append((net, make_optimizer(net, hybrid=config)))
+                runs.append((net, make_optimizer(net, base, hybrid=config)))
             (net, optimizer), (twin, other) = runs
             train(net, optimizer, stop, True, rank, world)
             way(net, optimizer, twin, other)
@@ -248,7 +251,6 @@ def resumed_elsewhere(rank: int, world: int) -> list[Any]:
 def refused(rank: int, world: int) -> list[str]:
     messages = []
     net = wrapped(make_net())
-    cut = next(param for param in net.parameters() if param.numel())
     other = wrapped(make_net(), orig=False)
     flat = next(other.parameters())
     offloaded = FullyShardedDataParallel(
@@ -261,9 +263,8 @@ def refused(rank: int, world: int) -> list[str]:
     net(torch.ones(1, 12)).sum().backward()
     before = whole_weights(net)
     for attempt in (
-        lambda: HybridOptimizer([cut], base="muon"),
         lambda: HybridOptimizer([flat], base="muon"),
-        lambda: split_param_groups(net),
+        lambda: split_param_groups(other),
         lambda: HybridOptimizer(offloaded.parameters()),
         alone.step,
     ):
@@ -372,8 +373,8 @@ def test_replicas_of_pieces() -> None:
 
 
 def test_what_is_not_built_is_refused(results: dict[str, list[Any]]) -> None:
-    for cut, flat, split, offloaded, alone in of_all(results, refused):
-        for message in (cut, flat, split):
+    for flat, split, offloaded, alone in of_all(results, refused):
+        for message in (flat, split):
             assert "base='muon' of parameter" in message
         assert "CPUOffload(offload_params=True)" in offloaded
         assert "lies on 2 ranks (FULL_SHARD), and 1 decide together" in alone

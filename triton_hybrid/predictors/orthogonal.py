@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_hybrid.flat_shards import whole_shape
 from triton_hybrid.kernels.backend import Backend
 from triton_hybrid.kernels.direction import row_block, row_block_torch
 from triton_hybrid.kernels.displacement import Displacement
@@ -31,7 +32,7 @@ from triton_hybrid.kernels.scalars import HYPER, LR, Scalars
 from triton_hybrid.rules.muon import ADAMW_RMS, scratch_dtype
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.rules.whole_matrices import WholeMatrices
-from triton_hybrid.shards import is_part, whole_shape
+from triton_hybrid.shards import is_part
 from triton_hybrid.state import DIRECTION, Batch, Member
 
 LENGTH = 3.0

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_hybrid.checks import is_flag, is_int, is_list, is_number
+from triton_hybrid.flat_shards import whole_shape
 from triton_hybrid.kernels.matrices import SCRATCH_DTYPES, Coefficients, MatrixSet
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import QUINTIC, orthogonalise
@@ -100,7 +101,7 @@ def grid_of(group: Group, index: int) -> tuple[int, int]:
 
 def _scale(member: Member, grid: tuple[int, int]) -> float:
     transposed = member.group["transposed"]
-    outputs, inputs = (size // parts for size, parts in zip(member.whole.shape, grid))
+    outputs, inputs = (size // parts for size, parts in zip(whole_shape(member.whole), grid))
     if transposed if isinstance(transposed, bool) else transposed[member.place]:
         outputs, inputs = inputs, outputs
     return rate_scale(member.group["adjust_lr_fn"], outputs, max(inputs, 1))
@@ -166,16 +167,15 @@ OPTIONS = {
 
 
 def _check_parameter(group: Group, index: int, param: Tensor) -> None:
-    if param.ndim != 2:
+    shape = tuple(whole_shape(param))
+    if len(shape) != 2:
         raise ValueError(
-            f"params: parameter {index} of a group with base='muon' has shape "
-            f"{tuple(param.shape)}, must be a matrix; split_param_groups(model) makes the groups"
+            f"params: parameter {index} of a group with base='muon' has shape {shape}, must be a "
+            "matrix; split_param_groups(model) makes the groups"
         )
     grid = grid_of(group, index)
-    if any(size % parts for size, parts in zip(param.shape, grid)):
-        raise ValueError(
-            f"blocks={grid}: must divide the shape {tuple(param.shape)} of parameter {index}"
-        )
+    if any(size % parts for size, parts in zip(shape, grid)):
+        raise ValueError(f"blocks={grid}: must divide the shape {shape} of parameter {index}")
 
 
 @triton.jit

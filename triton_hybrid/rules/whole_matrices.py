@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from triton_hybrid.flat_shards import whole_shape
 from triton_hybrid.kernels.matrices import Coefficients
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz_torch import momenta_torch, newton_schulz_torch
 from triton_hybrid.kernels.scalars import HYPER, Scalars
-from triton_hybrid.shards import part_group, part_of, whole_of, whole_shape
+from triton_hybrid.shards import part_group, part_of, whole_of
 from triton_hybrid.state import Member
 
 
