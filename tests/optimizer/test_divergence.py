@@ -35,8 +35,8 @@ def at_predict(backend: str, dtype: torch.dtype = torch.float32) -> tuple:  # ty
 @pytest.mark.parametrize(("cause", "value"), [("nonfinite", math.nan), ("jump", 1e8)])
 def test_bad_displacement_is_taken_back_at_once(backend: str, cause: str, value: float) -> None:
     model, optimizer = at_predict(backend)
-    param = next(model.parameters())
-    optimizer.state[param]["slow_ema"][0, 0] = value
+    bias = next(param for param in model.parameters() if param.ndim == 1)
+    optimizer.state[bias]["slow_ema"][0] = value
     before = weights(optimizer)
     train(model, optimizer, 1)
     assert_same_weights(weights(optimizer), before)
@@ -47,6 +47,16 @@ def test_bad_displacement_is_taken_back_at_once(backend: str, cause: str, value:
     assert_same_weights(weights(optimizer), before)
     train(model, optimizer, 1)
     assert optimizer.phase is Phase.FULL
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_direction_of_a_matrix_is_taken_back_at_once(backend: str) -> None:
+    model, optimizer = at_predict(backend)
+    optimizer.state[next(model.parameters())]["exp_avg"][0, 0] = math.nan
+    before = weights(optimizer)
+    train(model, optimizer, 1)
+    assert_same_weights(weights(optimizer), before)
+    assert optimizer.stats().divergences["nonfinite"] == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,19 +79,22 @@ def test_a_second_nonfinite_gradient_in_a_row_blames_the_point(backend: str) -> 
 
 
 def test_horizon_grows_as_the_learning_rate_decays() -> None:
-    """A predicted step stands for 0.25 + 3 · (1 - lr / lr_max) base steps."""
-    moves = []
+    """A predicted step stands for 0.25 + 3 · (1 - lr / lr_max) base steps; three, of a matrix."""
+    moves, turned = [], []
     for rate in (1e-3, 5e-4, 1e-4, 1e-5):
         model, optimizer = at_predict("torch")
         optimizer.param_groups[0]["largest_lr"] = 1e-3
         optimizer.param_groups[0]["last_lr"] = rate
         optimizer.param_groups[0]["lr"] = rate
-        before = torch.cat([w.flatten() for w in weights(optimizer)])
+        before = weights(optimizer)
         train(model, optimizer, 1)
-        after = torch.cat([w.flatten() for w in weights(optimizer)])
-        moves.append((after - before).norm().item())
-    for move, rate, horizon in zip(moves[1:], (0.5, 0.1, 0.01), (1.75, 2.95, 3.22)):
-        assert move == pytest.approx(moves[0] * rate * horizon / 0.25, rel=1e-2)
+        for ndim, lengths in ((1, moves), (2, turned)):
+            pairs = zip(before, weights(optimizer))
+            found = [(new - old).square().sum() for old, new in pairs if old.ndim == ndim]
+            lengths.append(sum(found).sqrt().item())  # type: ignore[union-attr]
+    for place, rate, horizon in zip((1, 2, 3), (0.5, 0.1, 0.01), (1.75, 2.95, 3.22)):
+        assert moves[place] == pytest.approx(moves[0] * rate * horizon / 0.25, rel=1e-2)
+        assert turned[place] == pytest.approx(turned[0] * rate, rel=1e-2)
 
 
 def test_clipping_does_not_look_like_divergence() -> None:

@@ -116,7 +116,7 @@ def test_state_has_no_second_moment() -> None:
         "slow_ema",
         "prediction",
     }
-    assert {"exp_avg_sq", "slow_ema"} <= set(optimizer.state[rest[0]])
+    assert {"exp_avg_sq", "direction"} <= set(optimizer.state[rest[0]])
 
 
 @pytest.mark.parametrize("predictor", MIXING)
