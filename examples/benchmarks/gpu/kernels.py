@@ -27,6 +27,7 @@ from lib.gpt2_shapes import gpt2_small_shapes
 from triton_hybrid import HybridConfig, HybridOptimizer
 from triton_hybrid.engine import Engine
 from triton_hybrid.predictors.linear import Linear
+from triton_hybrid.predictors.orthogonal import TURNED
 from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules import RULES
 
@@ -133,7 +134,7 @@ KINDS: tuple[Kind, ...] = (
     ("adamw", "bf16 split", torch.bfloat16, "split"), ("lion", "fp32", torch.float32, "auto"),
     ("secant", "fp32", torch.float32, "auto"),
 )  # fmt: skip
-BYTES = 56  # of a parameter with gradient and every row of state, also torch's, and a little more
+BYTES = 60  # of a parameter with gradient and every row of state, also torch's, and a little more
 HISTORY = HybridConfig().history
 PAIRS = 8 * HISTORY  # bytes of a parameter beside them, of the pairs of `secant`
 TORCH = "torch AdamW fused, fp32"
@@ -156,7 +157,7 @@ class Buffers:
         self.runs: dict[str, Run] = secant_runs(sets) if pairs else {}
         if pairs:
             return
-        for row in ("snapshot", "displacement"):  # of `linear`
+        for row in ("snapshot", "displacement", "direction"):  # of `linear`, and of matrices
             wide = [torch.zeros_like(p, dtype=torch.float32) for p in engine.batches[0].params]
             tensors.set_row(row, wide)
         words = f"{base} {name}, one launch, clip"
@@ -183,24 +184,28 @@ class Buffers:
 def move_runs(name: str, sets: tuple[TensorSet, Scalars]) -> dict[str, Run]:
     """What moves weights ahead, judges the move, and looks at what others wrote."""
     tensors, scalars = sets
-    slow, last = SlowEMA.displacement, Linear.displacement
+    last, along = Linear.displacement, {"slow EMA": SlowEMA.displacement, "matrices": TURNED}
     numbers = torch.full((len(tensors),), 0.01, device=tensors.device)
     products = torch.zeros(len(tensors), 2, dtype=torch.float64, device=tensors.device)
     move: dict[str, Any] = {"threshold": 0.0, "share": 1.0}
     back: dict[str, Any] = {"threshold": 0.0, "limit": 0.0, "cooldown": 1.0, "last": True}
-    along = partial(TRITON.predict, *sets, slow, **move)
     linear = partial(TRITON.predict, *sets, last, numbers, **move)
-    return {
-        f"predict {name}, slow EMA": partial(along, first=True),
-        f"predict {name}, slow EMA again": partial(along, first=False),
+    found: dict[str, Run] = {}
+    for kind, again in along.items():
+        predict, its = partial(TRITON.predict, *sets, again, **move), f"{name}, {kind}"
+        found |= {
+            f"predict {its}": partial(predict, first=True),
+            f"predict {its} again": partial(predict, first=False),
+            f"check {its}": partial(TRITON.check_move, *sets, **back, again=again),
+            f"slopes {its}": partial(TRITON.slopes, *sets, again),
+            f"correct {its}": partial(TRITON.correct, *sets, restart=False, again=again),
+        }
+    return found | {
         f"predict {name}, linear": partial(linear, first=True),
         f"predict {name}, linear again": partial(linear, first=False, with_slopes=False),
         f"check {name} (when it rolls back)": partial(TRITON.check_move, *sets, **back),
-        f"check {name}, slow EMA": partial(TRITON.check_move, *sets, **back, again=slow),
         f"slopes {name}": partial(TRITON.slopes, *sets),
-        f"slopes {name}, slow EMA": partial(TRITON.slopes, *sets, slow),
         f"correct {name}, restart": partial(TRITON.correct, *sets, restart=True),
-        f"correct {name}, slow EMA": partial(TRITON.correct, *sets, restart=False, again=slow),
         f"gram {name}": partial(TRITON.gram, tensors, products),
         f"base slope {name}": partial(TRITON.base_slope, *sets, scalars.hyperparameters),
         f"fingerprint {name}": partial(TRITON.fingerprint, tensors, scalars.prediction[:, 4:]),
