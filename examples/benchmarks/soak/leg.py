@@ -270,7 +270,10 @@ class SoakRunner:
             if master is not None and self.hybrid is not None:
                 # A prediction may stand in the parameter alone.
                 entry, binding = self.optimizer.state[param], self.hybrid._binding
-                if binding.progress.controller.stands:
+                progress, engine = binding.progress, binding.engine
+                ledger = progress.ledger if engine is None else engine.read()
+                # One that was undone at once leaves its numbers behind.
+                if progress.controller.stands and ledger.get("moved", 0.0) > 0:
                     its = {
                         id(p): g["base"] for g in self.optimizer.param_groups for p in g["params"]
                     }
