@@ -220,10 +220,11 @@ class Batch:
         kept = {"split": SPLIT, "none": NONE}.get(masters, OWN) if sixteen_bit else OWN
         rows = [row for row in rows if not (row.in_place and sixteen_bit and kept == OWN)]
         self.state, self._group, self._rows = state, members[0].group, rows
-        # Of another predictor's checkpoint, or of a parameter taken for something else.
-        for row in set(DECLARED.values()) - {STEP, MASTER, REMAINDER, *rows}:
+        # Of another predictor's checkpoint; a matrix that has a direction needs no slow EMA.
+        gone = {row.name for row in {SNAPSHOT, RESIDUE, DIRECTION, MOVE} - set(rows)}
+        for name in gone | {"slow_ema"} if DIRECTION in rows else gone:
             for param in self.params:
-                state[param].pop(row.name, None)
+                state[param].pop(name, None)
         groups = [member.group_index for member in members]
         dense = list(map(as_dense, self.params))
         self.copies = [(p, copy) for p, copy in zip(self.params, dense) if copy is not p]
