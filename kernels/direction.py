@@ -2,13 +2,10 @@
 
 A row ``direction`` takes first the direction that the rule has for exp_avg, then what Newton and
 Schulz's steps make of it (``newton_schulz.py``), and that at a length of its own: a displacement
-along it (`ROW`) needs no other row.
+along it needs no other row.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -169,20 +166,3 @@ def direct_torch(tensors: TensorSet, scalars: Scalars, matrices: MatrixSet, scal
     along_torch(tensors, scalars)
     orthogonalise_row_torch(matrices, scalars, "direction")
     lengthen_torch(tensors, scalars, scales)
-
-
-@triton.jit
-def row_block(
-    addresses, tensor, begin, length, factor, a, b, c, d, coefficients,
-    DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """A block of a displacement along ``direction``."""
-    return factor * load_row(
-        addresses, DIRECTION, tensor, begin, length, STATE, STATE, BLOCK, FULL
-    )  # fmt: skip
-
-
-def row_block_torch(rows: Mapping[str, Tensor], factors: Sequence[Any], out: Tensor) -> Tensor:
-    """`row_block` in plain torch, in the first row of ``out``."""
-    return torch.mul(rows["direction"], factors[0], out=out[0])

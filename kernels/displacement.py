@@ -6,27 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.multi_tensor import TensorSet
-from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import Scalars
 from triton_hybrid.kernels.together_torch import Cells
-
-SLOW_EMA = address_row("slow_ema")
-
-
-@triton.jit
-def scaled_row(
-    addresses, row, tensor, begin, length, factor, coefficients,
-    STATE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """A block of a row, times a number of its tensor; 0 where no gradient was other than 0."""
-    along = load_row(addresses, row, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-    return factor * (tl.load(coefficients + tensor).to(STATE) * tl.where(s != 0, along, 0.0))
+from triton_hybrid.kernels.update_rule import UpdateRule
 
 
 class TorchDisplacement(Protocol):
@@ -46,7 +30,7 @@ class TorchDisplacement(Protocol):
 
     def block(
         self,
-        tensors: TensorSet,
+        rule: UpdateRule,
         rows: Mapping[str, Tensor],
         factors: Sequence[Any],
         out: Tensor,
@@ -55,25 +39,6 @@ class TorchDisplacement(Protocol):
 
         Its second row is scratch. ``factors`` of a tensor are floats on the CPU, else 0-dim.
         """
-
-
-class ScaledRow:
-    """`scaled_row` in plain torch, without its factors."""
-
-    def __init__(self, row: str) -> None:
-        self._row = row
-
-    def block(
-        self,
-        tensors: TensorSet,
-        rows: Mapping[str, Tensor],
-        factors: Sequence[Any],
-        out: Tensor,
-    ) -> Tensor:
-        """As `TorchDisplacement.block`."""
-        factor, coefficient = factors
-        moved = torch.mul(rows[self._row], coefficient, out=out[0]).mul_(factor)
-        return moved.masked_fill_(rows["slow_ema"] == 0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)  # itself alone, and so quickly hashed
@@ -98,6 +63,23 @@ class Displacement:
     again where the weights before the move are needed (``residue.py``); of any other a snapshot is
     kept."""
 
+    def rows(self, rule: UpdateRule) -> tuple[str, ...]:
+        """All rows that it is made of, for tensors of a base rule."""
+        return (*self.reads, *(rule.reads_along if self.along_rule else ()))
+
+    def standing(self, rule: UpdateRule, rows: Mapping[str, Tensor], numbers: Tensor) -> Tensor:
+        """The displacement that stands in some elements, where it is computed `again`.
+
+        Args:
+            rule: Of their tensor.
+            rows: Those of `rows`, 1-D.
+            numbers: The tensor's row of the table of moves.
+        """
+        like = rows[self.reads[0]]
+        factor, _, *others = numbers.to(like.device, like.dtype).unbind()
+        out = like.new_empty(2, len(like))
+        return self.torch.block(rule, rows, (1.0, *others), out).mul_(factor)
+
 
 def computed_again(
     tensors: TensorSet, again: Displacement | None, moved: bool = True
@@ -115,11 +97,10 @@ def basis_torch(
     cells: Cells, displacement: Displacement, factors: Sequence[Any], out: Tensor
 ) -> Tensor:
     """The displacement of some elements, in the first row of ``out``, which may be longer."""
-    tensors, rule = cells.tensors, cells.tensors.rule
+    rule = cells.tensors.rule
     assert rule is not None
-    names = (*displacement.reads, *(rule.reads_along if displacement.along_rule else ()))
-    rows = {name: cells.joined(name) for name in names}
-    return displacement.torch.block(tensors, rows, factors, out[:, : cells.total])
+    rows = {name: cells.joined(name) for name in displacement.rows(rule)}
+    return displacement.torch.block(rule, rows, factors, out[:, : cells.total])
 
 
 def again_torch(cells: Cells, again: Displacement, moves: Tensor, out: Tensor) -> Tensor:

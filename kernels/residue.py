@@ -15,7 +15,6 @@ what others change between two steps, a learning rate or an ε, changes nothing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ from triton_hybrid.kernels.rows import (
 )
 from triton_hybrid.kernels.scalars import MOVE_COLUMNS, Scalars
 from triton_hybrid.kernels.together_torch import Part, Together
-from triton_hybrid.kernels.update_rule import UpdateRule
 
 RESIDUE = address_row("residue", own_dtype=True)
 UNMOVED = -128
@@ -237,24 +235,6 @@ def add_to_move_torch(
     numbers[:, 0] = after
     table.copy_(torch.where(moving.unsqueeze(1), numbers, table))
     return [before, part, after, *numbers[:, 2:].unbind(1)]
-
-
-def moved_torch(rule: UpdateRule, rows: Mapping[str, Tensor], numbers: Tensor) -> Tensor:
-    """The displacement that stands in some elements.
-
-    Args:
-        rule: Of their tensor.
-        rows: ``direction``; or ``slow_ema`` and those of ``rule.reads_along``, 1-D.
-        numbers: The tensor's row of the table of moves.
-    """
-    if "direction" in rows:
-        along = rows["direction"]
-        return along * numbers[0].to(along.device, along.dtype)
-    slow = rows["slow_ema"]
-    factor, _, *others = numbers.to(slow.device, slow.dtype).unbind()
-    out = slow.new_empty(2, len(slow))
-    along = rule.torch_along.along(rows, slow, others, out)
-    return along.mul_(factor)
 
 
 def _kept_torch(weight: Tensor, kept: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -313,23 +313,23 @@ def step(
     assert len(rules) == len(sets), "a tensor set without a rule cannot be updated"
     options: dict[str, Any] = {"max_norm": max_norm, "slow_beta": slow_beta}
     options |= {"observed": observed, "measured": measured and slow_beta > 0}
-    along = [{"again": displacement} for displacement in again or (None,) * len(sets)]
+    each = again or (None,) * len(sets)
     assert again is None or (slow_beta > 0 and not measured), "again: such a step places nothing"
     if known:
         scalars.partials[:2].zero_()  # where the first part would have left it
         scalars.partials[:2, 0] = scalars.gradient
     elif cooperative and len(sets) == 1 and rules[0].prepare is None:
-        _launch(sets[0], scalars, statistics=True, update=True, last=True, **options, **along[0])
+        _launch(sets[0], scalars, statistics=True, update=True, last=True, again=each[0], **options)
         return
     else:
         for tensors in sets:
             _launch(tensors, scalars, statistics=True, update=False, last=False, **options)
     gradient = None if reduce is None else Gradient.of(scalars, max_norm)
-    for tensors, rule, its in zip(sets, rules, along):
+    for tensors, rule, its in zip(sets, rules, each):
         if rule.prepare is not None:
             rule.prepare(tensors, scalars, max_norm)
         last = reduce is None and tensors is sets[-1]
-        _launch(tensors, scalars, statistics=False, update=True, last=last, **options, **its)
+        _launch(tensors, scalars, statistics=False, update=True, last=last, again=its, **options)
     if reduce is not None and gradient is not None:
         steady, (norm, _, _, coefficient, _) = None, gradient
         if slow_beta > 0:

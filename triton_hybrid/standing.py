@@ -10,10 +10,12 @@ from torch import Tensor
 from triton_hybrid.kernels.layout import dense_view
 from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import assembled, remainder_of
-from triton_hybrid.kernels.residue import moved_torch, recovered_torch
+from triton_hybrid.kernels.residue import recovered_torch
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
 from triton_hybrid.kernels.update_rule import UpdateRule
-from triton_hybrid.predictors.predictor import SLOW_EMA, Choice
+from triton_hybrid.predictors.orthogonal import TURNED
+from triton_hybrid.predictors.predictor import Choice
+from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.shards import local
 from triton_hybrid.state import (
@@ -53,10 +55,9 @@ def weight_before(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
 
 def _moved(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
     """The displacement that stands in a parameter, 1-D in the order of memory."""
-    turned = DIRECTION.name in entry
-    names = (DIRECTION.name,) if turned else (SLOW_EMA.name, *rule.reads_along)
-    rows = {name: dense_view(entry[name]).to(param.device) for name in names}
-    return moved_torch(rule, rows, entry[MOVE.name])
+    displacement = TURNED if DIRECTION.name in entry else SlowEMA.displacement
+    rows = {name: dense_view(entry[name]).to(param.device) for name in displacement.rows(rule)}
+    return displacement.standing(rule, rows, entry[MOVE.name])
 
 
 def weight_after(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:

@@ -24,7 +24,7 @@ from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.launch import Tiling
 from triton_hybrid.kernels.ledger import FRACTION_COLUMN, INDEX, PART_COLUMN, read_ledger
 from triton_hybrid.kernels.multi_tensor import TensorSet, remainder_of
-from triton_hybrid.kernels.residue import UNMOVED, moved_torch
+from triton_hybrid.kernels.residue import UNMOVED
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
 from triton_hybrid.kernels.scalars import Scalars
 
@@ -189,9 +189,8 @@ class Problem:
         """The displacement of a tensor, from the table of moves."""
         rows, param = self.tensors.block_rows(index), self.rows["param"][index]
         numbers = self.scalars.moves[self.tensors.place][index]
-        if self.again is None or "direction" not in self.again.reads:
-            rows.pop("direction", None)
-        found = moved_torch(self.rule.kernels, rows, numbers)
+        assert self.again is not None
+        found = self.again.standing(self.rule.kernels, rows, numbers)
         return found.as_strided(param.shape, param.stride())
 
     def keep_snapshot(self) -> None:

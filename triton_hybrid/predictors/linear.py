@@ -8,6 +8,7 @@ least squares for each tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
-from triton_hybrid.kernels.displacement import Displacement, ScaledRow, scaled_row
+from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.gram import DISPLACEMENT
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.multi_tensor import TensorSet
+from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, Scalars
-from triton_hybrid.predictors.predictor import Predictor
+from triton_hybrid.kernels.update_rule import UpdateRule
+from triton_hybrid.predictors.predictor import Predictor, Rows
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.state import Batch, Home, StateRow, fixed
 
@@ -43,6 +46,9 @@ the square of the last displacement."""
 RATIO = StateRow("ratio", fixed(torch.float32), shape=())
 
 
+SLOW_EMA = address_row("slow_ema")
+
+
 @triton.jit
 def _factors(row, factor):
     return tl.where(tl.load(row + LR) != 0, factor, 0.0)
@@ -54,13 +60,13 @@ def _block(
     DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
+    last = load_row(addresses, DISPLACEMENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
     # What never had a gradient was moved by weight decay alone, which nobody predicts.
-    return scaled_row(
-        addresses, DISPLACEMENT, tensor, begin, length, factor, coefficients, STATE, BLOCK, FULL
-    )
+    s = load_row(addresses, SLOW_EMA, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    return factor * (tl.load(coefficients + tensor).to(STATE) * tl.where(s != 0, last, 0.0))
 
 
-class _Torch(ScaledRow):
+class _Torch:
     """The displacement in plain torch."""
 
     def factors(
@@ -70,6 +76,11 @@ class _Torch(ScaledRow):
         lr = scalars.hyperparameters[tensors.group.long(), HYPER["lr"]]
         return [torch.where(lr != 0, factor, 0.0), ratio.double()]
 
+    def block(self, rule: UpdateRule, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
+        factor, ratio = factors
+        moved = torch.mul(rows["displacement"], ratio, out=out[0]).mul_(factor)
+        return moved.masked_fill_(rows["slow_ema"] == 0, 0.0)
+
 
 class Linear(Predictor):
     """Continues the motion of the last cycle."""
@@ -77,9 +88,7 @@ class Linear(Predictor):
     name = "linear"
     lends_moments = True
     follows_trajectory = True
-    displacement = Displacement(
-        _factors, _block, _Torch("displacement"), ("displacement", "slow_ema")
-    )
+    displacement = Displacement(_factors, _block, _Torch(), ("displacement", "slow_ema"))
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)

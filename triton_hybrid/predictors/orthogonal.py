@@ -13,7 +13,7 @@ Elements whose gradient was never other than zero do not move.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,15 @@ from torch import Tensor
 
 from triton_hybrid.flat_shards import whole_shape
 from triton_hybrid.kernels.backend import Backend
-from triton_hybrid.kernels.direction import row_block, row_block_torch
+from triton_hybrid.kernels.direction import DIRECTION as _DIRECTION
 from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.matrices import Coefficients, MatrixSet
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import QUINTIC
+from triton_hybrid.kernels.rows import load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, Scalars
+from triton_hybrid.kernels.update_rule import UpdateRule
+from triton_hybrid.predictors.predictor import Rows
 from triton_hybrid.rules.muon import ADAMW_RMS, scratch_dtype
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.rules.whole_matrices import WholeMatrices
@@ -62,6 +65,16 @@ def _factors(row, factor):
     return -factor * (tl.load(row + LR) * _LENGTH)
 
 
+@triton.jit
+def _block(
+    addresses, tensor, begin, length, factor, a, b, c, d, coefficients,
+    DENOMINATOR: tl.constexpr, ALONG: tl.constexpr, STATE: tl.constexpr,
+    BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    along = load_row(addresses, _DIRECTION, tensor, begin, length, STATE, STATE, BLOCK, FULL)
+    return factor * along
+
+
 class _Torch:
     """The displacement in plain torch."""
 
@@ -71,17 +84,11 @@ class _Torch:
         rates = scalars.hyperparameters[tensors.group.long(), HYPER["lr"]]
         return [-factor * (rates * LENGTH)]
 
-    def block(
-        self,
-        tensors: TensorSet,
-        rows: Mapping[str, Tensor],
-        factors: Sequence[Any],
-        out: Tensor,
-    ) -> Tensor:
-        return row_block_torch(rows, factors, out)
+    def block(self, rule: UpdateRule, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
+        return torch.mul(rows["direction"], factors[0], out=out[0])
 
 
-TURNED = Displacement(_factors, row_block, _Torch(), (DIRECTION.name,), again=True)
+TURNED = Displacement(_factors, _block, _Torch(), (DIRECTION.name,), again=True)
 """The displacement of such matrices."""
 
 

@@ -142,7 +142,7 @@ class Predictor(Choice):
         self.active = self
         self.refit_steps = config.full_steps
         self._slopes_known = False
-        self._deferred: tuple[Displacement, ...] | None = None
+        self._deferred: list[Displacement] | None = None
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return (SLOW_EMA, SNAPSHOT, PREDICTION)
@@ -185,7 +185,7 @@ class Predictor(Choice):
         """
         engine, backend, scalars = self.engine, self.engine.backend, self.engine.scalars
         again = [self._again(batch) for batch in engine.batches]
-        self._deferred = tuple(filter(None, again)) or None
+        self._deferred = [*map(self.displacement_of, engine.batches)] if self.recomputes else None
         for batch, displacement in zip(engine.batches, again):
             # Where nothing predicts, a checkpoint may have brought what another one has moved.
             moved = self.predicts and self._may_move(batch)
@@ -212,7 +212,7 @@ class Predictor(Choice):
         """The displacement of a batch, where it is computed again."""
         return self.displacement_of(batch) if self.recomputes else None
 
-    def take_deferred(self) -> tuple[Displacement, ...] | None:
+    def take_deferred(self) -> list[Displacement] | None:
         """Of each batch, where `verify` has left masters for the base step to place along them."""
         again, self._deferred = self._deferred, None
         return again

@@ -23,6 +23,7 @@ from triton_hybrid.kernels.displacement import Displacement
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.rows import address_row, load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, STEPS_AHEAD, Scalars
+from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.predictors.orthogonal import TURNED, Turned, is_turned
 from triton_hybrid.predictors.predictor import SLOW_EMA as SLOW_EMA_ROW
 from triton_hybrid.predictors.predictor import Predictor, Rows
@@ -85,10 +86,9 @@ class _Torch:
         rows = scalars.hyperparameters[tensors.group.long()]
         return [-factor * (rows[:, HYPER["lr"]] * rows[:, HYPER["horizon"]])]
 
-    def block(self, tensors: TensorSet, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
+    def block(self, rule: UpdateRule, rows: Rows, factors: Sequence[Any], out: Tensor) -> Tensor:
         factor, *numbers = factors
-        assert tensors.rule is not None
-        moved = tensors.rule.torch_along.along(rows, rows["slow_ema"], numbers, out)
+        moved = rule.torch_along.along(rows, rows["slow_ema"], numbers, out)
         return moved if factor == 1.0 else moved.mul_(factor)
 
 
