@@ -11,6 +11,7 @@ parameters, and of parameters that are no matrices.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from triton_hybrid.flat_shards import handle_of
 from triton_hybrid.kernels.bases import Bases, Matrix, sides_of
 from triton_hybrid.kernels.scalars import HYPER
 from triton_hybrid.kernels.trial import LEAST_PAIRS, TRIAL
-from triton_hybrid.shards import is_dtensor, like_whole, part_of
+from triton_hybrid.shards import is_dtensor, part_of, whole_of
 from triton_hybrid.state import SQUARES, Batch, Home, StateRow
 
 if TYPE_CHECKING:
@@ -163,9 +164,4 @@ def _gathering(param: Any) -> tuple[Callable[[Tensor], Tensor], ...]:
     if not is_dtensor(param):
         return ()
 
-    def whole(part: Tensor) -> Tensor:
-        gathered: Any = like_whole(part.contiguous(), param)
-        matrix: Tensor = gathered.full_tensor()
-        return matrix
-
-    return whole, lambda matrix: part_of(matrix.contiguous(), param)
+    return partial(whole_of, param=param), lambda matrix: part_of(matrix.contiguous(), param)
