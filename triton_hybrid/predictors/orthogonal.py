@@ -12,7 +12,6 @@ Elements whose gradient was never other than zero do not move.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from triton_hybrid.kernels.rows import load_row
 from triton_hybrid.kernels.scalars import HYPER, LR, Scalars
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.predictors.predictor import Rows
-from triton_hybrid.rules.muon import ADAMW_RMS, scratch_dtype
+from triton_hybrid.rules.muon import rate_scale, scratch_dtype
 from triton_hybrid.rules.rule import Rule
 from triton_hybrid.rules.whole_matrices import WholeMatrices
 from triton_hybrid.shards import is_part
@@ -116,7 +115,9 @@ class Turned:
                 matrices = MatrixSet(tensors, grids, schedules, dtype=dtype)
                 matrices.scratch()  # memory is allocated at the first step
                 self._matrices[batch] = matrices
-            scales = [ADAMW_RMS * math.sqrt(max(whole_shape(member.whole))) for member in members]
+            scales = [
+                rate_scale("match_rms_adamw", *whole_shape(member.whole)) for member in members
+            ]
             self._scales[batch] = torch.tensor(scales, dtype=torch.float32, device=tensors.device)
 
     def direct(self, backend: Backend, scalars: Scalars) -> None:
