@@ -14,6 +14,7 @@ wave.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -160,20 +161,34 @@ class Block:
         return matrix.t() if self.tall else matrix
 
 
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a matrix, or of a filter: a row for each output, as Muon takes it."""
+    return shape[0], math.prod(shape[1:])
+
+
+def has_rows(tensor: Tensor) -> bool:
+    """Whether a dense tensor is a matrix, or its first dimension is the outermost in memory."""
+    if tensor.ndim < 3:
+        return tensor.ndim == 2
+    return tensor.stride(0) * tensor.shape[0] == tensor.numel()
+
+
 def blocks_of(index: int, tensor: Tensor, grid: tuple[int, int]) -> list[Block]:
     """The blocks of a dense tensor, number ``index`` of its set, cut into equal parts.
+
+    A filter is the matrix of its rows, whose columns are in the order of memory.
 
     Raises:
         ValueError: Not a matrix, or not divisible.
     """
-    if tensor.ndim != 2:
+    if not has_rows(tensor):
         raise ValueError(f"tensor {index} has shape {tuple(tensor.shape)}: must be a matrix")
-    size = tuple(tensor.shape)
+    size = as_matrix(tensor.shape)
     if any(part < 1 or length % part for length, part in zip(size, grid)):
         raise ValueError(f"tensor {index} of shape {size}: cannot be cut into blocks {grid}")
     if not tensor.numel():
         return []
-    if 1 not in size and tensor.stride(1) != 1:
+    if tensor.ndim == 2 and 1 not in size and tensor.stride(1) != 1:
         size, grid = size[::-1], grid[::-1]
     rows, columns = size[0] // grid[0], size[1] // grid[1]
     return [

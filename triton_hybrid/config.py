@@ -51,9 +51,9 @@ class HybridConfig(Configuration):
         divergence_threshold: Standard deviations above their running mean that gradient norm and
             loss may have at the predicted point. Positive.
         confidence_threshold: Least confidence at which the weights are moved, in [0, 1].
-        predictor: The dynamics model: ``"slow_ema"`` (of AdamW's and Lion's matrices, their
-            orthogonalised momentum; on a CPU those with a side of at most 256), ``"secant"``
-            (for training without noise: quasi-Newton moves, AdamW groups only),
+        predictor: The dynamics model: ``"slow_ema"`` (of AdamW's and Lion's matrices and
+            filters, their orthogonalised momentum; on a CPU those with a side of at most 256),
+            ``"secant"`` (for training without noise: quasi-Newton moves, AdamW groups only),
             ``"linear"``, ``"none"`` (the base rule alone), or ``"auto"``: ``secant`` where
             training is found deterministic, for which the losses must be known, else
             ``slow_ema``. With ``auto`` and ``slow_ema`` the slow EMA is a part of Muon's momentum.

@@ -281,16 +281,22 @@ class Reference:
         ledger.moved, ledger.stretch, ledger.jump_square = 1, ledger.stretch + 1, distance**2
 
     def turns(self, p: SimpleNamespace) -> bool:
-        """Whether a parameter moves along its orthogonalised momentum: a matrix, not too long."""
-        hidden = p.w.ndim == 2 and min(p.w.shape) > 1 and max(p.w.shape) < 6 * min(p.w.shape)
-        return hidden and self.mixes and self.base != "muon"
+        """Whether a parameter moves along its orthogonalised momentum: a matrix or a filter.
+
+        One between layers: with about as many outputs as inputs.
+        """
+        if p.w.ndim < 2 or not self.mixes or self.base == "muon":
+            return False
+        least, most = sorted(map(int, p.w.shape[:2]))
+        return least > 1 and most < 6 * least
 
     def orthogonal(self, p: SimpleNamespace) -> Tensor:
-        """The direction along the momentum, orthogonalised."""
-        x, tall = self.along(p, p.m), p.w.shape[0] > p.w.shape[1]
-        x = orthogonalised(x.mT, 3).mT if tall else orthogonalised(x, 3)
-        turned: Tensor = 0.2 * math.sqrt(max(p.w.shape)) * x * (p.m != 0)
-        return turned
+        """The direction along the momentum, orthogonalised; a row for each output."""
+        x = self.along(p, p.m).flatten(1)
+        rows, columns = x.shape
+        x = orthogonalised(x.mT, 3).mT if rows > columns else orthogonalised(x, 3)
+        x = 0.2 * math.sqrt(max(rows, columns)) * x.reshape(p.w.shape)
+        return torch.where(p.m != 0, x, 0.0)
 
     # ------------------------------------------------------------------------------- Correct
 

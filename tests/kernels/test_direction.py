@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,7 +53,10 @@ def test_both_backends_see_the_momentum_as_the_rule_does(rule: str, data: st.Dat
 
 
 def directed(backend: Checked, dtype: torch.dtype, shapes: Any, shift: int = 0) -> Problem:
-    problem = Problem(plain(*shapes, shift=shift))
+    specs = plain(*shapes, shift=shift)
+    if shift:  # channels last
+        specs = [replace(its, order=(0, *its.order[2:], 1)[: len(its.shape)]) for its in specs]
+    problem = Problem(specs)
     count = len(problem.specs)
     grids, schedules = [(1, 1)] * count, [STEPS] * count
     tiling = None if ON_GPU else SMALL
@@ -69,11 +73,12 @@ def directed(backend: Checked, dtype: torch.dtype, shapes: Any, shift: int = 0) 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shift", [0, 1])
 def test_matrices_are_orthogonalised(backend: Checked, dtype: torch.dtype, shift: int) -> None:
-    shapes = ((16, 16), (5, 20), (33, 17), (2, 3))
+    shapes = ((16, 16), (5, 20), (33, 17), (2, 3), (4, 3, 3, 3), (20, 3, 2))
     problem = directed(backend, dtype, shapes, shift)
     for index in range(len(shapes)):
-        wanted = (index + 1) * newton_schulz_torch(oracle(problem, index), STEPS, 1e-8)
-        found = problem.rows["direction"][index].double().cpu()
+        along = oracle(problem, index).flatten(1)  # of a filter, a row for each output
+        wanted = (index + 1) * newton_schulz_torch(along, STEPS, 1e-8)
+        found = problem.rows["direction"][index].double().cpu().flatten(1)
         assert float((found - wanted).norm() / wanted.norm()) < TOLERANCE[dtype]
 
 

@@ -291,6 +291,8 @@ def test_base_step_is_muon(
 def test_blocks_of_what_is_no_matrix_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tensor 3 has shape \(4,\): must be a matrix"):
         blocks_of(3, torch.zeros(4), (1, 1))
+    with pytest.raises(ValueError, match=r"tensor 1 has shape \(3, 2, 5\): must be a matrix"):
+        blocks_of(1, torch.zeros(2, 3, 5).transpose(0, 1), (1, 1))
     with pytest.raises(ValueError, match=r"cannot be cut into blocks \(3, 1\)"):
         blocks_of(0, torch.zeros(4, 4), (3, 1))
     assert blocks_of(0, torch.zeros(0, 4), (1, 1)) == []

@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import assert_same_on_all, of_all, run_on_ranks
-from test_sharded import BATCH, batches, make_net, make_optimizer, sharded, train
+from test_sharded import (
+    BATCH,
+    FILTERS,
+    SIZES,
+    batches,
+    make_net,
+    make_optimizer,
+    sharded,
+    train,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,6 +47,7 @@ pytestmark = [
 KINDS: list[dict[str, Any]] = [
     {"config": {"predictor": "slow_ema"}},
     {"config": {"predictor": "slow_ema", "inline": False}},
+    {"config": {"predictor": "slow_ema"}, "sizes": FILTERS},
     {"config": {"predictor": "slow_ema", "inline": False}, "orig": False},
     {"config": {"predictor": "slow_ema"}, "orig": False, "strategy": "SHARD_GRAD_OP"},
     {"config": {"predictor": "slow_ema", "inline": False}, "strategy": "SHARD_GRAD_OP"},
@@ -73,7 +83,8 @@ def like_one_process(rank: int, world: int) -> list[Any]:
     for kind in KINDS:
         runs = []
         for alone in (True, False) if rank == 0 else (False,):
-            net, orig = make_net(kind.get("dtype", torch.float32)), kind.get("orig", True)
+            net = make_net(kind.get("dtype", torch.float32), kind.get("sizes", SIZES))
+            orig = kind.get("orig", True)
             if not alone:
                 net = wrapped(net, orig, kind.get("strategy", "FULL_SHARD"))
             elif not orig:  # the same flat parameters, whole

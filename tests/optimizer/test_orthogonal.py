@@ -14,9 +14,11 @@ from triton_hybrid import HybridOptimizer, Phase
 from triton_hybrid.predictors import slow_ema
 from triton_hybrid.predictors.orthogonal import LENGTH, is_hidden
 
-SHAPES = ((12, 8), (8, 12), (60, 11), (66, 11), (3, 4, 5), (1, 7), (9,), ())
-"""The third is just short enough to be a matrix between layers."""
-MOVED = [True, True, True, False, False, False, False, False]
+SHAPES = (
+    (12, 8), (8, 12), (60, 11), (66, 11), (10, 6, 3, 3), (12, 2, 5), (11, 1, 3, 3), (1, 7), (9,), ()
+)  # fmt: skip
+"""The third is just short enough to be a matrix between layers; then three filters."""
+MOVED = [True, True, True, False, True, False, False, False, False, False]
 
 
 def trained(
@@ -25,7 +27,8 @@ def trained(
     """An optimizer that has followed noisy gradients up to a Predict step, if there is one."""
     generator, dtype = torch.Generator().manual_seed(seed), options.pop("dtype", torch.float32)
     made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    params = [nn.Parameter(value) for value in made]
+    order = options.pop("memory_format", torch.contiguous_format)
+    params = [nn.Parameter(value.contiguous(memory_format=order)) for value in made]
     config = fast_config(**{"inline": False, **options.pop("config", {})})
     optimizer = HybridOptimizer(params, lr=1e-2, hybrid=config, **options)
     for number in range(2 * steps):
@@ -37,7 +40,7 @@ def trained(
         for param in params if optimizer.needs_backward else ():
             noise = 0.3 * torch.randn(param.shape, generator=generator)
             param.grad = (param.detach() + noise).to(dtype)
-            if param.ndim == 2:
+            if param.ndim > 1:
                 param.grad[0] = 0.0  # as a word that no batch has had
         optimizer.step()
     optimizer.zero_grad()
@@ -47,6 +50,11 @@ def trained(
 @pytest.mark.parametrize(("shape", "hidden"), list(zip(SHAPES, MOVED)))
 def test_what_is_a_matrix_between_layers(shape: tuple[int, ...], hidden: bool) -> None:
     assert is_hidden(shape) == hidden
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (3, 0, 2), (4, 4, 0)])
+def test_without_elements_nothing_is_a_matrix(shape: tuple[int, ...]) -> None:
+    assert not is_hidden(shape)
 
 
 def moved_by(optimizer: HybridOptimizer) -> list[Tensor]:
@@ -93,6 +101,31 @@ def test_matrices_that_a_cpu_cannot_afford_follow_the_slow_ema() -> None:
     optimizer, params = trained(shapes=((257, 300), (256, 300)), steps=3)
     rows = [{"direction", "slow_ema"} & set(optimizer.state[param]) for param in params]
     assert rows == [{"slow_ema"}, {"direction"}]
+
+
+def test_a_filter_moves_as_the_matrix_of_its_outputs_in_any_order_of_memory() -> None:
+    flat, first = (10, 54), (10, 6, 3, 3)
+    moves = []
+    for shape, order in (
+        (flat, torch.contiguous_format),
+        (first, torch.contiguous_format),
+        (first, torch.channels_last),
+    ):
+        optimizer, (param,) = trained(shapes=(shape,), memory_format=order)
+        assert "direction" in optimizer.state[param]
+        assert param.is_contiguous(memory_format=order)
+        moves.append(moved_by(optimizer)[0].reshape(flat))
+    assert torch.equal(moves[0], moves[1])
+    # Sums are in another order.
+    torch.testing.assert_close(moves[0], moves[2], rtol=1e-3, atol=1e-6)
+
+
+def test_a_filter_whose_outputs_are_not_outermost_in_memory_follows_the_slow_ema() -> None:
+    turned = nn.Parameter(torch.randn(8, 6, 3).transpose(0, 1))
+    optimizer = HybridOptimizer([turned], lr=1e-2, hybrid=fast_config())
+    turned.grad = torch.randn(6, 8, 3)
+    optimizer.step()
+    assert {"direction", "slow_ema"} & set(optimizer.state[turned]) == {"slow_ema"}
 
 
 @pytest.mark.parametrize("lr", [1e-2, 2e-3])

@@ -28,11 +28,17 @@ BATCH = 16
 
 SIZES, WIDE = (12, 9, 14, 3), (12, 9, 7, 3)
 """Bases of a tall matrix have no last columns of their own, and rounding turns those."""
+FILTERS: tuple[int, ...] = ()
+"""A convolution between two layers."""
 
 
 def make_net(dtype: torch.dtype = torch.float32, sizes: Sequence[int] = SIZES) -> nn.Module:
     """Layers whose parts are uneven on 2 and on 4 ranks, and empty on some; one is tall."""
     torch.manual_seed(0)
+    if sizes == FILTERS:
+        filters = nn.Conv1d(4, 6, 3, padding=1)
+        ends = nn.Linear(12, 12), nn.Unflatten(1, (4, 3)), filters, nn.Flatten(), nn.Tanh()
+        return nn.Sequential(*ends, nn.Linear(18, 3)).to(dtype)
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
@@ -41,7 +47,7 @@ def make_net(dtype: torch.dtype = torch.float32, sizes: Sequence[int] = SIZES) -
 
 def sharded(model: nn.Module, **options: Any) -> nn.Module:
     for layer in model:
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, (nn.Linear, nn.Conv1d)):
             fully_shard(layer, **options)
     return fully_shard(model, **options)
 
@@ -96,6 +102,7 @@ def make_optimizer(model: nn.Module, base: str = "adamw", **options: Any) -> Hyb
 KINDS: list[dict[str, Any]] = [
     {"config": {"predictor": "slow_ema"}, "noisy": True},
     {"config": {"predictor": "slow_ema", "inline": False}, "noisy": True},
+    {"config": {"predictor": "slow_ema"}, "noisy": True, "sizes": FILTERS},
     {"config": {"predictor": "linear", "inline": False, "max_predict_steps": 4}},
     # Quasi-Newton steps make much of little: in FP32 rounding moves them apart by 5e-5.
     {"config": {"predictor": "secant"}, "dtype": torch.float64, "sizes": WIDE},

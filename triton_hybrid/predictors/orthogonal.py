@@ -1,11 +1,12 @@
-"""Matrices that `slow_ema` moves along their orthogonalised momentum.
+"""Matrices and filters that `slow_ema` moves along their orthogonalised momentum.
 
     displacement = -factor · 3 lr · 0.2 √max(m, n) · Newton-Schulz(exp_avg / (√v̂ + ε))
 
-For an m x n matrix: what Muon would do with the momentum, seen in the metric of the base rule, and
-with the length that Muon's steps have beside AdamW's. One orthogonalisation a prediction, where
-Muon has one a gradient; the base rule, its state and its learning rate stay what they are. Such a
-matrix needs no slow EMA: a decay of 0.9 is as good here as 0.95, and better than 0.99.
+For an m x n matrix, or a filter of m outputs with n elements each: what Muon would do with the
+momentum, seen in the metric of the base rule, and with the length that Muon's steps have beside
+AdamW's. One orthogonalisation a prediction, where Muon has one a gradient; the base rule, its state
+and its learning rate stay what they are. Such a matrix needs no slow EMA: a decay of 0.9 is as good
+here as 0.95, and better than 0.99.
 
 Elements whose gradient was never other than zero do not move.
 """
@@ -24,7 +25,7 @@ from triton_hybrid.flat_shards import whole_shape
 from triton_hybrid.kernels.backend import Backend
 from triton_hybrid.kernels.direction import DIRECTION as _DIRECTION
 from triton_hybrid.kernels.displacement import Displacement
-from triton_hybrid.kernels.matrices import Coefficients, MatrixSet
+from triton_hybrid.kernels.matrices import Coefficients, MatrixSet, as_matrix, has_rows
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz import QUINTIC
 from triton_hybrid.kernels.rows import load_row
@@ -45,7 +46,8 @@ STEPS: Coefficients = QUINTIC * 3
 LARGEST_ASPECT = 6
 """A matrix this many times longer than wide is none between layers: GPT-2's embedding has 65,
 Llama's 8 to 31; gate and up of a feed-forward layer in one have 5.4. It would be half of the
-arithmetic, and gains nothing from it."""
+arithmetic, and gains nothing from it. Of a filter these are outputs and inputs, whatever its size:
+those of a first layer, that of colours, and of each channel by itself are left out."""
 LARGEST_ON_CPU = 256
 """Shortest side of a matrix that a CPU orthogonalises: for the m of a square one, the products of a
 prediction are those of some 2 m tokens. Those of GPT-2 small take ten seconds on 2 cores, where 256
@@ -55,8 +57,11 @@ _LENGTH = tl.constexpr(LENGTH)
 
 
 def is_hidden(shape: Sequence[int]) -> bool:
-    """Whether a parameter of a shape is taken for a matrix between layers."""
-    return len(shape) == 2 and min(shape) > 1 and max(shape) < LARGEST_ASPECT * min(shape)
+    """Whether a parameter of a shape is taken for a matrix or a filter between layers."""
+    if len(shape) < 2 or 0 in shape:
+        return False
+    least, most = sorted(shape[:2])
+    return least > 1 and most < LARGEST_ASPECT * least
 
 
 @triton.jit
@@ -93,10 +98,12 @@ TURNED = Displacement(_factors, _block, _Torch(), (DIRECTION.name,), again=True)
 
 def is_turned(rule: Rule, member: Member) -> bool:
     """Whether a parameter is a matrix that is moved so."""
-    shape = whole_shape(member.whole)
+    shape, param = whole_shape(member.whole), member.param
     if rule.kernels.along is None or not is_hidden(shape):
         return False
-    return member.param.device.type != "cpu" or min(shape) <= LARGEST_ON_CPU
+    if not is_part(member.whole) and not has_rows(param):
+        return False
+    return param.device.type != "cpu" or min(as_matrix(shape)) <= LARGEST_ON_CPU
 
 
 class Turned:
@@ -116,7 +123,8 @@ class Turned:
                 matrices.scratch()  # memory is allocated at the first step
                 self._matrices[batch] = matrices
             scales = [
-                rate_scale("match_rms_adamw", *whole_shape(member.whole)) for member in members
+                rate_scale("match_rms_adamw", *as_matrix(whole_shape(member.whole)))
+                for member in members
             ]
             self._scales[batch] = torch.tensor(scales, dtype=torch.float32, device=tensors.device)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triton_hybrid.flat_shards import whole_shape
-from triton_hybrid.kernels.matrices import Coefficients
+from triton_hybrid.kernels.matrices import Coefficients, as_matrix
 from triton_hybrid.kernels.multi_tensor import TensorSet
 from triton_hybrid.kernels.newton_schulz_torch import momenta_torch, newton_schulz_torch
 from triton_hybrid.kernels.scalars import HYPER, Scalars
@@ -77,11 +77,11 @@ class WholeMatrices:
 
     def _orthogonal(self, matrix: Tensor, index: int, eps: Tensor) -> Tensor:
         """One matrix, block by block."""
-        (down, across), (rows, columns) = self._grids[index], matrix.shape
+        (down, across), (rows, columns) = self._grids[index], as_matrix(matrix.shape)
         blocks = matrix.view(down, rows // down, across, columns // across).transpose(1, 2)
         made = newton_schulz_torch(blocks, self._schedules[index], eps)
         # Other ranks receive it in the order of memory, which is another of a tall matrix.
-        return made.transpose(1, 2).reshape(rows, columns).contiguous()
+        return made.transpose(1, 2).reshape(matrix.shape).contiguous()
 
 
 class _Owner(NamedTuple):
@@ -101,6 +101,8 @@ def _owners(members: Sequence[Member]) -> list[_Owner]:
         group = part_group(members[index].whole)
         ranks = dist.get_process_group_ranks(group)
         owner = min(ranks, key=lambda rank: (load.get(rank, 0.0), rank))
-        load[owner] = load.get(owner, 0.0) + float(shapes[index].numel()) * min(shapes[index])
+        load[owner] = load.get(owner, 0.0) + float(shapes[index].numel()) * min(
+            as_matrix(shapes[index])
+        )
         found[index] = _Owner(owner, group, owner == dist.get_rank())
     return [found[index] for index in range(len(members))]

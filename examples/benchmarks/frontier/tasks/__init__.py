@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from frontier.tasks.base import Batch, Task
+from frontier.tasks.images import Pictures
 from frontier.tasks.pde import Poisson
 from frontier.tasks.tables import DigitsConvolution, DigitsFullBatch, Tabular
 from frontier.tasks.text import FineTuning, LanguageModel
@@ -15,7 +16,15 @@ __all__ = ["TASKS", "Batch", "Task", "build_task"]
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (LanguageModel, DigitsConvolution, DigitsFullBatch, Poisson, FineTuning, Tabular)
+    for task in (
+        LanguageModel,
+        DigitsConvolution,
+        DigitsFullBatch,
+        Pictures,
+        Poisson,
+        FineTuning,
+        Tabular,
+    )
 }
 SHORT_NAMES = {"batch": "batch_size"}
 
