@@ -24,7 +24,7 @@ from lib.run_store import RunStore
 SMALL_LANGUAGE = {"layers": 1, "width": 16, "heads": 2, "batch": 2, "length": 16, "windows": 4}
 TINY: dict[str, dict[str, Any]] = {
     "lm": SMALL_LANGUAGE, "finetune": SMALL_LANGUAGE, "digits-cnn": {}, "tabular": {},
-    "digits-fullbatch": {"width": 8}, "pde": {"width": 8, "points": 16},
+    "digits-fullbatch": {"width": 8}, "pictures": {}, "pde": {"width": 8, "points": 16},
 }  # fmt: skip
 RESULTS = Path(command.__file__).parents[1] / "results" / "frontier"
 FIELDS = {
@@ -387,4 +387,35 @@ def test_command_without_a_file_or_anything(path: Path, capsys: pytest.CaptureFi
     assert command.main(["report", str(path), "--output", str(path.parent)]) == 2
     assert "runs.jsonl: does not exist" in capsys.readouterr().err
     assert command.main([]) == 2
-    assert "give one of: run, report, never-worse, --quick" in capsys.readouterr().err
+    assert "give one of: run, report, pairs, never-worse, cost, --quick" in capsys.readouterr().err
+
+
+def test_cost_compares_optimizers_with_the_first(path: Path) -> None:
+    words = "--tasks digits-fullbatch --optimizers adamw hybrid --gradients 3 --rounds 2"
+    file = path.parent / "cost.json"
+    assert command.main(["cost", *words.split(), "--output", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["optimizer"] for row in rows] == ["adamw", "hybrid"]
+    assert rows[0]["ratios"] == [1.0, 1.0]
+    assert all(row["milliseconds"] > 0 and len(row["ratios"]) == 2 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("cost --tasks lm --optimizers adamw", False),
+        ("pairs runs.jsonl --optimizer hybrid", False),
+        ("run --tasks lm --optimizers adamw --budgets 1", False),
+        ("report runs.jsonl", True),
+        ("never-worse", True),
+    ],
+)
+def test_an_output_of_the_wrong_kind_is_refused(
+    words: str, folder: bool, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path.parent.mkdir()
+    path.touch()
+    wrong = path if folder else path.parent
+    assert command.main([*words.split(), "--output", str(wrong)]) == 2
+    wanted = "a folder, and is a file" if folder else "a file, and is a folder"
+    assert f"--output {wrong}: must be {wanted}" in capsys.readouterr().err

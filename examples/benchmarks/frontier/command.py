@@ -4,6 +4,7 @@ r"""Measures optimizers against the frontier of tuned AdamW.
         --lrs 1e-3 2e-3 4e-3 8e-3 --budgets 250 500 1000 --seeds 0 1 2 --output runs.jsonl
     python examples/benchmarks/frontier.py report runs.jsonl --output report
     python examples/benchmarks/frontier.py never-worse --seeds 0 1 2 3 --output report
+    python examples/benchmarks/frontier.py cost --tasks lm --optimizers adamw hybrid --output FILE
     python examples/benchmarks/frontier.py --quick [--output report]
 
 `run` trains every combination of tasks, optimizers, learning rates, budgets and seeds that the
@@ -12,7 +13,8 @@ best of them, for each task, optimizer and budget, on ``--seeds``. `report` turn
 into a table, plots and a summary; `pairs` compares one optimizer with others at the same budget,
 with no frontier of AdamW. ``--quick`` does both on a small task within a minute.
 `never-worse` asks another question: whether HybridOptimizer with its defaults, put in AdamW's place
-at the same learning rate, is worse.
+at the same learning rate, is worse. `cost` measures what a gradient and its step take of the
+processor.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
+from frontier.cost import measure_cost
 from frontier.drivers import SCHEDULES
 from frontier.judge import tune
 from frontier.never_worse import measure_never_worse
@@ -57,6 +62,7 @@ Tasks = Annotated[tuple[str, ...], choice(list(TASKS), many=True)]
 Optimizers = Annotated[tuple[str, ...], choice(list(OPTIMIZERS), many=True)]
 Settings = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[OWNER:]NAME=VALUE")]
 Folder = Annotated[Path, arg(metavar="FOLDER")]
+File = Annotated[Path, arg(metavar="FILE")]
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class RunOptions:
     tasks: Tasks
     optimizers: Optimizers
     budgets: Counts  # gradient evaluations
-    output: Annotated[Path, arg(metavar="FILE")]  # file of runs as JSON lines; it is continued
+    output: File  # file of runs as JSON lines; it is continued
     lrs: Rates = None  # at the peak (None: a grid for each task and optimizer)
     seeds: Seeds = (0, 1, 2)  # of weights and data order
     tune_seeds: Seeds = ()  # all learning rates on these, the best one on --seeds
@@ -91,7 +97,7 @@ class PairsOptions:
 
     files: Positional[tuple[Path, ...]]
     optimizer: Annotated[str, choice(list(OPTIMIZERS))]  # which one
-    output: Annotated[Path, arg(metavar="FILE")]  # JSON
+    output: File  # JSON
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,20 @@ class NeverWorseOptions:
     tasks: Annotated[tuple[str, ...], choice(list(SWAP_TASKS), many=True)] = tuple(SWAP_TASKS)
     seeds: Seeds = (0, 1, 2, 3)  # of weights and data
     steps: Count | None = None  # gradient evaluations of every run (None: the task's own)
+
+
+@dataclass(frozen=True)
+class CostOptions:
+    """Measure the processor time of a gradient with its step, optimizers in turn."""
+
+    tasks: Tasks
+    optimizers: Optimizers  # the others are compared with the first
+    output: File  # JSON
+    gradients: Count = 100  # of each run
+    rounds: Annotated[int, whole_number(2)] = 5  # runs of each
+    task_option: Settings = ()  # for all tasks, or for the one named
+    optimizer_option: Settings = ()  # for all optimizers, or for the one named
+    threads: Count = 1
 
 
 @dataclass(frozen=True)
@@ -175,10 +195,26 @@ def parse_options(
     return options
 
 
+def with_options(
+    options: RunOptions | CostOptions,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Returns the options of each task and of each optimizer."""
+    tasks = parse_options("--task-option", options.task_option, options.tasks)
+    return tasks, parse_options("--optimizer-option", options.optimizer_option, options.optimizers)
+
+
+def check_output(options: Any) -> None:
+    """Refuses a file's name that is a folder's, and a folder's that is a file's."""
+    path: Path | None = options.output
+    folder = isinstance(options, (ReportOptions, NeverWorseOptions))
+    if path is not None and path.exists() and path.is_dir() != folder:
+        kinds = ("a folder", "a file") if folder else ("a file", "a folder")
+        raise ValueError(f"--output {path}: must be {kinds[0]}, and is {kinds[1]}")
+
+
 def run_command(options: RunOptions) -> None:
     """Trains what the file does not hold yet."""
-    tasks = parse_options("--task-option", options.task_option, options.tasks)
-    settings = parse_options("--optimizer-option", options.optimizer_option, options.optimizers)
+    tasks, settings = with_options(options)
     grid = Grid(tasks, settings, options.lrs, options.budgets, options.schedule)
 
     def run(specs: Iterable[RunSpec]) -> int:
@@ -206,20 +242,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not arguments:
-            raise ValueError("give one of: run, report, never-worse, --quick")
+            raise ValueError("give one of: run, report, pairs, never-worse, cost, --quick")
         if "--quick" in arguments:
             quick_command(parse(QuickOptions, arguments, prog=NAME).output)
             return 0
         commands = {
             "run": RunOptions, "report": ReportOptions, "pairs": PairsOptions,
-            "never-worse": NeverWorseOptions,
+            "never-worse": NeverWorseOptions, "cost": CostOptions,
         }  # fmt: skip
         options = parse(commands, arguments, prog=NAME, description=__doc__)
+        check_output(options)
         if isinstance(options, RunOptions):
             run_command(options)
         elif isinstance(options, NeverWorseOptions):
             chosen = options.tasks, options.seeds, options.output, options.steps
             print(measure_never_worse(*chosen), flush=True)
+        elif isinstance(options, CostOptions):
+            torch.set_num_threads(options.threads)
+            measured = with_options(options)
+            table = measure_cost(*measured, options.gradients, options.rounds, options.output)
+            Console().print(table)
         elif isinstance(options, PairsOptions):
             write_pairs(load_lines(options.files), options.optimizer, options.output)
         else:

@@ -71,10 +71,15 @@ class BudgetSpent(Exception):  # noqa: N818  # the orderly end of a run, not an 
 
 
 class Run:
-    """A run under way: counts gradients, takes the time, and draws the curve."""
+    """A run under way: counts gradients, takes the time, and draws the curve.
 
-    def __init__(self, spec: RunSpec) -> None:
-        self.spec = spec
+    Args:
+        spec: What decides it.
+        measured: Whether there is a curve.
+    """
+
+    def __init__(self, spec: RunSpec, measured: bool = True) -> None:
+        self.spec, self._measured = spec, measured
         self.entry = find_optimizer(spec.optimizer)
         self.task = build_task(spec.task, spec.task_options)
         self.seed = spec.seed + self.entry.seed_shift
@@ -89,7 +94,8 @@ class Run:
         self.curve: list[tuple[int, float, float]] = []
         self._seconds = self._started = 0.0
         marks = range(1, CURVE_POINTS)
-        self._stops = {max(1, round(self.budget * mark / CURVE_POINTS)) for mark in marks}
+        every = {max(1, round(self.budget * mark / CURVE_POINTS)) for mark in marks}
+        self._stops = every if measured else set()
 
     def train(self) -> None:
         """Spends the budget."""
@@ -98,7 +104,8 @@ class Run:
             self._train_with_closure()
         else:
             self._train_step_by_step()
-        self._add_point()
+        if self._measured:
+            self._add_point()
 
     def _train_step_by_step(self) -> None:
         for index in range(self.budget):
