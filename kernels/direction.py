@@ -140,8 +140,9 @@ def lengthen(tensors: TensorSet, scalars: Scalars, scales: Tensor) -> list[Launc
 
 def lengthen_torch(tensors: TensorSet, scalars: Scalars, scales: Tensor) -> None:
     """`lengthen` in plain torch."""
-    for turned, m, scale in zip(tensors.flat["direction"], tensors.flat["exp_avg"], scales):
-        turned.mul_(scale).masked_fill_(m == 0, 0.0)
+    for cells in cells_of(tensors, [True] * len(tensors)):
+        turned = cells.joined("direction") * cells.spread(scales)
+        cells.put("direction", turned.masked_fill_(cells.joined("exp_avg") == 0, 0.0))
 
 
 @repeated

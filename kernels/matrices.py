@@ -138,6 +138,7 @@ class Block:
     rows: int
     columns: int
     pitch: int  # elements from one row to the next
+    whole: bool  # whether it is all of its tensor
 
     @property
     def tall(self) -> bool:
@@ -188,11 +189,12 @@ def blocks_of(index: int, tensor: Tensor, grid: tuple[int, int]) -> list[Block]:
         raise ValueError(f"tensor {index} of shape {size}: cannot be cut into blocks {grid}")
     if not tensor.numel():
         return []
+    whole = grid == (1, 1)
     if tensor.ndim == 2 and 1 not in size and tensor.stride(1) != 1:
         size, grid = size[::-1], grid[::-1]
     rows, columns = size[0] // grid[0], size[1] // grid[1]
     return [
-        Block(index, row * size[1] + column, rows, columns, size[1])
+        Block(index, row * size[1] + column, rows, columns, size[1], whole)
         for row in range(0, size[0], rows)
         for column in range(0, size[1], columns)
     ]
@@ -209,6 +211,10 @@ class Wave:
         device: torch.device,
     ) -> None:
         self.blocks = list(blocks)
+        self.by_shape: dict[tuple[int, int], list[Block]] = {}
+        """Wide shapes, and the blocks that have them."""
+        for block in blocks:
+            self.by_shape.setdefault(block.shape, []).append(block)
         self.coefficients = coefficients
         self.elements = self.gram_elements = 0
         rows: list[list[int]] = []

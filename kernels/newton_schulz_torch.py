@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from triton_hybrid.kernels.ledger import INDEX
@@ -96,13 +98,28 @@ def _orthogonalise(
     tensors = matrices.tensors
     eps = scalars.hyperparameters[tensors.group.long(), HYPER["eps"]]
     for wave in matrices.waves:
-        by_shape: dict[tuple[int, int], list[Block]] = {}
-        for block in wave.blocks:
-            if block.tensor in sources:
-                by_shape.setdefault(block.shape, []).append(block)
-        for blocks in by_shape.values():
-            views = [block.view(sources[block.tensor]).to(matrices.dtype) for block in blocks]
-            least = torch.stack([eps[block.tensor] for block in blocks])
-            result = newton_schulz_torch(torch.stack(views), wave.coefficients, least)
-            for block, matrix in zip(blocks, result.unbind()):
-                block.view(tensors.flat[row][block.tensor]).copy_(matrix)
+        for alike in wave.by_shape.values():
+            blocks = [block for block in alike if block.tensor in sources]
+            if not blocks:
+                continue
+            which = [block.tensor for block in blocks]
+            batch = _stacked(blocks, [sources[index] for index in which]).to(matrices.dtype)
+            made = newton_schulz_torch(batch, wave.coefficients, eps[which])
+            goals = [tensors.flat[row][index] for index in which]
+            if all(block.whole and not block.tall for block in blocks):
+                torch._foreach_copy_(goals, list(made.flatten(1).unbind()))
+            else:
+                views = [block.view(goal) for block, goal in zip(blocks, goals)]
+                torch._foreach_copy_(views, list(made.unbind()))
+
+
+def _stacked(blocks: Sequence[Block], flat: Sequence[Tensor]) -> Tensor:
+    """Wide matrices of one shape, ``[blocks, rows, columns]``.
+
+    Where they are whole tensors, none is viewed by itself, which costs more than to copy a small
+    one: of 148 tensors of 8 x 8 that took half of the time of a prediction.
+    """
+    if not all(block.whole for block in blocks) or len({block.tall for block in blocks}) > 1:
+        return torch.stack([block.view(its) for block, its in zip(blocks, flat)])
+    whole = torch.stack(list(flat)).view(-1, blocks[0].rows, blocks[0].columns)
+    return whole.mT.contiguous() if blocks[0].tall else whole
