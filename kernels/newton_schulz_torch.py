@@ -13,13 +13,19 @@ from triton_hybrid.kernels.scalars import HYPER, Scalars
 
 SMALLEST_NORM = 1e-30
 """Norms below it count as it, so that a matrix of zeros stays one also where eps is 0."""
+GRAM_ASPECT = 2.0
+"""Columns for each row from which on Gram matrices are multiplied instead. On one core three steps
+take three quarters of the time at 3 and 0.6 of it at 4."""
 MIX_GRADIENTS = 1000.0
 """Gradients until the slow EMA has its full part in the momentum; the part grows with their number.
 All of it at once costs short runs 0.02 of the loss (``examples/benchmarks/EXPERIMENTS.md``)."""
 
 
 def newton_schulz_torch(
-    matrices: Tensor, coefficients: Coefficients, eps: float | Tensor = 1e-7
+    matrices: Tensor,
+    coefficients: Coefficients,
+    eps: float | Tensor = 1e-7,
+    by_gram: bool = False,
 ) -> Tensor:
     """Orthogonalises a batch of matrices, in their dtype.
 
@@ -27,6 +33,7 @@ def newton_schulz_torch(
         matrices: ``[..., rows, columns]``, of any floating dtype.
         coefficients: a, b, c of each step.
         eps: Least norm that a matrix is divided by; a tensor gives each matrix its own.
+        by_gram: Whether wide ones in FP32 or more may be multiplied at the end only (`_by_gram`).
 
     Returns:
         As `matrices`, with singular values near one.
@@ -40,13 +47,38 @@ def newton_schulz_torch(
     norm = torch.maximum(norm, least.to(wide)).to(x.dtype)
     x = x / norm[..., None, None]
     batch = x.reshape(-1, *x.shape[-2:])
-    for a, b, c in coefficients:
-        gram = batch @ batch.mT
-        # With alpha=0 in BF16 on the CPU, torch 2.13's baddbmm forgets beta.
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
-        batch = torch.baddbmm(batch, polynomial, batch, beta=a)
+    rows, columns = x.shape[-2:]
+    if by_gram and x.dtype == wide and columns >= GRAM_ASPECT * rows:
+        batch = _by_gram(batch, coefficients)
+    else:
+        for a, b, c in coefficients:
+            gram = batch @ batch.mT
+            batch = torch.baddbmm(batch, _polynomial(gram, b, c), batch, beta=a)
     result = batch.reshape(x.shape)
     return result.mT if tall else result
+
+
+def _polynomial(gram: Tensor, b: float, c: float) -> Tensor:
+    # With alpha=0 in BF16 on the CPU, torch 2.13's baddbmm forgets beta.
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram
+
+
+def _by_gram(batch: Tensor, coefficients: Coefficients) -> Tensor:
+    """The same by products of Gram matrices: that of X is P G P once X is P X.
+
+    All are polynomials of the first, so they commute. 9 products of them and two with X for three
+    steps, where the direct form has 3 and 6. Rounding builds up: three steps of FP32 end 6e-6 off
+    where singular values fall as 1/i² (direct 2e-6), five steps 3e-4 (``gram_form.py``).
+    """
+    gram = batch @ batch.mT
+    whole: Tensor | None = None
+    for step, (a, b, c) in enumerate(coefficients, 1):
+        factor = _polynomial(gram, b, c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        if step < len(coefficients):
+            gram = factor @ gram @ factor
+        whole = factor if whole is None else factor @ whole
+    return batch if whole is None else whole @ batch
 
 
 def orthogonalise_torch(
@@ -63,7 +95,7 @@ def orthogonalise_torch(
 
 def orthogonalise_row_torch(matrices: MatrixSet, scalars: Scalars, row: str) -> None:
     """`orthogonalise_row` in plain torch."""
-    _orthogonalise(matrices, scalars, dict(enumerate(matrices.tensors.flat[row])), row)
+    _orthogonalise(matrices, scalars, dict(enumerate(matrices.tensors.flat[row])), row, True)
 
 
 def momenta_torch(
@@ -92,7 +124,11 @@ def momenta_torch(
 
 
 def _orthogonalise(
-    matrices: MatrixSet, scalars: Scalars, sources: dict[int, Tensor], row: str
+    matrices: MatrixSet,
+    scalars: Scalars,
+    sources: dict[int, Tensor],
+    row: str,
+    by_gram: bool = False,
 ) -> None:
     """Orthogonalises matrices in flat tensors to a row, all of one shape at a time."""
     tensors = matrices.tensors
@@ -104,7 +140,7 @@ def _orthogonalise(
                 continue
             which = [block.tensor for block in blocks]
             batch = _stacked(blocks, [sources[index] for index in which]).to(matrices.dtype)
-            made = newton_schulz_torch(batch, wave.coefficients, eps[which])
+            made = newton_schulz_torch(batch, wave.coefficients, eps[which], by_gram)
             goals = [tensors.flat[row][index] for index in which]
             if all(block.whole and not block.tall for block in blocks):
                 torch._foreach_copy_(goals, list(made.flatten(1).unbind()))

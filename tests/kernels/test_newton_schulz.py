@@ -306,3 +306,23 @@ def test_tilings_divide_what_they_cut() -> None:
     for dtype, kind in product((torch.bfloat16, torch.float32), ("cpu", "cuda")):
         tiling = matrix_tiling(dtype, torch.device(kind))
         assert tiling.tile % tiling.depth == tiling.tile % tiling.strip == 0
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (3, 24, 96), (40, 10)], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+def test_gram_matrices_lead_to_the_same(shape: tuple[int, ...], decay: float) -> None:
+    """Also where singular values fall as 1/i²."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(noise, full_matrices=False)
+    falling = torch.arange(1.0, values.shape[-1] + 1, dtype=torch.float64) ** -decay
+    matrices = left @ (falling.unsqueeze(-1) * right)
+    wanted = newton_schulz_torch(matrices, QUINTIC * 3)
+    for dtype, most in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+        found = newton_schulz_torch(matrices.to(dtype), QUINTIC * 3, by_gram=True)
+        assert found.dtype == dtype
+        assert distance(found, wanted) < most
+    direct, asked = (
+        newton_schulz_torch(matrices.bfloat16(), QUINTIC * 3, by_gram=its) for its in (False, True)
+    )
+    assert torch.equal(direct, asked), "in BF16 its rounding would build up"

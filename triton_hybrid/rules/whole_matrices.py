@@ -54,9 +54,11 @@ class WholeMatrices:
 
     def orthogonalise_row(self, scalars: Scalars, row: str) -> None:
         """Orthogonalises a row in place."""
-        self._orthogonalise_parts(dict(enumerate(self._tensors.flat[row])), scalars, row)
+        self._orthogonalise_parts(dict(enumerate(self._tensors.flat[row])), scalars, row, True)
 
-    def _orthogonalise_parts(self, parts: dict[int, Tensor], scalars: Scalars, row: str) -> None:
+    def _orthogonalise_parts(
+        self, parts: dict[int, Tensor], scalars: Scalars, row: str, by_gram: bool = False
+    ) -> None:
         """Orthogonalises matrices of which there are parts, and writes these to a row."""
         tensors = self._tensors
         eps = scalars.hyperparameters[tensors.group.long(), HYPER["eps"]]
@@ -66,7 +68,7 @@ class WholeMatrices:
             mixed = mixed.as_strided(part.shape, part.stride(), mixed.storage_offset())
             whole[index] = whole_of(mixed.to(self._dtype), like)
             if self._owners[index].mine:
-                whole[index] = self._orthogonal(whole[index], index, eps[index])
+                whole[index] = self._orthogonal(whole[index], index, eps[index], by_gram)
         for index, matrix in whole.items():
             owner = self._owners[index]
             dist.broadcast(matrix, owner.rank, group=owner.group)
@@ -75,11 +77,11 @@ class WholeMatrices:
             goal = flat.as_strided(part.shape, part.stride(), flat.storage_offset())
             goal.copy_(part_of(matrix, self._members[index].whole))
 
-    def _orthogonal(self, matrix: Tensor, index: int, eps: Tensor) -> Tensor:
+    def _orthogonal(self, matrix: Tensor, index: int, eps: Tensor, by_gram: bool) -> Tensor:
         """One matrix, block by block."""
         (down, across), (rows, columns) = self._grids[index], as_matrix(matrix.shape)
         blocks = matrix.view(down, rows // down, across, columns // across).transpose(1, 2)
-        made = newton_schulz_torch(blocks, self._schedules[index], eps)
+        made = newton_schulz_torch(blocks, self._schedules[index], eps, by_gram)
         # Other ranks receive it in the order of memory, which is another of a tall matrix.
         return made.transpose(1, 2).reshape(matrix.shape).contiguous()
 
