@@ -7,6 +7,7 @@ every rank takes its part of the result. In plain torch on every device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -98,13 +99,12 @@ def _owners(members: Sequence[Member]) -> list[_Owner]:
     """One of the ranks that hold parts of it; the largest matrices are dealt out first."""
     load: dict[int, float] = {}
     found: dict[int, _Owner] = {}
-    shapes = [whole_shape(member.whole) for member in members]
-    for index in sorted(range(len(members)), key=lambda index: -shapes[index].numel()):
+    shapes = [as_matrix(whole_shape(member.whole)) for member in members]
+    for index in sorted(range(len(members)), key=lambda index: -math.prod(shapes[index])):
         group = part_group(members[index].whole)
         ranks = dist.get_process_group_ranks(group)
         owner = min(ranks, key=lambda rank: (load.get(rank, 0.0), rank))
-        load[owner] = load.get(owner, 0.0) + float(shapes[index].numel()) * min(
-            as_matrix(shapes[index])
-        )
+        rows, columns = shapes[index]
+        load[owner] = load.get(owner, 0.0) + float(rows * columns) * min(rows, columns)
         found[index] = _Owner(owner, group, owner == dist.get_rank())
     return [found[index] for index in range(len(members))]
