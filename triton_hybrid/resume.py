@@ -7,7 +7,7 @@ every parameter that has the verified weights; in others it is dropped, as after
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from triton_hybrid.checkpoint import PROGRESS
 from triton_hybrid.kernels.ledger import PART_COLUMN
-from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, State, fingerprint
+from triton_hybrid.standing import fingerprint
+from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, State
 
 PREDICTED = "predicted"
 """The parameter's entry; the entries of state are called ``predicted_master`` and so on."""
@@ -85,14 +86,13 @@ def take_predictions(state: State, params: Iterable[Tensor]) -> list[Pending]:
 
 
 @torch.no_grad()
-def put_back(pending: Sequence[Pending]) -> list[Pending]:
-    """Puts predictions back where the verified weights stand; returns those that have to wait."""
-    waiting = []
-    for item in pending:
-        param, entry, known, returns = item
-        if not torch.equal(fingerprint(param), known.to(param.device)):
-            waiting.append(item)
-            continue
-        for name, value in returns.items():
-            (param if name == PREDICTED else entry[name]).copy_(value)
-    return waiting
+def put_back(pending: list[Pending]) -> list[Pending]:
+    """Puts predictions back where the verified weights stand; returns all of them.
+
+    For the next time: a model may load its weights after the optimizer, over what was put back.
+    """
+    for param, entry, known, returns in pending:
+        if torch.equal(fingerprint(param), known.to(param.device)):
+            for name, value in returns.items():
+                (param if name == PREDICTED else entry[name]).copy_(value)
+    return pending

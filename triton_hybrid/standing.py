@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_hybrid.kernels.fingerprint import fingerprint_of
 from triton_hybrid.kernels.layout import dense_view
-from triton_hybrid.kernels.ledger import PART_COLUMN
+from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import assembled, remainder_of
 from triton_hybrid.kernels.residue import recovered_torch
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT
@@ -29,9 +30,27 @@ from triton_hybrid.state import (
     Group,
     Member,
     as_dense,
-    as_predicted,
     moved_again,
 )
+
+
+def fingerprint(param: Tensor) -> Tensor:
+    """FP32 ``[2]``: of a parameter as it is now."""
+    return fingerprint_of(dense_view(as_dense(param).detach()))
+
+
+def is_written(param: Tensor, entry: Group) -> bool:
+    """Whether a parameter is not as the last step noted it; False where nothing is noted."""
+    noted = entry[PREDICTION.name][FINGERPRINT_COLUMN.value :]
+    return bool(noted.any()) and not torch.equal(noted, fingerprint(param).to(noted.device))
+
+
+def as_predicted(param: Tensor, entry: Group) -> bool:
+    """Whether a parameter is as a prediction left it."""
+    if PREDICTION.name not in entry or entry[PREDICTION.name].shape != PREDICTION.shape:
+        return False
+    part, *noted = entry[PREDICTION.name][PART_COLUMN.value :].tolist()
+    return part > 0 and any(noted) and not is_written(param, entry)
 
 
 def weight_before(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_hybrid.kernels.fingerprint import fingerprint_of
 from triton_hybrid.kernels.layout import dense_view
-from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, PART_COLUMN, PREDICTION_COLUMNS
+from triton_hybrid.kernels.ledger import PART_COLUMN, PREDICTION_COLUMNS
 from triton_hybrid.kernels.multi_tensor import TensorSet, assembled, remainder_of
 from triton_hybrid.kernels.rows import NONE, OWN, SPLIT, address_row
 from triton_hybrid.kernels.scalars import MOVE_COLUMNS, Scalars
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 State = dict[Tensor, dict[str, Any]]
 Group = Mapping[str, Any]
-PART, FINGERPRINT = PART_COLUMN.value, FINGERPRINT_COLUMN.value
+PART = PART_COLUMN.value
 
 
 class Home(enum.Enum):
@@ -150,21 +149,6 @@ def moved_again(entry: Group) -> bool:
     """Whether the displacement that stands in a parameter can be computed again."""
     move = entry.get(MOVE.name)
     return move is not None and move.shape == MOVE.shape and not bool(move[0].isnan())
-
-
-def fingerprint(param: Tensor) -> Tensor:
-    """FP32 ``[2]``: of a parameter as it is now."""
-    return fingerprint_of(dense_view(as_dense(param).detach()))
-
-
-def as_predicted(param: Tensor, entry: Group) -> bool:
-    """Whether a parameter is as a prediction left it."""
-    if PREDICTION.name not in entry or entry[PREDICTION.name].shape != PREDICTION.shape:
-        return False
-    part, noted = entry[PREDICTION.name][PART], entry[PREDICTION.name][FINGERPRINT:]
-    if not (part > 0 and bool(noted.any())):
-        return False
-    return torch.equal(noted, fingerprint(param).to(noted.device))
 
 
 class Member(NamedTuple):

@@ -21,7 +21,7 @@ from triton_hybrid.kernels.multi_tensor import remainder_of
 from triton_hybrid.resume import put_back, with_predictions, without_predictions
 from triton_hybrid.rules import RULES
 from triton_hybrid.shards import is_managed, local
-from triton_hybrid.standing import weight_before
+from triton_hybrid.standing import is_written, weight_before
 from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, moved_again
 
 Swap = tuple[Tensor, Tensor, Tensor]
@@ -39,6 +39,7 @@ class VerifiedWeights:
     def verified_weights(self) -> Iterator[None]:
         """Inside, parameters and their masters hold the last verified weights, bit for bit.
 
+        A parameter that somebody has written to since the prediction shows what they wrote.
         Afterwards the prediction stands again, but for elements that were written to meanwhile. A
         `step` inside takes its gradient for one at the verified weights: the prediction is dropped,
         and nothing is blamed for it. Keeps copies of what was moved; waits for the device.
@@ -94,6 +95,8 @@ def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> 
         if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] <= 0:
             continue
         param = local(param)
+        if is_written(param, entry):
+            continue
         verified = weight_before(param, entry, RULES[base].kernels)
         swaps.append(_swap(param.detach(), verified))
         if MASTER.name in entry and not moved_again(entry):

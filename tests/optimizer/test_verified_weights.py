@@ -160,6 +160,27 @@ def test_what_is_written_inside_stands() -> None:
 
 
 @KIND
+@pytest.mark.parametrize("replaced", [False, True])
+def test_inside_is_what_others_have_written_to_a_parameter_before(
+    dtype: torch.dtype, masters: str, predictor: str, replaced: bool
+) -> None:
+    """As a mask that prunes does after each step."""
+    model, optimizer, before = standing(dtype, masters, predictor)
+    first, *others = model.parameters()
+    masked = first.detach() * (first.detach() > 0)
+    if replaced:
+        first.data = masked.clone()
+    else:
+        first.data.copy_(masked)
+    predicted = weights(optimizer)
+    with optimizer.verified_weights():
+        assert torch.equal(first.detach(), masked)
+        for param, verified in zip(others, before[1:], strict=True):
+            assert torch.equal(param.detach(), verified)
+    assert_same_weights(weights(optimizer), predicted)
+
+
+@KIND
 @pytest.mark.parametrize("model_first", [True, False])
 def test_a_checkpoint_written_inside_goes_on_bit_for_bit(
     dtype: torch.dtype, masters: str, predictor: str, model_first: bool
@@ -190,6 +211,21 @@ def test_a_checkpoint_written_inside_goes_on_bit_for_bit(
     assert train(model, optimizer, 20, repeated()) == train(other, restored, 20, repeated())
     assert_same_weights(weights(optimizer), weights(restored))
     assert_same_state(state_copy(optimizer), state_copy(restored))
+
+
+def test_weights_that_come_after_the_optimizer_may_have_been_there_before() -> None:
+    model, optimizer, _ = standing()
+    predicted = weights(optimizer)
+    with optimizer.verified_weights():
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = make_model(seed=5)
+    restored = HybridOptimizer(other.parameters(), lr=1e-2, hybrid=optimizer.hybrid)
+    with torch.no_grad():  # as those of a LayerNorm may be, which begin as ones in every model
+        next(other.parameters()).copy_(next(iter(saved[0].values())))
+    restored.load_state_dict(saved[1])
+    other.load_state_dict(saved[0])
+    restored.train()
+    assert_same_weights(weights(restored), predicted)
 
 
 def test_a_checkpoint_written_inside_and_loaded_beside_other_weights_leaves_them() -> None:
