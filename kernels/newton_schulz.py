@@ -114,10 +114,10 @@ def _gather_kernel(
                 m = tl.load(exp_avg + at, here, None if FULL else 0.0)
                 m = m + rate * (g - m)
                 tl.store(exp_avg + at, m, here)
+                value = m - (1.0 - nesterov_mix) * (m - g)
                 if SLOW:
                     s = tl.load(slow_ema + at, here, None if FULL else 0.0)
-                    m = m + slow_mix * (s - m)
-                value = m - (1.0 - nesterov_mix) * (m - g)
+                    value = value + slow_mix * (s - value)
                 value = narrow(value.to(tl.float32), DTYPE)
                 wide = value.to(tl.float32)
                 square += tl.sum(tl.sum(wide * wide, axis=1), axis=0)

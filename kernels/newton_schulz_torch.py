@@ -115,9 +115,9 @@ def momenta_torch(
         m = flat["exp_avg"][index]
         moved = torch.lerp(m, g, rate)
         m.copy_(moved if skip is None else torch.where(skip, m, moved))
-        if tensors.has("slow_ema"):
-            moved = torch.lerp(moved, flat["slow_ema"][index], slow_mix)
         mixed[index] = torch.lerp(g, moved, nesterov_mix)
+        if tensors.has("slow_ema"):
+            mixed[index].lerp_(flat["slow_ema"][index], slow_mix)
     return mixed
 
 

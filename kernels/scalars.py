@@ -29,7 +29,7 @@ WEIGHT_DECAY = _column("weight_decay")
 SIGN = _column("sign")  # -1 when maximising
 STEPS_AHEAD = _column("horizon")  # base steps that one predicted step stands for
 NESTEROV_MIX = _column("nesterov_mix")  # weight of Muon's momentum against the gradient
-SLOW_MIX = _column("slow_mix")  # weight of the slow EMA in Muon's momentum
+SLOW_MIX = _column("slow_mix")  # weight of the slow EMA beside both
 HYPER_COLUMNS = tl.constexpr(len(HYPER))
 
 UPDATE_SUMS = 4

@@ -82,8 +82,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         process_group: Which ranks decide together; None: the default group, where one is
             initialised; False: this rank alone. A group is not pickled.
         options: Of Muon groups, each of which may set them: ``momentum`` (0.95; schedulers
-            that cycle betas cycle it; with a predicted gradient the slow EMA joins one that forgets
-            three times as fast), ``nesterov`` (True), ``ns_steps`` (5), ``ns_coefficients``
+            that cycle betas cycle it; with a predicted gradient it forgets three times as fast, and
+            the slow EMA joins), ``nesterov`` (True), ``ns_steps`` (5), ``ns_coefficients``
             (three numbers, or three for each step), ``adjust_lr_fn`` (``"match_rms_adamw"``, so
             that one learning rate serves both rules, or ``"original"``), as in
             ``torch.optim.Muon``; ``ns_dtype`` (``"bfloat16"``, ``"float32"``, or None: the first,

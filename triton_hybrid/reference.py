@@ -191,7 +191,7 @@ class Reference:
         if self.base == "muon" and self.mixes:
             p.m.lerp_(g, 1.0 - momentum**3)
             part = 0.6 * min(self.ledger.slow_count / 1000.0, 1.0)
-            return orthogonalised(torch.lerp(g, torch.lerp(p.m, p.slow, part), momentum))
+            return orthogonalised(torch.lerp(torch.lerp(g, p.m, momentum**3), p.slow, part))
         if self.base == "muon":
             p.m.lerp_(g, 1.0 - momentum)
             return orthogonalised(torch.lerp(g, p.m, momentum))

@@ -274,8 +274,9 @@ def test_base_step_is_muon(
         old = {n: before[n][index].double() for n in ("grad", "exp_avg", "slow_ema", "weight")}
         g = sign * clip * old["grad"]
         m = old["exp_avg"] + 0.1 * (g - old["exp_avg"])
-        mixed = m + min(gradients / MIX_GRADIENTS, 1.0) * slow_mix * (old["slow_ema"] - m)
-        momentum = oracle(g + nesterov_mix * (mixed - g)).to(DEVICE)
+        mixed = g + nesterov_mix * (m - g)
+        mixed += min(gradients / MIX_GRADIENTS, 1.0) * slow_mix * (old["slow_ema"] - mixed)
+        momentum = oracle(mixed).to(DEVICE)
         update = 0.2 * math.sqrt(max(spec.shape)) * momentum
         weight = old["weight"] * (1 - 1e-2 * 0.1) - 1e-2 * update
         assert distance(problem.rows["exp_avg"][index], m) < 4e-6

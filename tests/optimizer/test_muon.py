@@ -185,8 +185,8 @@ def test_slow_ema_takes_part_in_the_momentum(
     for step in random_gradients([param], steps=30):
         g = param.grad.double()
         fast.lerp_(g, 1 - momentum**3)
-        mixed = fast + 0.6 * min(step / 20, 1) * (slow - fast)
-        mixed = g + momentum * (mixed - g) if nesterov else mixed
+        mixed = g + momentum**3 * (fast - g) if nesterov else fast
+        mixed = mixed + 0.6 * min(step / 20, 1) * (slow - mixed)
         slow.lerp_(g, 4 / (step + 4))
         weight -= lr * 0.2 * math.sqrt(20) * newton_schulz_torch(mixed, QUINTIC * 5)
         optimizer.step()

@@ -4,13 +4,15 @@
     update  = Newton-Schulz(gradient + momentum · (exp_avg - gradient))
     weight  ← (1 - lr · weight_decay) · weight - lr · scale · update
 
-With a predicted gradient (``predictor="slow_ema"`` or ``"auto"``) the momentum is a mixture of two,
-one that forgets three times as fast, and the slow EMA as the step finds it, more of it the more
-gradients it has seen:
+With a predicted gradient (``predictor="slow_ema"`` or ``"auto"``) that is done with a momentum that
+forgets three times as fast, and what is orthogonalised is mixed with the slow EMA as the step finds
+it, more of it the more gradients it has seen:
 
-    exp_avg ← momentum³ · exp_avg + (1 - momentum³) · gradient
-    mixed   = exp_avg + SLOW_MIX · min(gradients / MIX_GRADIENTS, 1) · (slow_ema - exp_avg)
-    update  = Newton-Schulz(gradient + momentum · (mixed - gradient))
+    fast    = momentum³
+    exp_avg ← fast · exp_avg + (1 - fast) · gradient
+    mixed   = gradient + fast · (exp_avg - gradient)
+    part    = SLOW_MIX · min(gradients / MIX_GRADIENTS, 1)
+    update  = Newton-Schulz(mixed + part · (slow_ema - mixed))
 
 The momenta of all matrices are orthogonalised together (``kernels/newton_schulz.py``), between the
 two parts of the base step.
@@ -126,12 +128,11 @@ def _follow_schedulers(group: dict[str, Any]) -> None:
 
 
 def _betas(group: Group, mixes: bool) -> Betas:
-    momentum = group["momentum"]
+    momentum, slow_mix = group["momentum"], 0.0
+    if mixes and momentum > LEAST_MOMENTUM:
+        momentum, slow_mix = momentum**FASTER, SLOW_MIX
     mix = momentum if group["nesterov"] else 1.0
-    decay, slow_mix = (
-        (momentum**FASTER, SLOW_MIX) if mixes and momentum > LEAST_MOMENTUM else (momentum, 0.0)
-    )
-    return Betas((decay, group["betas"][1]), decay, nesterov_mix=mix, slow_mix=slow_mix)
+    return Betas((momentum, group["betas"][1]), momentum, nesterov_mix=mix, slow_mix=slow_mix)
 
 
 _is_triple = partial(is_list, suits=is_number, count=3)

@@ -23,7 +23,7 @@ class Betas(NamedTuple):
     pair: tuple[float, float]  # β1 and β2 of the rule's formula
     exp_avg: float  # that of exp_avg, for its bias correction
     nesterov_mix: float = 1.0  # weight of the momentum against the gradient
-    slow_mix: float = 0.0  # weight of the slow EMA in the momentum
+    slow_mix: float = 0.0  # weight of the slow EMA beside both
 
 
 class Option(NamedTuple):
