@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton_hybrid.kernels.ledger import INDEX, NONFINITE
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import (
     SNAPSHOT,
@@ -23,7 +24,7 @@ DISPLACEMENT = address_row("displacement")
 
 @triton.jit
 def _gram_chunk(
-    addresses, tensor, start, length,
+    addresses, tensor, start, length, applied,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -35,11 +36,12 @@ def _gram_chunk(
         w = load_weight(addresses, tensor, begin, length, PARAM_TYPE, STATE, KEPT, BLOCK, FULL)
         origin = load_row(addresses, SNAPSHOT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
         last = load_row(addresses, DISPLACEMENT, tensor, begin, length, STATE, STATE, BLOCK, FULL)
-        newest = w - origin
+        newest = tl.where(applied, w - origin, last)
         # The displacement must have come before it is overwritten: a store to a line that is
         # still being loaded took 3 times as long (H200).
         tl.debug_barrier()
         store_row(addresses, DISPLACEMENT, tensor, begin, length, newest, STATE, STATE, BLOCK, FULL)
+        w = tl.where(applied, w, origin)
         store_row(addresses, SNAPSHOT, tensor, begin, length, w, STATE, STATE, BLOCK, FULL)
         square += fold(newest * newest, BLOCK, FULL)
         cross += fold(newest * last, BLOCK, FULL)
@@ -48,10 +50,11 @@ def _gram_chunk(
 
 @triton.jit
 def _gram_kernel(
-    addresses, extents, places, n_chunks, partials,
+    addresses, extents, places, n_chunks, ledger, partials,
     PARAM_TYPE: tl.constexpr, STATE: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    applied = tl.load(ledger + NONFINITE) == 0
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor, start, length, full = chunk_at(chunk, places, extents, BLOCK, CHUNK)
         zero = tl.full((), 0.0, tl.float32)
@@ -59,7 +62,7 @@ def _gram_kernel(
         for FULL in tl.static_range(2):
             if full == FULL:
                 square, cross = _gram_chunk(
-                    addresses, tensor, start, length,
+                    addresses, tensor, start, length, applied,
                     PARAM_TYPE, STATE, KEPT, BLOCK if FULL else BLOCK // TAIL_SHARE, CHUNK, FULL,
                 )  # fmt: skip
         cell = partials + tl.cast(chunk, tl.int64) * 2
@@ -67,28 +70,32 @@ def _gram_kernel(
         tl.store(cell + 1, cross)
 
 
-def gram(tensors: TensorSet, sums: Tensor) -> None:
+def gram(tensors: TensorSet, ledger: Tensor, sums: Tensor) -> None:
     """Ends a cycle: its displacement, and the inner products. Two launches.
 
     ``newest = weight - snapshot``; ``sums[t] ← <newest, newest>, <newest, displacement>``;
-    ``displacement ← newest``; ``snapshot ← weight``.
+    ``displacement ← newest``; ``snapshot ← weight``. Where the last gradient was not finite, the
+    cycle goes on: both stay as they are, and the sums say nothing.
 
     Args:
         tensors: With rows ``weight``, ``snapshot`` and ``displacement``.
+        ledger: FP64; its ``nonfinite`` is read.
         sums: FP64 ``[tensors, 2]``, written.
     """
     partials = tensors.room_for(2)
-    tensors.launch(_gram_kernel, partials, every=True)
+    tensors.launch(_gram_kernel, ledger, partials, every=True)
     reduce_partials(partials, tensors.chunks(every=True), sums)
 
 
-def gram_torch(tensors: TensorSet, sums: Tensor) -> None:
+def gram_torch(tensors: TensorSet, ledger: Tensor, sums: Tensor) -> None:
     """`gram` in plain torch."""
+    applied = ledger[INDEX["nonfinite"]] == 0
     sums.zero_()
     for cells in cells_of(tensors, [True] * len(tensors)):
         weight, last = cells.weight(), cells.rows("displacement")
-        newest = weight - cells.joined("snapshot")
+        origin = cells.joined("snapshot")
+        newest = weight - origin
         parts = cells.parts(newest)
         sums[cells.indices] += torch.stack([dots(parts, parts), dots(parts, last)], dim=1)
-        cells.put("displacement", newest)
-        cells.put("snapshot", weight)
+        cells.put("displacement", torch.where(applied, newest, cells.joined("displacement")))
+        cells.put("snapshot", torch.where(applied, weight, origin))

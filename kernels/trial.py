@@ -128,7 +128,8 @@ def judge(
     enter(its, again, noise=one * negate(abs(loss - base) <= SAME * abs(base)))
     orders = vector_of([one * pair, one * restart, fraction, its["slot"]], trial.device)
 
-    written, learnt = written & (accepted | undone), negate(written)
+    decided, learnt = accepted | undone, negate(written)
+    written = decided & written
     enter(its, pair, slot=(its["slot"] + 1.0) % history)
     enter(its, pair, pairs=clamp(its["pairs"] + 1.0, most=history))
     enter(its, pair & (its["turned"] > 0), turned=its["turned"] + 1.0)
@@ -147,7 +148,7 @@ def judge(
     seen = rejected & negate(nonfinite)
     count(entries, accepted=accepted, cause_nonfinite=rejected & nonfinite)
     count(entries, cause_loss=seen & known, cause_norm=seen & negate(known))
-    enter(entries, accepted | undone, moved=0.0, stretch=0.0, jump_square=0.0, written=0.0)
+    enter(entries, decided, moved=0.0, stretch=0.0, jump_square=0.0, written=0.0)
     entries["blocked"] = where(standing & negate(failed), blocked, 0.0)
     entries["confidence"] = one
     entries["decision"] = accepted + 2.0 * rejected + 3.0 * written + 4.0 * shortened

@@ -14,11 +14,10 @@ from torch.nn.parameter import is_lazy
 from triton_hybrid.accumulation import Windows
 from triton_hybrid.capturing import refuse_number, refuse_scaler, refuse_unready
 from triton_hybrid.checkpoint import PROGRESS, Progress
-from triton_hybrid.checks import warn
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks, Standing
 from triton_hybrid.engine import Engine
-from triton_hybrid.groups import PARAMS, all_zero, check_parameter, every_parameter
+from triton_hybrid.groups import all_zero, check_parameter, every_parameter
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.phases import Phase, PhaseController
@@ -29,11 +28,9 @@ from triton_hybrid.shards import Shards, is_part, local
 from triton_hybrid.standing import continues, leave
 from triton_hybrid.state import DECLARED, Home, Member, State, StepPlan, state_bytes
 from triton_hybrid.stats import HybridStats
-from triton_hybrid.watch import Groups, Watch
+from triton_hybrid.watch import Groups, UnreadGradients, Watch
 
 _NOTHING = nullcontext()
-FEW = 8
-"""Parameters of a group that are looked at for gradients which nobody reads."""
 
 
 class Binding:
@@ -54,7 +51,7 @@ class Binding:
         self._params: list[tuple[Tensor, UpdateRule]] = []
         self._state: State = {}
         self._installs = 0
-        self._mentioned = False
+        self.unread = UnreadGradients()
         self._plans: dict[Any, StepPlan] = {}  # by all that decides
 
     def bind(self, groups: Groups, state: State) -> Engine | None:
@@ -316,20 +313,6 @@ class Binding:
             "settings": self._described,
             "hyperparameters": engine.hyperparameters,
         }
-
-    def mention_unread_gradients(self, groups: Groups) -> None:
-        """Warns, once, of gradients that were computed for a Predict step; zeros are none."""
-        # To look at all of them would be the longest check of a Predict step.
-        if self._mentioned:
-            return
-        for params in map(PARAMS, groups):
-            few = params[:: len(params) // FEW + 1]
-            self._mentioned |= any([param.grad is not None for param in few])
-        if self._mentioned and not all_zero(every_parameter(groups)):
-            warn(
-                "gradients were computed for a Predict step, which does not read them: do so only "
-                "where optimizer.needs_backward is True, or use inline=True"
-            )
 
     def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> AbstractContextManager[None]:
         """What surrounds a gradient step: the length of a window, and a GradScaler's scale.

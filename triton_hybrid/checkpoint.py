@@ -7,6 +7,7 @@ lie in the groups. What is bound for launches is made anew from all of it.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +54,11 @@ class Progress:
         """Steps that consumed a gradient."""
         return sum(self.steps.values()) - self.steps[Phase.PREDICT]
 
+    def count(self, phase: Phase, started: float) -> None:
+        """Counts a step that began at that time of ``time.perf_counter``."""
+        self.steps[phase] += 1
+        self.seconds[phase] += time.perf_counter() - started
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, for the groups."""
         return {
@@ -69,7 +75,8 @@ class Progress:
         """The inverse of `to_dict`; reads what version 0.1.0 wrote, too."""
         controller = PhaseController(config)
         controller.restore(saved["controller"])
-        if config.inline:  # the checkpoint may be of a stepped run
+        # The checkpoint may be of a stepped run, or of one with predictions.
+        if config.inline or config.predictor == "none":
             controller.need_gradient()
         model, ledger = (
             {OLD_ENTRIES.get(name, name): value for name, value in saved.get(part, {}).items()}

@@ -28,6 +28,7 @@ class Configuration:
         Raises:
             ValueError: An unknown field, or a value outside its range.
         """
+        require(isinstance(values, Mapping), "values", values, "a dictionary of fields")
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for name in values:
             if name not in known:

@@ -132,7 +132,7 @@ class GraphedSteps:
         optimizer._forget_swaps()
         phase, groups = optimizer.phase, optimizer.param_groups
         if phase is Phase.PREDICT:
-            binding.mention_unread_gradients(groups)
+            binding.unread.mention(groups)
         loss = optimizer._evaluate(closure) if phase.needs_gradient else None
         started = time.perf_counter()
         engine = binding.bind(groups, optimizer.state)  # uploads what has changed

@@ -37,7 +37,6 @@ from triton_hybrid.groups import (
 from triton_hybrid.hooked import HookedStep, eager, without_autocast
 from triton_hybrid.hyperparameters import FRESH_RATES
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
-from triton_hybrid.resume import put_back, take_predictions
 from triton_hybrid.rules import OPTIONS
 from triton_hybrid.shards import saved_parts
 from triton_hybrid.stats import HybridStats
@@ -157,7 +156,9 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             return loss
         phase = self.phase  # Warmup, where the state was cleared
         if phase is Phase.PREDICT:
-            binding.mention_unread_gradients(self.param_groups)
+            binding.unread.mention(self.param_groups)
+        elif not self.hybrid.inline:
+            binding.unread.note(self.param_groups)
         with without_autocast(engine.device_type):
             binding.open(engine)  # sees what others wrote, and obeys them
             if phase is Phase.PREDICT:
@@ -170,7 +171,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
                         engine.verify(plan.edge)  # accepts, corrects or rolls the prediction back
                     engine.base_step(plan)
                     self._choose_next_phase(engine, scaled=scaler is not None)
-                    self._count(phase, started)
+                    self._progress.count(phase, started)
                     while self.phase is Phase.PREDICT and self.hybrid.inline:
                         self._predict(engine)
                     engine.release_gradients()
@@ -181,7 +182,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         started, controller = time.perf_counter(), self._progress.controller
         engine.predict(controller.in_row)
         controller.after_prediction(alone=engine.predictor.keeps_pairs)
-        self._count(Phase.PREDICT, started)
+        self._progress.count(Phase.PREDICT, started)
 
     def _choose_next_phase(self, engine: Engine, scaled: bool) -> None:
         """Ends a gradient step: observe, ask the device if it must be, choose what is next."""
@@ -192,6 +193,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             # A GradScaler, which leaves skipping to us, waits for its flag at every step anyway.
             ask = scaled or (predictor.predicts and controller.wants_report)
             report = self._ask(engine) if ask or engine.reads_are_free else report
+        if controller.ends_gradients and not report.skipped:
+            predictor.count_cycle()
         predictor, changed = engine.predictor, engine.choice.changed  # by asking
         if report.written:
             engine.forget_writes()
@@ -205,18 +208,18 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     def _ask(self, engine: Engine) -> Report:
         """Reads the ledger. On a GPU the only place where a step waits for the device."""
         entry, progress = engine.look(), self._progress
+        decision = entry["decision"] if engine.verified else 0  # else it is an earlier step's
         if progress.controller.wants_report and not entry["moved"]:
             engine.choice.choose(entry)
         missed = int(entry["skipped"]) - progress.known_skips - int(entry["nonfinite"] > 0)
         progress.known_skips = int(entry["skipped"])
         return Report(
-            skipped=entry["nonfinite"] > 0 and entry["decision"] != 2,
+            skipped=entry["nonfinite"] > 0 and decision != 2,
             missed=missed,
-            # No decision means that there was nothing to decide: the move was rolled back at
-            # once, or the device's gate let none happen.
-            rejected=self.phase is Phase.CORRECT and entry["decision"] not in (1, 3, 4),
-            shortened=entry["decision"] == 4,
-            written=entry["decision"] == 3 or entry["written"] > 0,
+            # No decision: the move was rolled back at once, or the device's gate let none happen.
+            rejected=self.phase is Phase.CORRECT and decision not in (1, 3, 4),
+            shortened=decision == 4,
+            written=decision == 3 or entry["written"] > 0,
             confident=entry["confidence"] >= self.hybrid.confidence_threshold,
             cooldown=int(entry["cooldown"]),
         )
@@ -348,12 +351,11 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         fill_empty(self.state, every_parameter(self.param_groups), self._binding.ranks)
         self._binding.unbind(save=False)
         self._binding.load(self.param_groups)
-        found = take_predictions(self.state, every_parameter(self.param_groups))
-        self._binding.pending = put_back(found)
+        self._return_predictions()
 
     def __getstate__(self) -> dict[str, Any]:
         self._binding.save(self.param_groups)
-        return {**super().__getstate__(), **self._binding.kept()}
+        return {**self._with_predictions(super().__getstate__()), **self._binding.kept()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         unpickled = "_settings" in state
@@ -369,6 +371,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             complete_group(group, self.defaults)
         if unpickled:
             self._binding.load(self.param_groups)
+            self._return_predictions()
         elif self._loading is not None:
             self._load_tensors(self._loading, rules)
 
@@ -393,8 +396,3 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             self.observe_loss(loss)
         self._binding.closure_ran()
         return loss
-
-    def _count(self, phase: Phase, started: float) -> None:
-        progress = self._progress
-        progress.steps[phase] += 1
-        progress.seconds[phase] += time.perf_counter() - started

@@ -101,7 +101,7 @@ class Reference:
             watch.step, watch.loss = flat(p.w for p in self.tensors) - before, loss
             watch.slope = float(flat(gradients) @ watch.step)
         ledger.gradients += not (ledger.nonfinite and decision != "rejected")
-        if phases.ends_gradients and self.linear:
+        if phases.ends_gradients and self.linear and not ledger.nonfinite:
             self.end_cycle()
         if correct and decision == "accepted":
             self.cycles = 0

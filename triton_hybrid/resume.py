@@ -1,13 +1,15 @@
 """Checkpoints written at the verified weights go on from the prediction that was put aside.
 
-Such a checkpoint belongs beside a model with verified weights, and holds what the parameters, and
-state that moved with them, held before `VerifiedWeights.eval`. Whoever loads it gets that back in
-every parameter that has the verified weights; in others it is dropped, as after any write.
+So do copies and pickles. Such a checkpoint belongs beside a model with verified weights, and holds
+what the parameters, and state that moved with them, held before `VerifiedWeights.eval`. Whoever
+loads it gets that back in every parameter that has the verified weights; in others it is dropped,
+as after any write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 import torch
@@ -29,26 +31,26 @@ Pending = tuple[Tensor, dict[str, Any], Tensor, dict[str, Tensor]]
 
 
 def with_predictions(
-    state_dict: dict[str, Any], params: Iterable[Tensor], state: State, held: dict[int, Tensor]
+    state_dict: dict[str, Any], params: Iterable[Tensor], held: dict[int, Tensor]
 ) -> dict[str, Any]:
     """A state dict with what was put aside.
 
     Args:
         state_dict: Of the optimizer, while the verified weights stand. Not changed.
-        params: In the order of the state dict.
-        state: The optimizer's state.
+        params: In the order of the state dict, whose keys may be they themselves.
         held: What tensors held before, by the address of their memory.
     """
-    entries = dict(state_dict["state"])
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    for number, param in zip(numbers, params):
+    entries = copy(state_dict["state"])
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    for key, param in zip(keys, params):
         if param.data_ptr() in held and param.numel():
+            entry = entries[key]
             found = {PREDICTED: held[param.data_ptr()], VERIFIED: fingerprint(param)}
             for name in MOVED:
-                place = state[param][name].data_ptr() if name in state[param] else None
+                place = entry[name].data_ptr() if name in entry else None
                 if place in held:
                     found[f"{PREDICTED}_{name}"] = held[place]
-            entries[number] = {**entries[number], **found}
+            entries[key] = {**entry, **found}
     return {**state_dict, "state": entries}
 
 

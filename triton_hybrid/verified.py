@@ -18,7 +18,12 @@ from triton_hybrid.groups import every_parameter
 from triton_hybrid.kernels.fingerprint import INTEGERS
 from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import remainder_of
-from triton_hybrid.resume import put_back, with_predictions, without_predictions
+from triton_hybrid.resume import (
+    put_back,
+    take_predictions,
+    with_predictions,
+    without_predictions,
+)
 from triton_hybrid.rules import RULES
 from triton_hybrid.shards import is_managed, local
 from triton_hybrid.standing import is_written, weight_before
@@ -71,15 +76,20 @@ class VerifiedWeights:
         """Goes on from the weights as they are."""
         self._binding.swaps, self._binding.pending = None, []
 
+    def _return_predictions(self) -> None:
+        """Ends `_with_predictions`, where a state was loaded."""
+        found = take_predictions(self.state, every_parameter(self.param_groups))
+        self._binding.pending = put_back(found)
+
     def _with_predictions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state dict that brings the prediction back which was put aside meanwhile."""
+        """A state dict, or what is pickled, that brings the prediction back which was put aside."""
         params = every_parameter(self.param_groups)
         if not self._binding.swaps:
             return state_dict
         if any(map(is_managed, params)):  # other ranks may load other parts of it
             return without_predictions(state_dict)
         held = {tensor.data_ptr(): value for tensor, value, _ in self._binding.swaps}
-        return with_predictions(state_dict, params, self.state, held)
+        return with_predictions(state_dict, params, held)
 
 
 def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> list[Swap]:

@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from triton_hybrid.groups import PARAMS, every_parameter
+from triton_hybrid.checks import warn
+from triton_hybrid.groups import PARAMS, all_zero, every_parameter
 from triton_hybrid.kernels.likeness import likeness
 from triton_hybrid.rules import RULES
 from triton_hybrid.shards import is_dtensor, local
 from triton_hybrid.state import State
 
 Groups = Sequence[dict[str, Any]]
+FEW = 8
+"""Parameters of a group that are looked at for gradients which nobody reads."""
 _PROPERTIES = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "shape")))
 
 
@@ -88,6 +91,38 @@ class Watch:
                 return True
             self._alike = likeness(here)
         return False
+
+
+class UnreadGradients:
+    """Tells, once, that somebody computes gradients for Predict steps, which read none."""
+
+    def __init__(self) -> None:
+        self._told = False
+        self._read: list[Any] = []
+
+    def note(self, groups: Groups) -> None:
+        """Takes note of the gradients that a step is about to read: they may be left in place."""
+        if not self._told:
+            self._read = _few_gradients(groups)
+
+    def mention(self, groups: Groups) -> None:
+        """Warns of gradients that no step has read; zeros are none."""
+        if self._told:
+            return
+        found = _few_gradients(groups)
+        self._told = any(found) and found != self._read
+        if self._told and not all_zero(every_parameter(groups)):
+            warn(
+                "gradients were computed for a Predict step, which does not read them: do so only "
+                "where optimizer.needs_backward is True, or use inline=True"
+            )
+
+
+def _few_gradients(groups: Groups) -> list[Any]:
+    """Which gradients some parameters have, and how often those were written."""
+    # To look at all of them would be the longest check of a Predict step.
+    some = (param for its in map(PARAMS, groups) for param in its[:: len(its) // FEW + 1])
+    return [param.grad is not None and (id(param.grad), param.grad._version) for param in some]
 
 
 def _entries(state: Mapping[Tensor, Any]) -> list[Any]:

@@ -107,7 +107,7 @@ def move_cases(precision: Precision, shapes: Shapes = MANY) -> list[Case]:
         return Case(title, launch, reads, writes, floor=sum(reads + writes), may_park=may_park)
 
     def gram_of(tensors: TensorSet, scalars: Scalars) -> None:
-        gram(tensors, scalars.sums[:, :2])
+        gram(tensors, scalars.ledger, scalars.sums[:, :2])
 
     def slope_of(tensors: TensorSet, scalars: Scalars) -> None:
         base_slope(tensors, scalars, scalars.hyperparameters)

@@ -100,7 +100,7 @@ class Checked:
         """Ends a cycle; returns the sums."""
         problem.products = problem.arena.carve((len(problem.specs), 2), torch.float64)
         problem.poison(2)
-        self.backend.gram(problem.tensors, problem.products)
+        self.backend.gram(problem.tensors, problem.scalars.ledger, problem.products)
         self._check(problem)
         return problem.products
 

@@ -12,6 +12,7 @@ from kernel_launches import BACKENDS, KERNELS, PLAIN, Checked
 from kernel_memory import DEVICE, Arena, assert_near, assert_same_bits
 from kernel_problems import Make, Problem, problems
 from kernel_specs import ON_GPU, THREE, Spec, fewer, plain, spec_lists
+from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.multi_tensor import ChunkTable
 from triton_hybrid.kernels.sums import reduce_partials
 
@@ -30,6 +31,19 @@ def test_both_backends_match_the_fp64_oracle(make: Make) -> None:
             assert_same_bits(actual.rows["snapshot"][index], weight, f"snapshot[{index}]")
             gone = weight - before["snapshot"][index]
             assert_same_bits(actual.rows["displacement"][index], gone, f"displacement[{index}]")
+
+
+@BACKENDS
+@fewer(4)
+@given(drawn=spec_lists(max_size=3))
+def test_a_cycle_goes_on_where_the_gradient_was_not_finite(
+    backend: Checked, drawn: list[Spec]
+) -> None:
+    problem = Problem(drawn, tiling=THREE)
+    problem.scalars.ledger[INDEX["nonfinite"]] = 1.0
+    before = problem.snapshot()
+    backend.gram(problem)
+    problem.assert_unchanged(before)
 
 
 @BACKENDS

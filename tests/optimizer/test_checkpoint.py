@@ -22,7 +22,7 @@ from training import (
     weights,
 )
 
-from triton_hybrid import HybridConfig, HybridOptimizer
+from triton_hybrid import HybridConfig, HybridOptimizer, Phase
 from triton_hybrid.checkpoint import PROGRESS, VERSION
 from triton_hybrid.exchange import torch_state_dict
 
@@ -171,3 +171,28 @@ def test_a_file_is_as_large_as_the_state(predictor: str, tmp_path: Path) -> None
     size = (tmp_path / "state.pt").stat().st_size
     state = optimizer.stats().state_bytes_device
     assert state <= size <= state + 20_000
+
+
+@pytest.mark.parametrize("middle", [False, True])
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear", "secant"])
+def test_a_checkpoint_of_a_predict_phase_goes_on_without_predictions(
+    predictor: str, middle: bool
+) -> None:
+    config = fast_config(predictor=predictor, inline=False, correction_interval=2)
+    model, batches = make_model(), make_batches()
+    optimizer = HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config)
+    while optimizer.phase is not Phase.PREDICT:
+        train(model, optimizer, 1, batches)
+    verified = weights(optimizer)
+    optimizer.step() if middle else None
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = make_model(seed=3)
+    plain = HybridConfig(predictor="none", inline=False)
+    restored = HybridOptimizer(other.parameters(), lr=1e-2, hybrid=plain)
+    other.load_state_dict(saved[0])
+    restored.load_state_dict(saved[1])
+    assert restored.needs_backward
+    train(other, restored, 1, batches)
+    for param, values in zip(other.parameters(), verified, strict=True):
+        assert (param.detach() - values).abs().max() < 3e-2  # a step of AdamW from either point
+    assert Phase.PREDICT not in train(other, restored, 12, batches)

@@ -55,6 +55,9 @@ def test_dict_round_trip_through_json() -> None:
 def test_unknown_field_is_refused() -> None:
     with pytest.raises(ValueError, match="full_step=3"):
         HybridConfig.from_dict({"full_step": 3})
+    for other in (None, 3, "full_steps", [1]):
+        with pytest.raises(ValueError, match=r"values=.*must be a dictionary of fields"):
+            HybridConfig.from_dict(other)
 
 
 def test_is_frozen_and_keyword_only() -> None:

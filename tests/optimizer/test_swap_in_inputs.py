@@ -61,6 +61,28 @@ def test_a_gradient_that_no_predict_step_reads_is_mentioned_once() -> None:
     assert "needs_backward" in found[0]
 
 
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gradients_left_from_the_step_that_read_them_are_not_mentioned(accumulates: bool) -> None:
+    """As in loops that zero them before each backward pass."""
+    params, optimizer = small_run(inline=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            if optimizer.needs_backward:
+                optimizer.zero_grad(set_to_none=not accumulates)
+                sum(param.square().sum() for param in params).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+
+    def compute_them_always() -> None:
+        for _ in range(30):
+            sum(param.square().sum() for param in params).backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="needs_backward"):
+        compute_them_always()
+
+
 def run_with_losses(inline: bool = True, **options: Any) -> HybridOptimizer:
     """At a predicted point, after windows of two losses around five."""
     _, optimizer = small_run(inline=inline, **options)

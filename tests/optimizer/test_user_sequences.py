@@ -40,6 +40,7 @@ class Life:
         self.optimizer = make(self.params[:2])
         self.saved: Any = None
         self.pinned: dict[int, Tensor] = {}
+        self.told: Any = None  # phase and stats after the last action
 
     @property
     def hybrid(self) -> bool:
@@ -215,6 +216,13 @@ def check(life: Life, action: Any, before: list[Tensor]) -> None:
     for index, values in life.pinned.items():
         assert same_bits(now[index], values), f"frozen weight {index} is not what was written"
     stats = optimizer.stats()
+    phase, past = life.told or (optimizer.phase, stats)
+    life.told = optimizer.phase, stats
+    skipped = stats.skipped_nonfinite > past.skipped_nonfinite
+    if action is step_nan and skipped and stats.rollbacks == past.rollbacks:
+        assert optimizer.phase is phase, "a step that was skipped counts"
+        assert stats.predicted_steps == past.predicted_steps
+        assert all(map(same_bits, before, now))
     assert isinstance(optimizer.phase, Phase)
     assert optimizer.needs_backward == optimizer.phase.needs_gradient
     assert not (optimizer.hybrid.inline and optimizer.phase is Phase.PREDICT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -211,6 +212,29 @@ def test_a_checkpoint_written_inside_goes_on_bit_for_bit(
     assert train(model, optimizer, 20, repeated()) == train(other, restored, 20, repeated())
     assert_same_weights(weights(optimizer), weights(restored))
     assert_same_state(state_copy(optimizer), state_copy(restored))
+
+
+@KIND
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "optimizer first"])
+def test_a_copy_made_inside_goes_on_bit_for_bit(
+    dtype: torch.dtype, masters: str, predictor: str, how: str
+) -> None:
+    model, optimizer, before = standing(dtype, masters, predictor)
+    predicted, state = weights(optimizer), state_copy(optimizer)
+    with optimizer.verified_weights():
+        if how == "pickle":
+            other, copied = pickle.loads(pickle.dumps((model, optimizer)))
+        elif how == "deepcopy":
+            other, copied = copy.deepcopy((model, optimizer))
+        else:
+            copied, other = copy.deepcopy((optimizer, model))
+        assert_same_weights(weights(optimizer), before)
+    assert_same_weights(weights(optimizer), predicted)
+    assert_same_weights(weights(copied), predicted)
+    assert_same_state(state_copy(optimizer), state)
+    assert_same_state(state_copy(copied), state)
+    assert train(model, optimizer, 20, repeated()) == train(other, copied, 20, repeated())
+    assert_same_weights(weights(optimizer), weights(copied))
 
 
 def test_weights_that_come_after_the_optimizer_may_have_been_there_before() -> None:

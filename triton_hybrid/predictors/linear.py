@@ -113,44 +113,49 @@ class Linear(Predictor):
         self.cycles = -1
 
     def end_cycle(self) -> None:
-        engine, begins = self.engine, self.cycles < 0
-        self.cycles = min(self.cycles + 1, CYCLES)
+        engine, begins, ledger = self.engine, self.cycles < 0, self.engine.scalars.ledger
+        applied = ledger[INDEX["nonfinite"]] == 0
         wide: dict[str, Any] = {"dtype": torch.float64, "device": engine.device}
         motion = torch.zeros(2, **wide)
         for batch in engine.batches:
             sums = torch.zeros(len(batch.params), 2, **wide)
-            engine.backend.gram(batch.tensors, sums)
+            engine.backend.gram(batch.tensors, ledger, sums)
             engine.over_ranks(sums, batch.tensors.share)
             if not begins:
-                motion += torch.stack(self._fit(batch, *sums.unbind(1)))
+                motion += torch.stack(self._fit(batch, applied, *sums.unbind(1)))
         if not begins:
             engine.over_all(motion)
             explained, total = motion
             confidence = (explained / total.clamp(min=1e-300)).clamp(0.0, 1.0).sqrt()
-            engine.scalars.ledger[INDEX["confidence"]].copy_(confidence)
+            entry = ledger[INDEX["confidence"]]
+            entry.copy_(torch.where(applied, confidence, entry))
 
-    def _fit(self, batch: Batch, square: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+    def count_cycle(self) -> None:
+        self.cycles = min(self.cycles + 1, CYCLES)
+
+    def _fit(
+        self, batch: Batch, applied: Tensor, square: Tensor, cross: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Sets the ratios; returns explained and total squared motion of the cycle.
 
-        FP64 ``[tensors]``: the squared newest displacement, its product with the one before.
+        ``applied``: 0-dim bool, whether the cycle ends at all. FP64 ``[tensors]``: the squared
+        newest displacement, its product with the one before.
         """
-        products, squares, past = batch.tables[REGRESSION.name].unbind(1)
-        ratio = batch.tables[RATIO.name]
-        known = square.new_zeros(())
-        if self.cycles < CYCLES:
-            for fresh in (products, squares, ratio):
-                fresh.zero_()
+        table, ratios = batch.tables[REGRESSION.name], batch.tables[RATIO.name]
+        products, squares, past = table.unbind(1)
+        if self.cycles + 1 < CYCLES:
+            fresh = torch.zeros_like(square)
+            known, products, squares, ratio = fresh.sum(), fresh, fresh, fresh
         else:
             fitted = torch.where(squares > 0, products / squares.clamp(min=1e-300), 1.0)
             residual = square - 2.0 * fitted * cross + fitted * fitted * past
             known = (square - residual).sum().clamp(min=0.0)
-            products.mul_(REGRESSION_DECAY).add_(cross)
-            squares.mul_(REGRESSION_DECAY).add_(past)
-            known_ratio = (products / squares.clamp(min=1e-300)).clamp(
-                -LARGEST_RATIO, LARGEST_RATIO
-            )
-            ratio.copy_(torch.where(squares > 0, known_ratio, 0.0))
-        past.copy_(square)
+            products = REGRESSION_DECAY * products + cross
+            squares = REGRESSION_DECAY * squares + past
+            ratio = (products / squares.clamp(min=1e-300)).clamp(-LARGEST_RATIO, LARGEST_RATIO)
+            ratio = torch.where(squares > 0, ratio, 0.0)
+        table.copy_(torch.where(applied, torch.stack([products, squares, square], 1), table))
+        ratios.copy_(torch.where(applied, ratio.to(ratios.dtype), ratios))
         return known, square.sum()
 
     def state(self) -> dict[str, Any]:

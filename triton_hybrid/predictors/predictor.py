@@ -159,6 +159,9 @@ class Predictor(Choice):
     def end_cycle(self) -> None:
         """Ends a cycle of gradient steps: notes its displacement and refits."""
 
+    def count_cycle(self) -> None:
+        """Takes note that the cycle did end: its last gradient was finite, as far as is known."""
+
     def move_held(self) -> None:
         """Takes note that the weights stay where the prediction led."""
 
