@@ -339,15 +339,21 @@ class Binding:
         engine.gather()
         if engine.offload.moves:
             engine.offload.fetch(self.plan(engine))
-        if self.progress.controller.stands or engine.predictor.follows_trajectory:
+        if self._watches(engine):
             engine.find_writes()
+
+    def _watches(self, engine: Engine) -> bool:
+        """Whether what others write before the coming step would be taken for ours."""
+        controller, predictor = self.progress.controller, engine.predictor
+        # A move of pairs begins at the snapshot that the last gradient left.
+        begins = predictor.keeps_pairs and controller.phase is Phase.PREDICT
+        return controller.stands or predictor.follows_trajectory or begins
 
     def close(self, engine: Engine) -> None:
         """After it: what was left in the weights is noted, and memory goes back."""
         controller, offload = self.progress.controller, engine.offload
-        stands = controller.stands
-        if stands or engine.predictor.follows_trajectory:
-            engine.note_weights(every=not stands)
+        if self._watches(engine):
+            engine.note_weights(every=not controller.stands)
         engine.scatter()
         if offload.moves:
             offload.place(self.plan(engine), controller.left_in_row)

@@ -80,6 +80,30 @@ def test_a_write_after_a_write_stands(predictor: str, inline: bool, later: int) 
             assert (param.detach() - values).abs().max() < 0.5, waits
 
 
+@pytest.mark.parametrize("predictor", ["auto", "secant", "slow_ema", "linear"])
+@pytest.mark.parametrize("one", [True, False])
+def test_a_write_before_a_predict_step_stands(predictor: str, one: bool) -> None:
+    """A move of pairs begins where the last gradient was taken, and nobody is there any more."""
+    for waits in range(0, 24, 4):
+        fit = Fit(predictor, inline=False, batch=0 if predictor in ("auto", "secant") else 10)
+        fit.to(Phase.CORRECT, "secant" if predictor == "auto" else None)
+        for _ in range(waits):
+            fit.step()
+        fit.to(Phase.PREDICT)
+        written = list(fit.model.parameters())[: 1 if one else None]
+        other = [5.0 + torch.randn_like(param) for param in written]
+        with torch.no_grad():
+            for param, values in zip(written, other, strict=True):
+                param.copy_(values)
+        for _ in range(3):
+            fit.step()
+            for param, values in zip(written, other, strict=True):
+                assert (param.detach() - values).abs().max() < 0.5, waits
+        for _ in range(60):
+            fit.step()
+        assert fit.optimizer.stats().predicted_steps > 5
+
+
 @DRIVES
 @pytest.mark.parametrize("full_steps", [1, 2, 5])
 @pytest.mark.parametrize("predictor", ["auto", "slow_ema", "linear"])

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.config import HybridConfig
+from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.pairs import LONGEST_HISTORY
 from triton_hybrid.kernels.secant import products_size
 from triton_hybrid.kernels.trial import TRIAL, judge, limit, new_trial, solve
@@ -129,6 +130,7 @@ class Secant(Predictor):
 
     def predict(self, in_row: int) -> None:
         engine, scalars, passes = self.engine, self.engine.scalars, self._passes
+        self._trial[TRIAL.index("ready")] *= scalars.ledger[INDEX["written"]] == 0
         passes.renew(self._trial)
         self._products.zero_()
         engine.add_up(lambda batch, own: passes.products(batch, self._trial, own), self._products)

@@ -206,7 +206,7 @@ def move_runs(name: str, sets: tuple[TensorSet, Scalars]) -> dict[str, Run]:
         f"check {name} (when it rolls back)": partial(TRITON.check_move, *sets, **back),
         f"slopes {name}": partial(TRITON.slopes, *sets),
         f"correct {name}, restart": partial(TRITON.correct, *sets, restart=True),
-        f"gram {name}": partial(TRITON.gram, tensors, products),
+        f"gram {name}": partial(TRITON.gram, tensors, scalars.ledger, products),
         f"base slope {name}": partial(TRITON.base_slope, *sets, scalars.hyperparameters),
         f"fingerprint {name}": partial(TRITON.fingerprint, tensors, scalars.prediction[:, 4:]),
     }
