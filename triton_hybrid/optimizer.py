@@ -193,8 +193,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             # A GradScaler, which leaves skipping to us, waits for its flag at every step anyway.
             ask = scaled or (predictor.predicts and controller.wants_report)
             report = self._ask(engine) if ask or engine.reads_are_free else report
-        if controller.ends_gradients and not report.skipped:
-            predictor.count_cycle()
+        if controller.ends_gradients and report.skipped:
+            predictor.reopen_cycle()
         predictor, changed = engine.predictor, engine.choice.changed  # by asking
         if report.written:
             engine.forget_writes()

@@ -95,6 +95,7 @@ class Linear(Predictor):
         self.share = 1.0 / config.full_steps
         self.cycles = -1
         """Cycles that were observed in a row, at most `CYCLES`; -1 before the first begins."""
+        self._before = (self.cycles,)
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return (*super().rows_for(rule), LAST_DISPLACEMENT, REGRESSION, RATIO)
@@ -114,6 +115,7 @@ class Linear(Predictor):
 
     def end_cycle(self) -> None:
         engine, begins, ledger = self.engine, self.cycles < 0, self.engine.scalars.ledger
+        self._before, self.cycles = (self.cycles,), min(self.cycles + 1, CYCLES)
         applied = ledger[INDEX["nonfinite"]] == 0
         wide: dict[str, Any] = {"dtype": torch.float64, "device": engine.device}
         motion = torch.zeros(2, **wide)
@@ -130,8 +132,8 @@ class Linear(Predictor):
             entry = ledger[INDEX["confidence"]]
             entry.copy_(torch.where(applied, confidence, entry))
 
-    def count_cycle(self) -> None:
-        self.cycles = min(self.cycles + 1, CYCLES)
+    def reopen_cycle(self) -> None:
+        (self.cycles,) = self._before
 
     def _fit(
         self, batch: Batch, applied: Tensor, square: Tensor, cross: Tensor
@@ -143,7 +145,7 @@ class Linear(Predictor):
         """
         table, ratios = batch.tables[REGRESSION.name], batch.tables[RATIO.name]
         products, squares, past = table.unbind(1)
-        if self.cycles + 1 < CYCLES:
+        if self.cycles < CYCLES:
             fresh = torch.zeros_like(square)
             known, products, squares, ratio = fresh.sum(), fresh, fresh, fresh
         else:

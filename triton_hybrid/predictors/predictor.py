@@ -159,8 +159,8 @@ class Predictor(Choice):
     def end_cycle(self) -> None:
         """Ends a cycle of gradient steps: notes its displacement and refits."""
 
-    def count_cycle(self) -> None:
-        """Takes note that the cycle did end: its last gradient was finite, as far as is known."""
+    def reopen_cycle(self) -> None:
+        """Goes on with the cycle just ended: its last gradient was not finite."""
 
     def move_held(self) -> None:
         """Takes note that the weights stay where the prediction led."""
