@@ -372,13 +372,15 @@ class Binding:
         plan = self._plans.get(kind)
         if plan is None:
             phase, ends = controller.phase, controller.ends_gradients
+            pairs = predictor.keeps_pairs and phase is not Phase.WARMUP
             plan = self._plans[kind] = StepPlan(
                 gradient=phase is not Phase.PREDICT,
                 measured=controller.measures,
                 edge=ends or phase is Phase.CORRECT,
                 first=phase is Phase.PREDICT and controller.in_row == 0,
                 trajectory=predictor.follows_trajectory,
-                pairs=predictor.keeps_pairs and phase is not Phase.WARMUP,
+                pairs=pairs,
+                verified=pairs or phase is Phase.CORRECT,
                 followed=controller.base_step_follows,
             )
         return plan

@@ -113,7 +113,6 @@ class Engine:
         whole = not any(is_managed(member.whole) for member in members)
         self._gradient: Callable[[Tensor], Any] = _GRADIENT if whole else local_gradient
         self._measured = False  # whether the gradients at hand were measured
-        self.verified = False  # whether they have judged a prediction
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
         self.beta1s: set[float] = {member.group["betas"][0] for member in members}
         self._sign = signs.pop() if len(signs) == 1 else None
@@ -181,7 +180,6 @@ class Engine:
 
     def release_gradients(self) -> None:
         """Lets go of the gradients, so that ``zero_grad`` really frees them."""
-        self.verified = False
         for batch in self.batches:
             batch.tensors.release("grad")
 
@@ -258,7 +256,6 @@ class Engine:
         ``last``: a prediction may follow this gradient.
         """
         self.predictor.verify(last)
-        self.verified = True
         if self.settings.capturable:  # then nobody else looks
             self._written.zero_()
 

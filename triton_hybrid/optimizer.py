@@ -167,7 +167,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             elif binding.take_gradients(engine, scaler):
                 with binding.scaled(engine, self.param_groups, scaler):
                     plan = binding.plan(engine)
-                    if phase is Phase.CORRECT or plan.pairs:
+                    if plan.verified:
                         engine.verify(plan.edge)  # accepts, corrects or rolls the prediction back
                     engine.base_step(plan)
                     self._choose_next_phase(engine, scaled=scaler is not None)
@@ -208,7 +208,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     def _ask(self, engine: Engine) -> Report:
         """Reads the ledger. On a GPU the only place where a step waits for the device."""
         entry, progress = engine.look(), self._progress
-        decision = entry["decision"] if engine.verified else 0  # else it is an earlier step's
+        verified = self._binding.plan(engine).verified
+        decision = entry["decision"] if verified else 0  # else it is that of an earlier step
         if progress.controller.wants_report and not entry["moved"]:
             engine.choice.choose(entry)
         missed = int(entry["skipped"]) - progress.known_skips - int(entry["nonfinite"] > 0)

@@ -88,13 +88,12 @@ def take_predictions(state: State, params: Iterable[Tensor]) -> list[Pending]:
 
 
 @torch.no_grad()
-def put_back(pending: list[Pending]) -> list[Pending]:
-    """Puts predictions back where the verified weights stand; returns all of them.
+def put_back(pending: Iterable[Pending]) -> None:
+    """Puts predictions back where the verified weights stand, as often as it is asked.
 
-    For the next time: a model may load its weights after the optimizer, over what was put back.
+    For a model may load its weights after the optimizer, over what was put back.
     """
     for param, entry, known, returns in pending:
         if torch.equal(fingerprint(param), known.to(param.device)):
             for name, value in returns.items():
                 (param if name == PREDICTED else entry[name]).copy_(value)
-    return pending

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 State = dict[Tensor, dict[str, Any]]
 Group = Mapping[str, Any]
-PART = PART_COLUMN.value
 
 
 class Home(enum.Enum):
@@ -47,6 +46,7 @@ class StepPlan(NamedTuple):
     first: bool  # is it the first prediction in a row?
     trajectory: bool  # does the predictor move along the displacements of cycles?
     pairs: bool  # does it note moves and gradient changes?
+    verified: bool  # does its gradient judge a prediction, if one stands?
     followed: bool  # is it a base step that another follows, with no prediction between?
 
     @property
@@ -359,7 +359,7 @@ def load_master(param: Tensor, entry: Group) -> Tensor:
     # Where a prediction may stand in the parameter alone, what others wrote is found element by
     # element when it ends (`kernels.residue`).
     prediction = entry.get(PREDICTION.name)
-    if prediction is None or prediction[PART] == 0 or not moved_again(entry):
+    if prediction is None or prediction[PART_COLUMN.value] == 0 or not moved_again(entry):
         adopt_parameter(param, fresh)
     return fresh
 

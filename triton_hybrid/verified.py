@@ -70,7 +70,7 @@ class VerifiedWeights:
         swaps, binding.swaps = binding.swaps or [], None
         for tensor, held, shown in swaps:
             tensor.copy_(torch.where(_bits(tensor) == _bits(shown), held, tensor))
-        binding.pending = put_back(binding.pending)
+        put_back(binding.pending)
 
     def _forget_swaps(self) -> None:
         """Goes on from the weights as they are."""
@@ -78,8 +78,9 @@ class VerifiedWeights:
 
     def _return_predictions(self) -> None:
         """Ends `_with_predictions`, where a state was loaded."""
-        found = take_predictions(self.state, every_parameter(self.param_groups))
-        self._binding.pending = put_back(found)
+        pending = take_predictions(self.state, every_parameter(self.param_groups))
+        put_back(pending)
+        self._binding.pending = pending
 
     def _with_predictions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict, or what is pickled, that brings the prediction back which was put aside."""

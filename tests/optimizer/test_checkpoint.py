@@ -184,7 +184,8 @@ def test_a_checkpoint_of_a_predict_phase_goes_on_without_predictions(
     while optimizer.phase is not Phase.PREDICT:
         train(model, optimizer, 1, batches)
     verified = weights(optimizer)
-    optimizer.step() if middle else None
+    if middle:
+        optimizer.step()
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     other = make_model(seed=3)
     plain = HybridConfig(predictor="none", inline=False)

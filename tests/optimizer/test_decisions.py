@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -56,49 +57,56 @@ class Fit:
         return [value.detach().clone() for value in (*self.model.parameters(), *rows)]
 
 
-@DRIVES
-@pytest.mark.parametrize("predictor", ["auto", "secant", "slow_ema", "linear"])
-@pytest.mark.parametrize("later", [0, 1, 3])
-def test_a_write_after_a_write_stands(predictor: str, inline: bool, later: int) -> None:
-    """The first takes one parameter out of a move; the rest of that move is over, too."""
+def fits_before(phase: Phase, predictor: str, inline: bool) -> Iterator[Fit]:
+    """Runs that are predicted, sooner or later; without noise where that is what is predicted."""
     for waits in range(0, 24, 4):
         fit = Fit(predictor, inline, batch=0 if predictor in ("auto", "secant") else 10)
         fit.to(Phase.CORRECT, "secant" if predictor == "auto" else None)
         for _ in range(waits):
             fit.step()
-        fit.to(Phase.CORRECT)
-        other = [5.0 + torch.randn_like(param) for param in fit.model.parameters()]
-        with torch.no_grad():
-            fit.model[0].bias.add_(0.01)
+        fit.to(phase)
+        yield fit
+
+
+@torch.no_grad()
+def write(params: list[nn.Parameter]) -> list[Tensor]:
+    """Writes what no step and no prediction comes near to; returns it."""
+    other = [5.0 + torch.randn_like(param) for param in params]
+    for param, values in zip(params, other, strict=True):
+        param.copy_(values)
+    return other
+
+
+def assert_stands(params: list[nn.Parameter], written: list[Tensor], step: int) -> None:
+    for param, values in zip(params, written, strict=True):
+        assert (param.detach() - values).abs().max() < 0.5, step
+
+
+@DRIVES
+@pytest.mark.parametrize("predictor", ["auto", "secant", "slow_ema", "linear"])
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_a_write_after_a_write_stands(predictor: str, inline: bool, later: int) -> None:
+    """The first takes one parameter out of a move; the rest of that move is over, too."""
+    for fit in fits_before(Phase.CORRECT, predictor, inline):
+        params = list(fit.model.parameters())
+        fit.model[0].bias.data.add_(0.01)
         for _ in range(1 + later):
             fit.step()
-        with torch.no_grad():
-            for param, values in zip(fit.model.parameters(), other, strict=True):
-                param.copy_(values)
+        written = write(params)
         fit.step()
-        for param, values in zip(fit.model.parameters(), other, strict=True):
-            assert (param.detach() - values).abs().max() < 0.5, waits
+        assert_stands(params, written, fit.steps)
 
 
 @pytest.mark.parametrize("predictor", ["auto", "secant", "slow_ema", "linear"])
 @pytest.mark.parametrize("one", [True, False])
 def test_a_write_before_a_predict_step_stands(predictor: str, one: bool) -> None:
     """A move of pairs begins where the last gradient was taken, and nobody is there any more."""
-    for waits in range(0, 24, 4):
-        fit = Fit(predictor, inline=False, batch=0 if predictor in ("auto", "secant") else 10)
-        fit.to(Phase.CORRECT, "secant" if predictor == "auto" else None)
-        for _ in range(waits):
-            fit.step()
-        fit.to(Phase.PREDICT)
-        written = list(fit.model.parameters())[: 1 if one else None]
-        other = [5.0 + torch.randn_like(param) for param in written]
-        with torch.no_grad():
-            for param, values in zip(written, other, strict=True):
-                param.copy_(values)
+    for fit in fits_before(Phase.PREDICT, predictor, inline=False):
+        params = list(fit.model.parameters())[: 1 if one else None]
+        written = write(params)
         for _ in range(3):
             fit.step()
-            for param, values in zip(written, other, strict=True):
-                assert (param.detach() - values).abs().max() < 0.5, waits
+            assert_stands(params, written, fit.steps)
         for _ in range(60):
             fit.step()
         assert fit.optimizer.stats().predicted_steps > 5

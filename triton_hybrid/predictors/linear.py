@@ -95,7 +95,7 @@ class Linear(Predictor):
         self.share = 1.0 / config.full_steps
         self.cycles = -1
         """Cycles that were observed in a row, at most `CYCLES`; -1 before the first begins."""
-        self._before = (self.cycles,)
+        self._cycles_before = self.cycles
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
         return (*super().rows_for(rule), LAST_DISPLACEMENT, REGRESSION, RATIO)
@@ -115,7 +115,7 @@ class Linear(Predictor):
 
     def end_cycle(self) -> None:
         engine, begins, ledger = self.engine, self.cycles < 0, self.engine.scalars.ledger
-        self._before, self.cycles = (self.cycles,), min(self.cycles + 1, CYCLES)
+        self._cycles_before, self.cycles = self.cycles, min(self.cycles + 1, CYCLES)
         applied = ledger[INDEX["nonfinite"]] == 0
         wide: dict[str, Any] = {"dtype": torch.float64, "device": engine.device}
         motion = torch.zeros(2, **wide)
@@ -133,7 +133,7 @@ class Linear(Predictor):
             entry.copy_(torch.where(applied, confidence, entry))
 
     def reopen_cycle(self) -> None:
-        (self.cycles,) = self._before
+        self.cycles = self._cycles_before
 
     def _fit(
         self, batch: Batch, applied: Tensor, square: Tensor, cross: Tensor
