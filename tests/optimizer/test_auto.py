@@ -200,13 +200,14 @@ def test_memory_grows_once() -> None:
         run(task, optimizer, 1)
         sizes.append(optimizer.stats().state_bytes_device)
     first, last = sizes[0], sizes[-1]
-    assert sorted(sizes) == sizes
-    assert set(sizes) == {first, last}
+    # The rows of one are given back before the next step makes those of the other.
+    assert [size for size in sizes if size >= first] == sorted(sizes)[1:]
+    assert set(sizes) == {min(sizes), first, last}
     elements = sum(param.numel() for param in task.model.parameters())
     matrices = [param.shape for param in task.model.parameters() if param.dim() == 2]
     bases = sum(m * m + n * n for m, n in matrices if min(m, n) > 1)
     assert bases > 0
-    assert last - first == 4 * ((2 * 4 + 2) * elements + bases)
+    assert last - min(sizes) == 4 * ((2 * 4 + 2) * elements + bases)
 
 
 def test_without_memory_for_the_pairs_it_goes_on_with_slow_ema(

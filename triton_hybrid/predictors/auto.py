@@ -1,9 +1,9 @@
 """``auto``: `slow_ema`, and `secant` where training is found deterministic.
 
 Found by the trapezoid test (``kernels/trapezoid.py``) of the base steps of Warmup and Full phases
-that a base step follows. Rows for the pairs of `secant` are made when it is taken, and let go of
-when noise begins. That shows after a rollback, where the loss is told a second time at the very
-same weights.
+that a base step follows. Rows for the pairs of `secant` are made when it is taken, in the place of
+those of `slow_ema`; when noise begins it is the other way round. That shows after a rollback, where
+the loss is told a second time at the very same weights.
 """
 
 from __future__ import annotations
@@ -78,18 +78,13 @@ class Auto(Choice):
         return {"secant": int(self.active is self._quiet), "no_room": int(self._no_room)}
 
     def kind_of(self, rule: Rule, member: Member) -> Hashable:
-        return self._noisy.kind_of(rule, member)
+        return self.active.kind_of(rule, member)
 
     def rows_for(self, rule: Rule) -> tuple[StateRow, ...]:
-        return self._with_pairs(self._noisy.rows_for(rule), rule)
+        return self.active.rows_for(rule)
 
     def rows_of_kind(self, rule: Rule, kind: Hashable) -> tuple[StateRow, ...]:
-        return self._with_pairs(self._noisy.rows_of_kind(rule, kind), rule)
-
-    def _with_pairs(self, rows: tuple[StateRow, ...], rule: Rule) -> tuple[StateRow, ...]:
-        if self.active is self._quiet:
-            rows = tuple(dict.fromkeys((*rows, *self._quiet.rows_for(rule))))
-        return rows
+        return self.active.rows_of_kind(rule, kind)
 
     def bind(self, engine: Engine) -> None:
         self._engine = engine
@@ -184,11 +179,10 @@ class Auto(Choice):
         self._quiet.restore({})
 
     def release(self, state: State) -> None:
-        if self.active is self._noisy:
-            kept = {row.name for row in self._noisy.rows_for(ADAMW)}
-            for row in self._quiet.rows_for(ADAMW):
-                for entry in state.values() if row.name not in kept else ():
-                    entry.pop(row.name, None)
+        kept = {row.name for row in self.active.rows_for(ADAMW)}
+        for row in (*self._noisy.rows_for(ADAMW), *self._quiet.rows_for(ADAMW)):
+            for entry in state.values() if row.name not in kept else ():
+                entry.pop(row.name, None)
 
     def forget(self) -> None:
         self._quiet.forget()
