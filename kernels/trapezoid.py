@@ -67,7 +67,8 @@ def compare(watch: Tensor, ledger: Tensor, after: Tensor) -> None:
     trapezoid, bend = 0.5 * (its["step_slope"] + after), 0.5 * (after - its["step_slope"])
     error = (ledger[INDEX["loss"]] - its["step_loss"] - trapezoid).abs()
     allowed = torch.maximum(OF_BEND * bend.abs(), OF_CHANGE * trapezoid.abs())
-    known, steps = error.isfinite(), its["quiet_steps"]
+    # Of several ranks, one alone may see that the gradient is not finite; this all of them know.
+    known, steps = error.isfinite() & (ledger[INDEX["found_inf"]] == 0), its["quiet_steps"]
     quiet = error <= allowed + ROUNDING * its["step_loss"].abs()
     rate = (1.0 / (steps + 1.0)).clamp(min=SLOWEST_RATE.value) * known
     its["quiet_share"] = its["quiet_share"] + rate * (quiet.double() - its["quiet_share"])

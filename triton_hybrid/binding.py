@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from triton_hybrid.accumulation import Windows
 from triton_hybrid.capturing import refuse_number, refuse_scaler, refuse_unready
 from triton_hybrid.checkpoint import PROGRESS, Progress
+from triton_hybrid.checks import check_loss
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import Ranks, Standing
 from triton_hybrid.engine import Engine
-from triton_hybrid.groups import all_zero, check_parameter, every_parameter
+from triton_hybrid.groups import check_group, check_parameter, every_parameter, is_trained
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.phases import Phase, PhaseController
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.rules import RULES
-from triton_hybrid.shards import Shards, is_part, local
+from triton_hybrid.shards import Shards, is_part, local, only_initialises
 from triton_hybrid.standing import continues, leave
 from triton_hybrid.state import DECLARED, Home, Member, State, StepPlan, state_bytes
 from triton_hybrid.stats import HybridStats
@@ -60,6 +60,14 @@ class Binding:
         Anybody may replace parameters in the groups, their memory or their state between steps, so
         what is bound is compared every time.
         """
+        try:
+            return self._bound(groups, state)
+        except (KeyError, TypeError, ValueError):
+            for group in groups:  # what somebody has set meanwhile may be the reason
+                check_group(group)
+            raise
+
+    def _bound(self, groups: Groups, state: State) -> Engine | None:
         engine = self.engine
         if engine is None or self._sees_changes(engine, groups, state):
             engine = self._bind_anew(groups, state)
@@ -79,7 +87,7 @@ class Binding:
             Member(param, group, group_index, index, param)
             for group_index, group in enumerate(groups)
             for index, param in enumerate(group["params"])
-            if param.requires_grad and not is_lazy(param)
+            if is_trained(param)
         ]
         if self.progress.gradients and not any(state.get(m.param) for m in members):
             self.unbind()
@@ -96,24 +104,9 @@ class Binding:
         masters = self.settings.master_weights
         for member in members:
             check_parameter(member.group, member.place, member.param, masters)
-        initialising = not state and not nothing and self._only_initialises(members)
+        initialising = not state and only_initialises(members, self.ranks)
         self._rebind(members, state, groups)
         return None if initialising else self.engine
-
-    def _only_initialises(self, members: Sequence[Member]) -> bool:
-        """Whether a first step only creates state.
-
-        Distributed checkpointing calls `step()` once with learning rate 0 and zero gradients, and
-        expects every state key afterwards and nothing else to have moved.
-        """
-        if any(float(member.group["lr"]) != 0.0 for member in members):
-            return False
-        zero = all_zero(member.param for member in members)
-        if self.ranks.apart or any(is_part(member.param) for member in members):
-            # Zero here alone may be the part of a gradient that is not.
-            others = torch.tensor([float(not zero)], dtype=torch.float64)
-            zero = not bool(self.ranks.reduce(others.to(local(members[0].param).device)))
-        return zero
 
     def _rebind(self, members: Sequence[Member], state: State, groups: Groups) -> None:
         self.unbind()
@@ -121,9 +114,12 @@ class Binding:
         self._params = [(m.param, RULES[m.group["base"]].kernels) for m in members]
         standing = ledger.get("moved", 0.0) > 0
         known, present = ({id(param) for param, _ in pairs} for pairs in (old, self._params))
-        for param, rule in old:
-            if id(param) not in present and param in state:
-                leave(param, state[param], rule, standing)
+        # Those that a checkpoint was made of may be frozen before they are bound here at all.
+        frozen = [(p, RULES[g["base"]].kernels) for g in groups for p in g["params"]]
+        gone = [(p, rule) for p, rule in (*old, *frozen) if id(p) not in present and p in state]
+        others = [leave(param, state[param], rule, standing) for param, rule in gone]
+        others.append(bool(old) and known != present)
+        others += [not state.get(m.param) and not is_part(m.param) for m in members]
         choice, masters = self._choice(), self.settings.master_weights
         for member in members if standing else ():
             base, entry = RULES[member.group["base"]], state.get(member.param, {})
@@ -131,28 +127,28 @@ class Binding:
                 # A checkpoint of another predictor, or with masters kept otherwise.
                 leave(member.param, state[member.param], base.kernels, standing)
                 ledger["written"] = 1.0
-        if standing and old and known != present:
+        if standing and any(others):
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
         shards = Shards(members, state, self.ranks)
         reduce = self.ranks.reduce if shards.some and self.ranks.together else None
         progress = self.progress
         made = shards.members, shards.state, len(groups), self.settings
         try:
-            self.engine = Engine(*made, progress.predictor, reduce)
+            engine = Engine(*made, progress.predictor, reduce)
         except torch.OutOfMemoryError:
             choice = self._choice()
             if not choice.do_without():
                 raise
             progress.predictor = {**(progress.predictor or {}), **choice.saved()}
             choice.release(shards.state)
-            self.engine = Engine(*made, progress.predictor, reduce)
+            engine = Engine(*made, progress.predictor, reduce)
         shards.publish()
-        self.engine.restore(progress.ledger, progress.predictor)
+        engine.restore(progress.ledger, progress.predictor)
         for loss in self._pending_losses:
-            self.engine.observe_loss(loss)
+            engine.observe_loss(loss)
         self._pending_losses.clear()
-        self._state, self._installs = state, self.engine.offload.installs
-        self._watch = Watch(groups, state)
+        self._state, self._installs = state, engine.offload.installs
+        self._watch, self.engine = Watch(groups, state), engine
 
     def restart(self) -> None:
         """Begins anew with Warmup; counters and the loss scale go on."""
@@ -179,11 +175,19 @@ class Binding:
         self.progress.ledger = engine.read()
         self.progress.predictor = engine.choice.state()
 
+    @torch.no_grad()
     def save(self, groups: Groups) -> None:
         """Writes phase, counters and ledger into the groups: what torch keeps."""
         if self.engine is not None:
+            if self.engine.managed and not self.swaps and self._watches(self.engine):
+                self.engine.gather()
+                self.engine.find_writes()  # checkpoints of parts hold no fingerprints
             self._note(self.engine)
             self.engine.offload.synchronise()
+            bound = {id(param) for param, _ in self._params}
+            others = bound != {*map(id, filter(is_trained, every_parameter(groups)))}
+            if others and self.progress.ledger["moved"] > 0:
+                self.progress.ledger["written"] = 1.0  # as the next step will find
         progress = self.progress.to_dict()
         if self.windows is not None:
             progress["windows"] = self.windows.state()
@@ -211,8 +215,7 @@ class Binding:
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Notes the loss of the coming gradient."""
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}: must have one element")
+        check_loss(loss)
         if self.engine is None:
             self._pending_losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         else:
@@ -299,8 +302,10 @@ class Binding:
         return False
 
     def meet(self, engine: Engine) -> None:
-        """Before a Predict step of parts of parameters: all ranks must be about to make it."""
-        if engine.reduce is not None:
+        """Before a Predict step that what others wrote on one rank might keep from being made."""
+        predictor = engine.predictor
+        depends = predictor.keeps_pairs or predictor.follows_trajectory
+        if self.ranks.together and (depends or engine.reduce is not None):
             self.ranks.meet(engine.scalars, self._standing(engine))
 
     def _standing(self, engine: Engine) -> Standing:

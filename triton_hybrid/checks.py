@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 _NOT_THEIRS = ("triton_hybrid", "torch", "contextlib")
 Its = TypeVar("Its", bound="Configuration")
 
@@ -88,3 +90,14 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 def check_flag(name: str, value: Any) -> None:
     """Refuses what is not a bool."""
     require(is_flag(value), name, value, "True or False")
+
+
+def check_loss(loss: Any) -> None:
+    """Refuses what is not one real number: a Python one, NumPy's, or a tensor of one element."""
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(f"loss has shape {tuple(loss.shape)}: must have one element")
+        require(not loss.is_complex(), "loss", loss, "real")
+    else:
+        known = hasattr(loss, "__float__") and not isinstance(loss, complex)
+        require(known, "loss", loss, "a number, or a tensor of one element")

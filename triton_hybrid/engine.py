@@ -31,6 +31,7 @@ from triton_hybrid.kernels.layout import overlapping
 from triton_hybrid.kernels.ledger import (
     FINGERPRINT_COLUMN,
     INDEX,
+    SLOPE_COLUMN,
     read_ledger,
     write_ledger,
 )
@@ -110,8 +111,8 @@ class Engine:
         self._shares = torch.tensor(shares, dtype=torch.float64, device=self.device)
         its = [member.group.get(OTHERS, False) for b in self.batches for member in b.members]
         self._others = its.index(True) if any(its) else None
-        whole = not any(is_managed(member.whole) for member in members)
-        self._gradient: Callable[[Tensor], Any] = _GRADIENT if whole else local_gradient
+        self.managed = any(is_managed(member.whole) for member in members)
+        self._gradient: Callable[[Tensor], Any] = local_gradient if self.managed else _GRADIENT
         self._measured = False  # whether the gradients at hand were measured
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
         self.beta1s: set[float] = {member.group["betas"][0] for member in members}
@@ -333,11 +334,20 @@ class Engine:
             rows.append(row_of(group, lr, largest, self.choice.mixes))
         self.beta1s = {group["betas"][0] for group in groups}
         if rows != self.hyperparameters:  # of rates on the device, what follows writes the columns
+            for index, row in enumerate(rows):
+                if row[HYPER["lr"]] == 0 and index not in on_device:
+                    self._stay(index)
             self.hyperparameters = rows
             refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))
         for index, lr in on_device.items():
             take_from_device(groups[index], table[index], lr)
         self._seen = [] if on_device else [*map(numbers_of, groups)]
+
+    def _stay(self, group: int) -> None:
+        """Lets the parameters of a group stay where a prediction that is accepted has put them."""
+        for batch in self.batches:
+            slopes = self.scalars.prediction[batch.tensors.place, SLOPE_COLUMN.value]
+            slopes.masked_fill_(batch.tensors.group == group, 0.0)  # without one, no secant
 
     # ------------------------------------------------------------- what others do to the weights
 

@@ -182,8 +182,8 @@ def joined(entry: Mapping[str, Any]) -> dict[str, Any]:
             parts[key] = value
         elif name in DECLARED:
             parts.setdefault(name, {})[place] = value
-        elif like_param(key, value) and value.numel() and bool(value.isnan().all()):
-            continue  # of another parameter
+        elif like_param(key, value) and _is_filler(value):
+            continue
         elif key in _NARROW and isinstance(value, Tensor):
             found[key] = value.to(_NARROW[key])
         else:
@@ -193,6 +193,12 @@ def joined(entry: Mapping[str, Any]) -> dict[str, Any]:
         numbers = bits.view(_INTEGERS[bits.element_size()][1])
         found[name] = numbers if DECLARED[name].shape else numbers[0]
     return found
+
+
+def _is_filler(value: Tensor) -> bool:
+    """Whether `saved_rows` has put a row there that the parameter does not keep."""
+    # Of a DTensor, which never is one, this rank may have nothing, all of which is NaN.
+    return not hasattr(value, "placements") and value.numel() > 0 and bool(value.isnan().all())
 
 
 def fill_empty(state: State, params: Sequence[Tensor], ranks: Ranks) -> None:

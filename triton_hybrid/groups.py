@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from triton_hybrid.checks import check_choice, check_flag, check_number, require
 from triton_hybrid.flat_shards import check_flat, whole_shape
@@ -274,6 +275,11 @@ def _parts(name: str, outputs: int, inputs: int, blocks: Mapping[str, int]) -> i
 def every_parameter(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """The parameters of all groups."""
     return [*itertools.chain.from_iterable(map(PARAMS, groups))]
+
+
+def is_trained(param: Tensor) -> bool:
+    """Whether a parameter may get a gradient."""
+    return param.requires_grad and not is_lazy(param)
 
 
 def all_zero(params: Iterable[Tensor]) -> bool:

@@ -120,7 +120,6 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         **options: Any,
     ) -> None:
         options = own_options(options)
-        ranks = Ranks.of(process_group)
         config = HybridConfig() if hybrid is None else hybrid
         settings = Settings(
             config, max_grad_norm, master_weights, loss_scale, capturable, backend, accumulation
@@ -128,7 +127,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         defaults = {"lr": as_rate(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"maximize": maximize, "base": base, **OPTIONS, **options}
         check_group(defaults)
-        self._binding = Binding(settings, ranks)
+        self._binding = Binding(settings, Ranks.of(process_group))
         super().__init__(params, defaults)
         settings.warn_about_idle_gpu(first_device(self.param_groups))
 
@@ -299,7 +298,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group after checking all of it."""
-        if isinstance(param_group, dict) and "params" in param_group:
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params", set()), set):
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
             # Flattened checkpoints keep only what a fresh optimizer's groups have.

@@ -272,6 +272,23 @@ class Shards:
                 entry[key] = like_whole(value, whole.param) if like_param(key, value) else value
 
 
+def only_initialises(members: Sequence[Member], ranks: Ranks) -> bool:
+    """Whether a first step only creates state; asked by all ranks, where one is.
+
+    Distributed checkpointing calls `step()` once with learning rate 0 and zero gradients, and
+    expects every state key afterwards and nothing else to have moved.
+    """
+    if any(float(member.group["lr"]) != 0.0 for member in members):
+        return False
+    grads = [local(m.param.grad) for m in members if m.param.grad is not None]
+    found = [any(bool(grad.any()) for grad in grads), bool(grads)]
+    if ranks.apart or any(is_part(member.param) for member in members):
+        # Zero here alone may be the part of a gradient that is not, and so may be none.
+        others = torch.tensor(found, dtype=torch.float64)
+        found = ranks.reduce(others.to(local(members[0].param).device)).tolist()
+    return bool(found[1]) and not found[0]
+
+
 def reshard(module: Any) -> None:
     """Lets every FSDP module in a module go back to its parts; nothing happens to other modules.
 

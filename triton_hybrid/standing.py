@@ -59,8 +59,10 @@ def weight_before(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:
         snapshot: Tensor = entry[SNAPSHOT.name].to(param.device)
         return snapshot
     if MASTER.name in entry:
-        master: Tensor = entry[MASTER.name]
-        return master
+        # Written before a further prediction, an element is found by what would stand there.
+        master, stands = entry[MASTER.name], weight_after(param, entry, rule).to(param.dtype)
+        weight: Tensor = torch.where(stands == param, master, param.to(master.dtype))
+        return weight
     found = torch.empty_like(param, dtype=entry[rule.writes[0]].dtype)
     dense = dense_view(as_dense(param).detach())
     kept, weight = NONE if dense.dtype != found.dtype else OWN, dense.to(found.dtype)
@@ -104,28 +106,36 @@ def continues(member: Member, entry: Group, rule: Rule, choice: Choice, masters:
 
     ``masters``: how those of 16-bit parameters are kept, as in HybridOptimizer.
     """
-    param, predictor = member.param, choice.active
+    param, predictor = local(member.param), choice.active
     if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] == 0:
         return True
     again = moved_again(entry)
     if not predictor.predicts or again is not predictor.recomputes:
         return False
+    # What a rank has nothing of is saved with the rows of either kind (`flat_shards.saved_rows`),
+    # or without any (FSDP2).
+    if not param.numel():
+        return True
     rows = choice.rows_of_kind(rule, choice.kind_of(rule, member))
-    # What a rank has nothing of is saved with the rows of either kind (`flat_shards.saved_rows`).
-    if again and param.numel() and (DIRECTION.name in entry) != (DIRECTION in rows):
+    if again and (DIRECTION.name in entry) != (DIRECTION in rows):
         return False
     own = masters == "auto" and param.dtype in (torch.float16, torch.bfloat16)
     needed = (MASTER if own else RESIDUE) if again else SNAPSHOT
     return needed.name in entry
 
 
-def leave(param: Tensor, entry: dict[str, Any], rule: UpdateRule, standing: bool) -> None:
-    """Ends what predictions have to do with a parameter that is frozen, or no longer ours."""
-    if PREDICTION.name not in entry:
-        return
+def leave(param: Tensor, entry: dict[str, Any], rule: UpdateRule, standing: bool) -> bool:
+    """Ends what predictions have to do with a parameter that is frozen, or no longer ours.
+
+    Returns whether a prediction stood in it, or had before somebody wrote it.
+    """
+    if PREDICTION.name not in entry or not bool(entry[PREDICTION.name].any()):
+        return False
     part = local(param.detach())
     tensors = {key: local(row) for key, row in entry.items() if isinstance(row, Tensor)}
     if standing and as_predicted(part, tensors):
         restore_weight(part, tensors, rule)
+    stood = standing and bool(entry[PREDICTION.name][PART_COLUMN.value :][:1].any())
     entry[PREDICTION.name] = entry[PREDICTION.name].clone()
     entry[PREDICTION.name][PART_COLUMN.value :] = 0.0
+    return stood

@@ -124,6 +124,8 @@ class HybridStats:
                 f"\n{self.windows} windows of {mean:.2f} micro-batches, "
                 f"{self.micro_batches_saved} saved{known}"
             )
+        judged = self.acceptance_rate == self.acceptance_rate
+        accepted = f"accepted {100 * self.acceptance_rate:.0f}%" if judged else "none judged yet"
         return (
             f"{self.steps} steps: {self.gradient_evaluations} gradient evaluations, "
             f"{self.predicted_steps} predicted ({100 * self.predicted_fraction:.1f}% of steps)\n"
@@ -131,7 +133,7 @@ class HybridStats:
             f"predictor {self.predictor}{f' ({self.reason})' if self.reason else ''}\n"
             f"confidence {self.confidence:.2f}, "
             f"signal {self.signal:.3f}, horizon {self.horizon:g}\n"
-            f"accepted {100 * self.acceptance_rate:.0f}%, {self.rollbacks} rollbacks"
+            f"{accepted}, {self.rollbacks} rollbacks"
             f"{f' ({causes})' if causes else ''}, "
             f"{self.skipped_nonfinite} non-finite gradients skipped\n"
             f"state: {self.state_bytes_device / 2**20:.1f} MiB on the device, "

@@ -106,7 +106,7 @@ def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> 
         if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] <= 0:
             continue
         param = local(param)
-        if is_written(param, entry):
+        if not param.numel() or is_written(param, entry):
             continue
         verified = weight_before(param, entry, RULES[base].kernels)
         swaps.append(_swap(param.detach(), verified))

@@ -330,3 +330,49 @@ def test_the_first_step_at_slow_second_moments(beta2: float, backend: str) -> No
         optimizer.step()
         moves.append(param.detach().double().cpu())
     assert torch.allclose(*moves, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("loss", [None, "one", [1.0], 1j, torch.tensor(1j), torch.ones(2)])
+def test_what_is_no_loss_is_refused_at_once(loss: Any, bound: bool) -> None:
+    _, optimizer = small_run()
+    _, other = small_run()
+    if bound:
+        feed(optimizer)
+        feed(other)
+    with pytest.raises(ValueError, match=r"^loss"):
+        optimizer.observe_loss(loss)
+    feed(optimizer, 6)
+    feed(other, 6)
+    assert_same_weights(weights(optimizer), weights(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("base", "x"), ("betas", (0.9,)), ("eps", None), ("lr", "x"), ("weight_decay", "x")],
+)
+@pytest.mark.parametrize("steps", [0, 5])
+def test_what_somebody_sets_in_a_group_is_refused_by_name(
+    name: str, value: Any, steps: int
+) -> None:
+    _, optimizer = small_run()
+    feed(optimizer, steps)
+    group, before = optimizer.param_groups[0], weights(optimizer)
+    known, group[name] = group[name], value
+    with pytest.raises(ValueError, match=f"^{name}="):
+        feed(optimizer)
+    assert_same_weights(weights(optimizer), before)
+    group[name] = known
+    feed(optimizer, 5)
+
+
+def test_a_set_of_parameters_is_refused() -> None:
+    params = {nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))}
+    with pytest.raises(TypeError, match="ordered"):
+        HybridOptimizer([{"params": params}])
+
+
+def test_before_a_verdict_no_share_is_shown() -> None:
+    _, optimizer = small_run()
+    feed(optimizer)
+    assert "nan" not in str(optimizer.stats())

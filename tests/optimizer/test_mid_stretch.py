@@ -1,0 +1,104 @@
+"""What users do while a prediction stands: freeze, add, resume, write, and stop by the rate."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from kernel_memory import DEVICE
+from torch import nn
+from training import (
+    assert_same_weights,
+    fast_config,
+    feed,
+    make_model,
+    same_bits,
+    small_run,
+    to_correct,
+    train,
+    until,
+    weights,
+)
+
+from triton_hybrid import HybridOptimizer, Phase
+
+PREDICTORS = pytest.mark.parametrize("predictor", ["slow_ema", "linear", "secant"])
+
+
+@PREDICTORS
+@pytest.mark.parametrize("when", ["before saving", "after loading"])
+@pytest.mark.parametrize("change", ["freeze", "add"])
+def test_other_parameters_and_a_checkpoint(predictor: str, when: str, change: str) -> None:
+    """Whether a parameter is frozen or a group is added, a resumed run does what this one does."""
+
+    def made() -> tuple[nn.Module, HybridOptimizer, nn.Parameter]:
+        model = make_model()
+        late = nn.Parameter(torch.ones(3, device=DEVICE))
+        config = fast_config(predictor=predictor)
+        return model, HybridOptimizer(model.parameters(), lr=1e-2, hybrid=config), late
+
+    def changed(model: nn.Module, optimizer: HybridOptimizer, late: nn.Parameter) -> None:
+        if change == "freeze":
+            model[0].weight.requires_grad_(False)
+        else:
+            optimizer.add_param_group({"params": [late]})
+
+    (model, optimizer, late), (twin, other, later) = made(), made()
+    until(optimizer, model, Phase.CORRECT)
+    with optimizer.verified_weights():
+        verified = model[0].weight.detach().clone()
+    assert not torch.equal(verified, model[0].weight)
+    if when == "before saving":
+        changed(model, optimizer, late)
+        changed(twin, other, later)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if when == "after loading":
+        changed(model, optimizer, late)
+        changed(twin, other, later)
+    for _ in range(12):
+        train(model, optimizer, 1)
+        train(twin, other, 1)
+        assert other.phase is optimizer.phase
+        assert_same_weights(weights(optimizer), weights(other))
+        if change == "freeze":
+            assert same_bits(twin[0].weight.detach(), verified)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "split", "fp32"])
+def test_what_was_written_before_a_prediction_is_verified(precision: str) -> None:
+    params, optimizer = small_run(precision, inline=False)
+    feed(optimizer, 8)
+    while optimizer.phase is not Phase.PREDICT:
+        feed(optimizer)
+    with torch.no_grad():
+        params[0][1, 1] = 30.0
+    feed(optimizer)
+    predicted = [param.detach().clone() for param in params]
+    with optimizer.verified_weights():
+        assert float(params[0][1, 1]) == 30.0
+        assert not same_bits(params[1].detach(), predicted[1])
+    for param, known in zip(params, predicted):
+        assert same_bits(param.detach(), known)
+
+
+@pytest.mark.parametrize("base", ["adamw", "lion"])
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
+def test_at_rate_0_nothing_moves_on(predictor: str, base: str) -> None:
+    """A rate that ends at 0 while a prediction stands: what is accepted stays where it stands."""
+    config: Any = fast_config(predictor=predictor, full_steps=2)
+    params, optimizer = small_run(base=base, hybrid=config, weight_decay=0.0)
+    to_correct(optimizer)
+    with optimizer.verified_weights():
+        verified = weights(optimizer)
+    predicted = weights(optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    # The slope turns round: the secant of both would lead elsewhere.
+    for param in params:
+        param.grad = 0.5 + torch.zeros_like(param)
+    optimizer.step()
+    accepted = optimizer.stats().rollbacks == 0
+    assert_same_weights(weights(optimizer), predicted if accepted else verified)
