@@ -317,8 +317,7 @@ class Engine:
         seen = [*map(numbers_of, groups)]
         if seen == self._seen:
             return
-        table, on_device = self.scales.nominal, {}
-        rows = []
+        table, on_device, rows = self.scales.nominal, {}, []
         for index, group in enumerate(groups):
             RULES[group["base"]].follow_schedulers(group)
             lr = group["lr"]
@@ -334,8 +333,9 @@ class Engine:
             rows.append(row_of(group, lr, largest, self.choice.mixes))
         self.beta1s = {group["betas"][0] for group in groups}
         if rows != self.hyperparameters:  # of rates on the device, what follows writes the columns
+            idle = [row[HYPER["lr"]] == 0 for row in self.hyperparameters if self._seen]
             for index, row in enumerate(rows):
-                if row[HYPER["lr"]] == 0 and index not in on_device:
+                if row[HYPER["lr"]] == 0 and index not in on_device and not (idle and idle[index]):
                     self._stay(index)
             self.hyperparameters = rows
             refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -16,7 +16,7 @@ from triton_hybrid.checks import check_choice, check_flag, check_number, require
 from triton_hybrid.flat_shards import check_flat, whole_shape
 from triton_hybrid.kernels.rows import TRITON_DTYPES
 from triton_hybrid.rules import OPTIONS, RULES
-from triton_hybrid.shards import check_dtensor, is_dtensor, local
+from triton_hybrid.shards import check_dtensor, is_dtensor
 
 HEADS = ("lm_head", "head", "classifier", "score", "embed_out", "unembed", "output_projection")
 """Last parts of a module's name that make it the output layer."""
@@ -280,9 +280,3 @@ def every_parameter(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
 def is_trained(param: Tensor) -> bool:
     """Whether a parameter may get a gradient."""
     return param.requires_grad and not is_lazy(param)
-
-
-def all_zero(params: Iterable[Tensor]) -> bool:
-    """Whether no parameter has a gradient that is not zero. Waits for the device."""
-    grads = (local(param.grad) for param in params if param.grad is not None)
-    return not any(bool(grad.any()) for grad in grads)

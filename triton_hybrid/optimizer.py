@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from triton_hybrid.accumulation import AccumulationConfig
@@ -32,6 +31,7 @@ from triton_hybrid.groups import (
     complete_group,
     every_parameter,
     first_device,
+    is_trained,
     own_options,
 )
 from triton_hybrid.hooked import HookedStep, eager, without_autocast
@@ -308,7 +308,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             check_group(group)
             for index, entry in enumerate(params):
                 param = entry[1] if isinstance(entry, tuple) else entry
-                if getattr(param, "requires_grad", False) and not is_lazy(param):
+                if isinstance(param, Tensor) and is_trained(param):
                     check_parameter(group, index, param, self._settings.master_weights)
         super().add_param_group(param_group)
         self._binding.unbind()

@@ -12,7 +12,7 @@ are plain tensors (`flat_shards`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -272,6 +272,12 @@ class Shards:
                 entry[key] = like_whole(value, whole.param) if like_param(key, value) else value
 
 
+def all_zero(params: Iterable[Tensor]) -> bool:
+    """Whether no parameter has a gradient that is not zero. Waits for the device."""
+    grads = (local(param.grad) for param in params if param.grad is not None)
+    return not any(bool(grad.any()) for grad in grads)
+
+
 def only_initialises(members: Sequence[Member], ranks: Ranks) -> bool:
     """Whether a first step only creates state; asked by all ranks, where one is.
 
@@ -280,12 +286,12 @@ def only_initialises(members: Sequence[Member], ranks: Ranks) -> bool:
     """
     if any(float(member.group["lr"]) != 0.0 for member in members):
         return False
-    grads = [local(m.param.grad) for m in members if m.param.grad is not None]
-    found = [any(bool(grad.any()) for grad in grads), bool(grads)]
-    if ranks.apart or any(is_part(member.param) for member in members):
+    params = [member.param for member in members]
+    found = [not all_zero(params), any(param.grad is not None for param in params)]
+    if ranks.apart or any(map(is_part, params)):
         # Zero here alone may be the part of a gradient that is not, and so may be none.
         others = torch.tensor(found, dtype=torch.float64)
-        found = ranks.reduce(others.to(local(members[0].param).device)).tolist()
+        found = ranks.reduce(others.to(local(params[0]).device)).tolist()
     return bool(found[1]) and not found[0]
 
 

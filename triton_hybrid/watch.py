@@ -16,10 +16,10 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from triton_hybrid.checks import warn
-from triton_hybrid.groups import PARAMS, all_zero, every_parameter
+from triton_hybrid.groups import PARAMS, every_parameter
 from triton_hybrid.kernels.likeness import likeness
 from triton_hybrid.rules import RULES
-from triton_hybrid.shards import is_dtensor, local
+from triton_hybrid.shards import all_zero, is_dtensor, local
 from triton_hybrid.state import State
 
 Groups = Sequence[dict[str, Any]]

@@ -140,9 +140,12 @@ def _sharded(last: int, **options: Any) -> tuple[nn.Module, HybridOptimizer]:
     return net, HybridOptimizer(net.parameters(), lr=5e-3, hybrid=config)
 
 
-def _until_correct(net: nn.Module, optimizer: HybridOptimizer) -> None:
+def _in_mid_stretch(last: int, predictor: str) -> tuple[Any, ...]:
+    """A run before a verdict, and another that has not begun."""
+    net, optimizer = _sharded(last, predictor=predictor)
     while optimizer.phase is not Phase.CORRECT:
         step(net, optimizer)
+    return net, optimizer, *_sharded(last, predictor=predictor)
 
 
 def _resumed(
@@ -156,9 +159,7 @@ def fewer_rows_than_ranks(rank: int, world: int) -> list[bool]:
     """A rank that has nothing of a parameter goes on in mid-stretch, as it was or verified."""
     results = []
     for predictor in ("slow_ema", "linear", "secant"):
-        net, optimizer = _sharded(1, predictor=predictor)
-        _until_correct(net, optimizer)
-        twin, other = _sharded(1, predictor=predictor)
+        net, optimizer, twin, other = _in_mid_stretch(1, predictor)
         _resumed(net, optimizer, twin, other)
         with optimizer.verified_weights(), other.verified_weights():
             results.append(_alike(net, twin))
@@ -178,9 +179,7 @@ def writes_before_saving(rank: int, world: int) -> list[float]:
     """What is written before a checkpoint is made stands when the prediction is rejected."""
     found = []
     for predictor in ("slow_ema", "linear", "secant"):
-        net, optimizer = _sharded(4, predictor=predictor)
-        _until_correct(net, optimizer)
-        twin, other = _sharded(4, predictor=predictor)
+        net, optimizer, twin, other = _in_mid_stretch(4, predictor)
         with torch.no_grad():
             for param in net.parameters():
                 param.fill_(WRITTEN)
