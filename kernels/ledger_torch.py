@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from triton_hybrid.kernels import ledger as rules
+from triton_hybrid.kernels import running
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.scalar_math import (
     Number,
@@ -58,12 +59,12 @@ def count(entries: Entries, **events: Truth) -> None:
 def slow_decay_torch(entries: Entries, largest: float) -> Number:
     """`slow_decay` in plain torch."""
     gradients = entries["slow_count"]
-    return clamp(gradients / (gradients + rules.SLOW_WARMUP.value), most=largest)
+    return clamp(gradients / (gradients + running.SLOW_WARMUP.value), most=largest)
 
 
 def slow_share_torch(entries: Entries, norm: Number, clip: Number) -> Number:
     """`slow_share` in plain torch."""
-    usual = rules.OUTLIER.value * exp(entries["norm_mean"])
+    usual = running.OUTLIER.value * exp(entries["norm_mean"])
     limited = smaller(clip, usual / (norm + 1e-30))
     limited = where(entries["norm_count"] > 0.5, limited, clip)
     return limited / clamp(clip, 1e-300)
@@ -71,14 +72,17 @@ def slow_share_torch(entries: Entries, norm: Number, clip: Number) -> Number:
 
 def _rate(updates: Number) -> Number:
     """Of an exponential mean: the first updates are averaged evenly."""
-    return clamp(1.0 / (updates + 1.0), rules.SLOWEST_RATE.value)
+    return clamp(1.0 / (updates + 1.0), running.SLOWEST_RATE.value)
 
 
-def _average(entries: Entries, name: str, value: Number, condition: Truth) -> None:
+def _average(entries: Entries, name: str, value: Number, floor: Number, condition: Truth) -> None:
     """Takes a number into a count, a mean and a variance."""
     before, mean, variance = (entries[f"{name}_{part}"] for part in ("count", "mean", "variance"))
     rate = _rate(before)
     deviation = value - mean
+    far = running.FAR.value * larger(sqrt(variance), floor)
+    limited = larger(smaller(deviation, far), -far)
+    deviation = where(before > 1.5, limited, deviation)
     variance = (1.0 - rate) * (variance + rate * deviation * deviation)
     changed = {"count": before + 1.0, "mean": mean + rate * deviation, "variance": variance}
     enter(entries, condition, **{f"{name}_{part}": value for part, value in changed.items()})
@@ -111,13 +115,15 @@ def observe_torch(
     before = dict(entries)
     update_square, update_slow, slow_slow, slow_ema_square = sums
     known = norm > 0  # a batch that is masked altogether says nothing of the usual norm
-    _average(entries, "norm", log(where(known, norm, 1.0)), known)
+    least = beside(norm, rules.NORM_DEVIATION_FLOOR.value)
+    _average(entries, "norm", log(where(known, norm, 1.0)), least, known)
     loss, previous = entries["loss"], entries["loss_previous"]
-    _average(entries, "loss", loss - previous, finite(loss) & finite(previous))
+    least = rules.LOSS_DEVIATION_FLOOR.value * smaller(abs(previous), abs(loss))
+    _average(entries, "loss", loss - previous, least, finite(loss) & finite(previous))
     enter(entries, finite(loss), loss_previous=loss)
 
     if measured:
-        step = rules.DIRECTION_RATE.value
+        step = running.DIRECTION_RATE.value
         mean, updates = entries["update_square"], entries["update_count"]
         entries["update_square"] = mean + _rate(updates) * (update_square - mean)
         entries["update_count"] = updates + 1.0

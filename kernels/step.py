@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton_hybrid.kernels.displacement import Displacement, computed_again
 from triton_hybrid.kernels.launch import INTERPRETED, RESIDENT_LAUNCH, Launch
-from triton_hybrid.kernels.ledger import close_gradient, observe, slow_decay, slow_share
+from triton_hybrid.kernels.ledger import close_gradient
 from triton_hybrid.kernels.multi_tensor import TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.placement import accepted_move, load_placed, placed_by_update
 from triton_hybrid.kernels.repeated import repeated
@@ -38,6 +38,7 @@ from triton_hybrid.kernels.rows import (
     store_row,
     store_weight,
 )
+from triton_hybrid.kernels.running import observe, slow_decay, slow_share
 from triton_hybrid.kernels.scalars import (
     HYPER_COLUMNS,
     LR,

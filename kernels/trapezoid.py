@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_hybrid.kernels.ledger import INDEX, LOSS_SCALE, SLOWEST_RATE
+from triton_hybrid.kernels.ledger import INDEX, LOSS_SCALE
 from triton_hybrid.kernels.multi_tensor import TORCH_BLOCK, TensorSet, chunk_at, chunk_length
 from triton_hybrid.kernels.rows import EXP_AVG, GRAD, TAIL_SHARE, load_row, load_weight
+from triton_hybrid.kernels.running import SLOWEST_RATE
 from triton_hybrid.kernels.scalars import HYPER, HYPER_COLUMNS, LR, SIGN, WEIGHT_DECAY, Scalars
 from triton_hybrid.kernels.sums import fold, no_sums, reduce_partials
 from triton_hybrid.kernels.together_torch import together

@@ -214,14 +214,17 @@ class Reference:
     def observe(self, norm: float, loss: float) -> None:
         """Running mean and variance of the gradient's logarithmic norm and the loss's change."""
         ledger, change = self.ledger, loss - self.ledger.loss_previous
-        for name, value in (("norm", math.log(norm) if norm > 0 else math.nan), ("loss", change)):
-            count, mean = getattr(ledger, f"{name}_count"), getattr(ledger, f"{name}_mean")
+        logarithm = math.log(norm) if norm > 0 else math.nan
+        least = 1e-3 * min(abs(ledger.loss_previous), abs(loss))
+        for name, value, floor in (("norm", logarithm, 0.4), ("loss", change, least)):
             if math.isfinite(value):
-                rate = max(1.0 / (count + 1.0), 0.05)
-                variance = getattr(ledger, f"{name}_variance") + rate * (value - mean) ** 2
-                setattr(ledger, f"{name}_mean", mean + rate * (value - mean))
-                setattr(ledger, f"{name}_variance", (1.0 - rate) * variance)
-                setattr(ledger, f"{name}_count", count + 1)
+                parts = [f"{name}_{part}" for part in ("count", "mean", "variance")]
+                count, mean, variance = (getattr(ledger, part) for part in parts)
+                rate, far = max(1.0 / (count + 1.0), 0.05), 5.0 * max(math.sqrt(variance), floor)
+                deviation = min(max(value - mean, -far), far) if count > 1 else value - mean
+                variance = (1.0 - rate) * (variance + rate * deviation**2)
+                for part, new in zip(parts, (count + 1, mean + rate * deviation, variance)):
+                    setattr(ledger, part, new)
         ledger.loss_previous = loss if math.isfinite(loss) else ledger.loss_previous
 
     # ------------------------------------------------------------------------------- Predict

@@ -16,7 +16,8 @@ from kernel_problems import Make, Problem, assert_ledgers_near, changed_entries,
 from kernel_specs import FP16, FP32, FP64, ONE, PRECISIONS, THREE, Precision, fewer, plain, some
 from triton_hybrid.kernels import multi_tensor
 from triton_hybrid.kernels.launch import INTERPRETED
-from triton_hybrid.kernels.ledger import OUTLIER, read_ledger
+from triton_hybrid.kernels.ledger import read_ledger
+from triton_hybrid.kernels.running import OUTLIER
 from triton_hybrid.kernels.step_torch import _update, averaging_rates, update_numbers
 
 from triton_hybrid.rules import RULES
