@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from triton_hybrid.accumulation import Windows
-from triton_hybrid.capturing import refuse_number, refuse_scaler, refuse_unready
+from triton_hybrid.capturing import refuse_scaler, refuse_unready
 from triton_hybrid.checkpoint import PROGRESS, Progress
-from triton_hybrid.checks import check_loss
 from triton_hybrid.config import Settings
-from triton_hybrid.distributed import Ranks, Standing
+from triton_hybrid.distributed import MICRO_BATCHES, Ranks, Standing
 from triton_hybrid.engine import Engine
 from triton_hybrid.groups import check_group, check_parameter, every_parameter, is_trained
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.update_rule import UpdateRule
+from triton_hybrid.losses import Observed
 from triton_hybrid.phases import Phase, PhaseController
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Choice
@@ -46,7 +48,8 @@ class Binding:
         # Beside the wrapper of a trainer, which has attributes of its own, this is one for all.
         self.swaps: list[Any] | None = None  # while the verified weights stand in the parameters
         self.pending: list[Any] = []  # predictions of a checkpoint that wait for their weights
-        self._pending_losses: list[Tensor | float] = []
+        self.observed = Observed()
+        self.clipped_outside = False  # whether others have set `max_grad_norm`
         self._watch: Watch | None = None
         self._params: list[tuple[Tensor, UpdateRule]] = []
         self._state: State = {}
@@ -72,6 +75,7 @@ class Binding:
         if engine is None or self._sees_changes(engine, groups, state):
             engine = self._bind_anew(groups, state)
             if engine is None:
+                self.observed.forget()
                 return None
         elif engine.uncapturable:
             refuse_unready(groups, engine.device, capturable=False)
@@ -144,9 +148,7 @@ class Binding:
             engine = Engine(*made, progress.predictor, reduce)
         shards.publish()
         engine.restore(progress.ledger, progress.predictor)
-        for loss in self._pending_losses:
-            engine.observe_loss(loss)
-        self._pending_losses.clear()
+        self.observed.bind(engine.losses)
         self._state, self._installs = state, engine.offload.installs
         self._watch, self.engine = Watch(groups, state), engine
 
@@ -170,6 +172,7 @@ class Binding:
             if save:
                 self._note(self.engine)
         self.engine = self._watch = None
+        self.observed.bind(None)
 
     def _note(self, engine: Engine) -> None:
         self.progress.ledger = engine.read()
@@ -212,15 +215,6 @@ class Binding:
         """Whether state of this name is at home in host memory."""
         declared = self.settings.config.offload != "none" and name in DECLARED
         return declared and DECLARED[name].home is Home.HOST
-
-    def observe_loss(self, loss: Tensor | float) -> None:
-        """Notes the loss of the coming gradient."""
-        check_loss(loss)
-        if self.engine is None:
-            self._pending_losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
-        else:
-            refuse_number(self.engine.device, loss)
-            self.engine.observe_loss(loss)
 
     def loss_scale(self) -> Tensor | float:
         """The present loss scale, on the device where that is known."""
@@ -317,6 +311,7 @@ class Binding:
             "predictor": engine.predictor.name,
             "settings": self._described,
             "hyperparameters": engine.hyperparameters,
+            **({} if self.windows is None else {MICRO_BATCHES: self.windows.count}),
         }
 
     def scaled(self, engine: Engine, groups: Groups, scaler: Any) -> AbstractContextManager[None]:
@@ -332,12 +327,14 @@ class Binding:
         windows = self.windows
         if windows is not None:
             engine.scales.divide_gradient(windows.numbers(engine.device)[0])
-        yield
-        if windows is not None:
-            engine.scales.end_division(windows.numbers(engine.device)[0])
-            windows.close(every_parameter(groups))
-        if scaler:
-            engine.scales.give_back()
+        try:
+            yield
+        finally:  # a user may interrupt a step, and go on
+            if windows is not None:
+                engine.scales.end_division(windows.numbers(engine.device)[0])
+                windows.close(every_parameter(groups))
+            if scaler:
+                engine.scales.give_back()
 
     def open(self, engine: Engine) -> None:
         """Before the work of a step: memory comes to its place, and who wrote meanwhile is seen."""
@@ -357,6 +354,8 @@ class Binding:
     def close(self, engine: Engine) -> None:
         """After it: what was left in the weights is noted, and memory goes back."""
         controller, offload = self.progress.controller, engine.offload
+        for batch in engine.batches:  # an older graph that needs these weights is an error, then
+            increment_version(compress(batch.wholes, batch.tensors.present))
         if self._watches(engine):
             engine.note_weights(every=not controller.stands)
         engine.scatter()

@@ -28,7 +28,12 @@ from triton_hybrid.kernels.scalars import Scalars
 
 LEDGER = ("loss", "written", "found_inf")
 """Entries of the ledger that a rank alone may know."""
-ENTRIES = ("seen", *LEDGER, "square", "bad", "present", "place", "setup", "weights")
+MICRO_BATCHES = "micro-batches"
+"""Where a rank stands in this, it must have as many as every other with gradients."""
+ENTRIES = (
+    "seen", *LEDGER, "square", "bad", "counted", "counted_squared", "present",
+    "place", "setup", "weights",
+)  # fmt: skip
 """What is summed. The last three must be the same everywhere: their squares are summed too."""
 COMPARED = 3
 _MODULUS = 1 << 20
@@ -151,7 +156,7 @@ class Ranks:
         its = _numbers(torch.cat([ledger.index_select(0, self._places), scalars.gradient]))
         own = [its[0] == its[0], *its]
         sums = self._sum(own, ledger.device, present, standing, weights() if first else 0)
-        seen, loss, written, found, square, bad, some = sums[: -2 * COMPARED]
+        seen, loss, written, found, square, bad, *_, some = sums[: -2 * COMPARED]
         found = found + bad + (some < self.size)
         if isinstance(seen, float):
             loss = loss / seen if seen else math.nan
@@ -169,7 +174,7 @@ class Ranks:
         What others wrote to the weights of one rank ends the prediction on all of them.
         """
         written = scalars.ledger[INDEX["written"]]
-        own: list[Any] = [0.0] * ENTRIES.index("present")
+        own: list[Any] = [0.0] * ENTRIES.index("counted")
         own[ENTRIES.index("written")] = _numbers(written.view(1))[0]
         sums = self._sum(own, written.device, True, standing, 0)
         written.copy_(torch.as_tensor(sums[ENTRIES.index("written")]))
@@ -187,8 +192,11 @@ class Ranks:
         Takes and returns floats on the CPU, elsewhere 0-dim tensors that nobody waits for.
         """
         self._check_last()
-        compared = [_number(list(standing.items())[:2]), _number(standing), weights % _MODULUS]
-        known = [float(present), *compared, *(number * number for number in compared)]
+        count = float(standing.get(MICRO_BATCHES, 0) * present)
+        setup = {name: its for name, its in standing.items() if name != MICRO_BATCHES}
+        compared = [_number(list(setup.items())[:2]), _number(setup), weights % _MODULUS]
+        known = [count, count * count, float(present), *compared]
+        known += [number * number for number in compared]
         if device.type == "cpu":
             sent = torch.tensor([*own, *known], dtype=torch.float64)
         else:
@@ -229,7 +237,8 @@ class Ranks:
             total**2 == count * squares
             for total, squares in zip(totals[:COMPARED], totals[COMPARED:])
         )
-        if not (place and setup):
+        counts, squares, present = sums[ENTRIES.index("counted") : ENTRIES.index("present") + 1]
+        if not (place and setup and counts**2 == present * squares):
             raise RuntimeError(_disagreement(self._everybody(standing)))
         if not weights:
             raise NotImplementedError(

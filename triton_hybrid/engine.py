@@ -5,7 +5,6 @@ The engine does what the phases ask for, and knows nothing of their order.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,6 +35,7 @@ from triton_hybrid.kernels.ledger import (
     write_ledger,
 )
 from triton_hybrid.kernels.scalars import HYPER, Scalars
+from triton_hybrid.losses import Losses
 from triton_hybrid.offload import Offload, moves
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Predictor
@@ -106,7 +106,6 @@ class Engine:
         self._written = self.scalars.ledger[INDEX["written"]]
         self._seen: list[Any] = []  # what the table of hyperparameters was made of
         self.hyperparameters: list[list[float]] = []  # as they are on the device
-        self._losses = 0  # observed since the last gradient
         shares = [[batch.tensors.share] for batch in self.batches for _ in batch.params]
         self._shares = torch.tensor(shares, dtype=torch.float64, device=self.device)
         its = [member.group.get(OTHERS, False) for b in self.batches for member in b.members]
@@ -116,7 +115,7 @@ class Engine:
         self._measured = False  # whether the gradients at hand were measured
         signs = {-1.0 if member.group["maximize"] else 1.0 for member in members}
         self.beta1s: set[float] = {member.group["betas"][0] for member in members}
-        self._sign = signs.pop() if len(signs) == 1 else None
+        self.losses = Losses(self.scalars.ledger, signs.pop() if len(signs) == 1 else None)
         for batch in self.batches:
             batch.adopt_tables(self.scalars)
         self.offload = Offload(self.batches, state, config, self.choice.lends_moments)
@@ -172,7 +171,8 @@ class Engine:
 
     def end_gradient(self) -> None:
         """Forgets what was said of the gradient that a step takes."""
-        self._losses, self._measured = 0, False
+        self._measured = False
+        self.losses.end()
 
     def forget_gradients(self) -> None:
         """Ends a step in which no rank had gradients."""
@@ -231,23 +231,26 @@ class Engine:
             rates = self.scalars.hyperparameters[:, HYPER["lr"]]
             kept = rates.clone()
             rates.mul_(scale)
-        self.backend.step(
-            self._sets,
-            self.scalars,
-            max_norm=self.settings.max_grad_norm,
-            slow_beta=predictor.slow_beta,
-            observed=predictor.predicts,
-            measured=plan.measured,
-            known=known,
-            reduce=self.reduce,
-            again=predictor.take_deferred(),
-        )
-        if scale is not None:
-            rates.copy_(kept)
+        try:
+            self.backend.step(
+                self._sets,
+                self.scalars,
+                max_norm=self.settings.max_grad_norm,
+                slow_beta=predictor.slow_beta,
+                observed=predictor.predicts,
+                measured=plan.measured,
+                known=known,
+                reduce=self.reduce,
+                again=predictor.take_deferred(),
+            )
+        finally:  # a user may interrupt a step, and go on
+            if scale is not None:
+                rates.copy_(kept)
         self.choice.after_step()
 
     def predict(self, in_row: int) -> None:
         """Moves the weights by one more predicted step, or undoes them all where that fails."""
+        self.losses.forget()  # of gradients that a Predict step does not read
         self.predictor.predict(in_row)
 
     def verify(self, last: bool = True) -> None:
@@ -292,22 +295,6 @@ class Engine:
         self.scalars.ledger.copy_(write_ledger(known, self.device))
         if predictor is not None:
             self.choice.restore(predictor)
-
-    def observe_loss(self, loss: Tensor | float) -> None:
-        """Notes the loss that belongs to the coming gradient, or one of several to be averaged.
-
-        Does not wait for it. The ledger has what falls as training succeeds: minus an objective
-        that is maximised, and nothing where some groups minimise and others maximise.
-        """
-        if self._sign is None:
-            return
-        known = loss.detach().reshape(()) if isinstance(loss, Tensor) else float(loss)
-        value = torch.as_tensor(known, dtype=torch.float64, device=self.device)
-        # NaN in the ledger means "not observed"; an observed NaN is a divergence.
-        value = torch.where(value.isnan(), torch.full_like(value, math.inf), self._sign * value)
-        entry, seen = self.scalars.ledger[INDEX["loss"]], self._losses
-        entry.copy_((entry * seen + value) / (seen + 1) if seen else value, non_blocking=True)
-        self._losses += 1
 
     def refresh(self, groups: Sequence[dict[str, Any]]) -> None:
         """Brings learning rates, betas and so on to the device, if they changed.

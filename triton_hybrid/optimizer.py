@@ -38,7 +38,6 @@ from triton_hybrid.hooked import HookedStep, eager, without_autocast
 from triton_hybrid.hyperparameters import FRESH_RATES
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.rules import OPTIONS
-from triton_hybrid.shards import saved_parts
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.verified import VerifiedWeights
 
@@ -46,10 +45,10 @@ from triton_hybrid.verified import VerifiedWeights
 class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     """AdamW, Lion or Muon that needs fewer backward passes.
 
-    It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the
-    training run, moves the weights ahead without a gradient, verifies the move by the next
-    real gradient, and corrects it or rolls it back bit for bit. Swap it in for
-    ``torch.optim.AdamW``; the defaults are the same.
+    It cycles through Warmup → Full → Predict → Correct: it learns the dynamics of the training run,
+    moves the weights ahead without a gradient, verifies the move by the next real gradient, and
+    corrects it or rolls it back bit for bit. Swap it in for ``torch.optim.AdamW``; the defaults are
+    the same.
 
     Args:
         params: Parameters, or parameter groups. Groups may set ``lr``, ``betas``, ``eps``,
@@ -256,7 +255,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         Raises:
             ValueError: More than one element.
         """
-        self._binding.observe_loss(loss)
+        self._binding.observed.observe(loss)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """The loss times the present scale, to call ``backward()`` on.
@@ -288,7 +287,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         return self._binding.last_of_window
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; micro-batches that are thrown away no longer count."""
+        """As in torch; micro-batches that are thrown away no longer count, nor do their losses."""
+        self._binding.observed.forget_unread(every_parameter(self.param_groups))
         super().zero_grad(set_to_none)
         self._binding.begin_window(self.param_groups)
 
@@ -316,7 +316,9 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; phase and ledger lie in the groups."""
         self._binding.save(self.param_groups)
-        return saved_parts(self._with_predictions(super().state_dict()), self.param_groups)
+        # The first of the hooks: others may wrap the result.
+        with self.register_state_dict_post_hook(self._as_saved, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this optimizer, or one of torch's AdamW or Muon.
@@ -334,12 +336,11 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
             self._loading = final
             return without_tensors(final)
 
-        # The last of the hooks sees what the others have made of the checkpoint.
-        last = self.register_load_state_dict_pre_hook(take_over)
         try:
-            super().load_state_dict(state_dict)
+            # The last of the hooks sees what the others have made of the checkpoint.
+            with self.register_load_state_dict_pre_hook(take_over):
+                super().load_state_dict(state_dict)
         finally:
-            last.remove()
             self._loading = None
 
     def _load_tensors(self, state_dict: dict[str, Any], rules: list[str]) -> None:

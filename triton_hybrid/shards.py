@@ -28,8 +28,9 @@ from triton_hybrid.flat_shards import (
     saved_rows,
     share_of,
 )
-from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN
-from triton_hybrid.state import PREDICTION, Member, State
+from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, PART_COLUMN
+from triton_hybrid.kernels.residue import UNMOVED
+from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, RESIDUE, SNAPSHOT, Member, State
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -91,7 +92,7 @@ def part_group(param: Any) -> Any:
         return piece.group
     mesh = param.device_mesh
     cuts = enumerate(param.placements)
-    return mesh.get_group(next(d for d, p in cuts if p.is_shard() and mesh.size(d) > 1))
+    return mesh.get_group(next(d for d, p in cuts if _is_cut_by(p) and mesh.size(d) > 1))
 
 
 @torch.no_grad()
@@ -122,8 +123,32 @@ def forget_fingerprints(param: Any, entry: dict[str, Any]) -> None:
         entry[PREDICTION.name][FINGERPRINT_COLUMN.value :] = 0.0
 
 
-def saved_parts(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A state dict that any number of ranks can load."""
+@torch.no_grad()
+def fold_writes(param: Any, entry: dict[str, Any]) -> None:
+    """Lets rows say what others wrote to this rank's part of a parameter while a prediction stands.
+
+    Which parts they wrote is a number of each rank, of which checkpoints keep one: who loads them
+    would take what was written for the prediction. As it stands, it is no part of the move.
+    """
+    part = entry.get(PREDICTION.name)
+    if part is None or part.shape != PREDICTION.shape or part[PART_COLUMN.value] >= 0:
+        return
+    entry[PREDICTION.name] = part.clone()
+    entry[PREDICTION.name][PART_COLUMN.value] = 1.0
+    if RESIDUE.name in entry:
+        entry[RESIDUE.name] = torch.full_like(entry[RESIDUE.name], UNMOVED)
+    if SNAPSHOT.name in entry:
+        its = param.detach().to(entry[SNAPSHOT.name].dtype)
+        if MASTER.name in entry:
+            master = entry[MASTER.name]
+            its = torch.where(master.to(param.dtype) == param, master, its)
+        entry[SNAPSHOT.name] = its.clone()
+
+
+def saved_parts(
+    state_dict: dict[str, Any], groups: Sequence[dict[str, Any]], stands: bool
+) -> dict[str, Any]:
+    """A state dict that any number of ranks can load; ``stands``: whether a prediction does."""
     params = [param for group in groups for param in group["params"]]
     if not any(map(is_managed, params)):
         return state_dict
@@ -133,15 +158,25 @@ def saved_parts(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) ->
     for index, param in enumerate(params):
         if index in state:
             state[index] = dict(state[index])
+            if stands:
+                fold_writes(param, state[index])
             forget_fingerprints(param, state[index])
+            if is_dtensor(param) and REMAINDER.name in state[index]:
+                # Torch's collectives know no 16-bit integers; loading undoes it.
+                state[index][REMAINDER.name] = state[index][REMAINDER.name].float()
             if handle_of(param) is not None:
                 state[index] = saved_rows(param, state[index], names)
     return {**state_dict, "state": state}
 
 
+def _is_cut_by(place: Any) -> bool:
+    """Whether a placement cuts, also what is cut by `ColwiseParallel` already, which is strided."""
+    return place.is_shard() or type(place).__name__ == "_StridedShard"
+
+
 def check_dtensor(param: Any, index: int) -> None:
     """Refuses a DTensor that cannot be updated part by part with a NotImplementedError."""
-    odd = [place for place in param.placements if not (place.is_replicate() or place.is_shard())]
+    odd = [place for place in param.placements if not (place.is_replicate() or _is_cut_by(place))]
     if odd:
         raise NotImplementedError(
             f"params: parameter {index} has placements {tuple(param.placements)}: must be Shard or "
@@ -161,7 +196,7 @@ def is_part(param: Any) -> bool:
     if not is_dtensor(param):
         return is_cut(param)
     sizes = [param.device_mesh.size(dim) for dim in range(param.device_mesh.ndim)]
-    return any(place.is_shard() and size > 1 for place, size in zip(param.placements, sizes))
+    return any(_is_cut_by(place) and size > 1 for place, size in zip(param.placements, sizes))
 
 
 def _share(param: Any, index: int, ranks: Ranks) -> float:

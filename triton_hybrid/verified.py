@@ -25,7 +25,7 @@ from triton_hybrid.resume import (
     without_predictions,
 )
 from triton_hybrid.rules import RULES
-from triton_hybrid.shards import is_managed, local
+from triton_hybrid.shards import is_managed, local, saved_parts
 from triton_hybrid.standing import is_written, weight_before
 from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, moved_again
 
@@ -82,15 +82,28 @@ class VerifiedWeights:
         put_back(pending)
         self._binding.pending = pending
 
+    @staticmethod
+    def _as_saved(optimizer: Any, made: dict[str, Any]) -> dict[str, Any]:
+        """A state dict as others may load it; a hook of torch's."""
+        groups, stands = optimizer.param_groups, _stands(optimizer._binding)
+        return saved_parts(optimizer._with_predictions(made), groups, stands)
+
     def _with_predictions(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict, or what is pickled, that brings the prediction back which was put aside."""
-        params = every_parameter(self.param_groups)
-        if not self._binding.swaps:
+        params, swaps = every_parameter(self.param_groups), self._binding.swaps
+        if swaps is not None and any(map(is_managed, params)):
+            # Other ranks may load other parts of it, and have swapped where this one has nothing.
+            return without_predictions(state_dict) if _stands(self._binding) else state_dict
+        if not swaps:
             return state_dict
-        if any(map(is_managed, params)):  # other ranks may load other parts of it
-            return without_predictions(state_dict)
-        held = {tensor.data_ptr(): value for tensor, value, _ in self._binding.swaps}
+        held = {tensor.data_ptr(): value for tensor, value, _ in swaps}
         return with_predictions(state_dict, params, held)
+
+
+def _stands(binding: Binding) -> bool:
+    """Whether a prediction stands, by the ledger as `Binding.save` has read it."""
+    progress = binding.progress
+    return progress.controller.stands and progress.ledger.get("moved", 0.0) > 0
 
 
 def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> list[Swap]:
@@ -98,7 +111,7 @@ def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> 
     if not binding.progress.controller.stands:
         return []
     binding.save(groups)  # host memory up to date, the ledger read
-    if binding.progress.ledger.get("moved", 0.0) <= 0:
+    if not _stands(binding):
         return []
     swaps = []
     for param, base in ((param, group["base"]) for group in groups for param in group["params"]):

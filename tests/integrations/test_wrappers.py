@@ -133,17 +133,18 @@ def test_accelerate_with_a_grad_scaler_steps_through_predict(growth: int) -> Non
     assert scaler.get_scale() == (16.0 if growth == 1000 else 16.0 * 2**10)
 
 
-def test_clipping_moves_inside_once() -> None:
+def test_clipping_moves_inside() -> None:
     model, optimizer = make()
-    wrappers.clip_inside(optimizer, 0.0)
-    assert optimizer._settings.max_grad_norm is None
-    wrappers.clip_inside(optimizer, 0.5)
-    wrappers.clip_inside(optimizer, 7.0)
-    assert optimizer._settings.max_grad_norm == 0.5
+    for limit, then in ((0.0, None), (0.1, 0.1), (5.0, 5.0), (None, None), (0.5, 0.5)):
+        wrappers.clip_inside(optimizer, limit)  # as a trainer does whose limit changes by epoch
+        assert optimizer._settings.max_grad_norm == then
     other_model = make_model()
     other = HybridOptimizer(
         other_model.parameters(), lr=1e-2, hybrid=fast_config(inline=False), max_grad_norm=0.5
     )
+    for limit in (7.0, None):
+        wrappers.clip_inside(other, limit)
+        assert other._settings.max_grad_norm == 0.5  # the one that it was made with
     train(model, optimizer, 20)
     train(other_model, other, 20)
     assert_same_weights(weights(optimizer), weights(other))

@@ -13,13 +13,17 @@ import torch
 import torch.distributed as dist
 from ranks import assert_same_on_all, of_all, run_on_ranks
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from training import fast_config
 
-from triton_hybrid import HybridConfig, HybridOptimizer, Phase
+from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer, Phase
 
 WRITTEN = 0.25
 NEAR = 0.03
@@ -193,9 +197,114 @@ def writes_before_saving(rank: int, world: int) -> list[float]:
     return found
 
 
+def _of_rank(keeper: int, made: Any) -> Any:
+    """State as a checkpoint of files has it: of what is no part, one rank's copy."""
+    if isinstance(made, dict):
+        return {key: _of_rank(keeper, value) for key, value in made.items()}
+    if hasattr(made, "placements"):
+        return made
+    said = [made]
+    dist.broadcast_object_list(said, src=keeper)
+    return said[0]
+
+
+def one_rank_writes_before_saving(rank: int, world: int) -> list[float]:
+    """What one rank alone wrote to its parts stands, whoever's numbers the checkpoint has."""
+    found = []
+    for predictor in ("slow_ema", "linear", "secant"):
+        for keeper in range(world):
+            net, optimizer, twin, other = _in_mid_stretch(4, predictor)
+            parts = [param.to_local() for param in net.parameters()]
+            if rank == 0:
+                for part in parts:
+                    part.detach().fill_(WRITTEN)
+            held, state = copy.deepcopy(get_state_dict(net, optimizer))
+            state = _of_rank(keeper, state)
+            set_state_dict(twin, other, model_state_dict=held, optim_state_dict=state)
+            step(twin, other, loss=math.inf)
+            its = [param.to_local().detach() for param in twin.parameters()]
+            found += [float((part - WRITTEN).abs().max()) for part in its if part.numel()]
+    return found if rank == 0 else []
+
+
+def one_rank_has_nothing(rank: int, world: int) -> list[bool]:
+    """A checkpoint at the verified weights, where one rank holds no element that was moved."""
+
+    def made() -> tuple[nn.Module, HybridOptimizer]:
+        torch.manual_seed(0)
+        net = nn.Linear(6, 1)
+        fully_shard(net)
+        return net, HybridOptimizer(net.parameters(), lr=5e-3, hybrid=fast_config())
+
+    same = []
+    for keeper in range(world):
+        (net, optimizer), (twin, other) = made(), made()
+        while optimizer.phase is not Phase.CORRECT:
+            step(net, optimizer)
+        with optimizer.verified_weights():
+            held, state = copy.deepcopy(get_state_dict(net, optimizer))
+            state = _of_rank(keeper, state)
+            set_state_dict(twin, other, model_state_dict=held, optim_state_dict=state)
+            with other.verified_weights():
+                same.append(_alike(net, twin))
+    return same
+
+
+def split_masters(rank: int, world: int) -> list[bool]:
+    """A run goes on from a full state dict, and from one of parts, of 16 bits beside BF16."""
+
+    def made() -> tuple[nn.Module, HybridOptimizer]:
+        net = net_of(6, 8, 4).bfloat16()
+        fully_shard(net)
+        options: dict[str, Any] = {"hybrid": fast_config(), "master_weights": "split"}
+        return net, HybridOptimizer(net.parameters(), lr=5e-3, **options)
+
+    same = []
+    for full in (True, False):
+        (net, optimizer), (twin, other) = made(), made()
+        while optimizer.phase is not Phase.CORRECT:
+            _step_bf16(net, optimizer)
+        options = StateDictOptions(full_state_dict=full)
+        held, state = copy.deepcopy(get_state_dict(net, optimizer, options=options))
+        set_state_dict(twin, other, model_state_dict=held, optim_state_dict=state, options=options)
+        for _ in range(6):
+            _step_bf16(net, optimizer)
+            _step_bf16(twin, other)
+            same.append(_alike(net, twin))
+    return same
+
+
+def _step_bf16(net: nn.Module, optimizer: HybridOptimizer) -> None:
+    x, y = batch(6, 1)
+    (net(x.bfloat16()).float() - y).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def uneven_windows(rank: int, world: int) -> str:
+    """Micro-batches of which one rank has fewer, once, before their gradients are summed."""
+    net = DistributedDataParallel(net_of(6, 8, 4))
+    windows = AccumulationConfig(maximum=4, minimum=4)
+    optimizer = HybridOptimizer(net.parameters(), hybrid=fast_config(), accumulation=windows)
+    for window in range(4):
+        count = 1 if window == 2 and rank == 1 else 4
+        for number in range(count):
+            with nullcontext() if number == count - 1 else net.no_sync():
+                x, y = batch(6, 10 * window + number)
+                (net(x) - y).square().mean().backward()
+            assert optimizer.window_complete is (number == 3)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return f"{window}: {error}"
+        optimizer.zero_grad()
+    return "no error"
+
+
 SCENARIOS: Sequence[Any] = (
     auto_sees_a_nan, one_rank_writes, rates_begin_at_0, fewer_rows_than_ranks,
-    writes_before_saving,
+    writes_before_saving, one_rank_writes_before_saving, one_rank_has_nothing, split_masters,
+    uneven_windows,
 )  # fmt: skip
 
 
@@ -221,3 +330,27 @@ def test_a_rank_with_nothing_of_a_parameter_goes_on(results: dict[str, list[Any]
 
 def test_writes_before_a_checkpoint_of_parts_stand(results: dict[str, list[Any]]) -> None:
     assert max(map(max, of_all(results, writes_before_saving))) < NEAR
+
+
+def test_what_one_rank_wrote_before_a_checkpoint_stands(results: dict[str, list[Any]]) -> None:
+    found, _ = of_all(results, one_rank_writes_before_saving)
+    assert len(found) == 24
+    assert max(found) < NEAR
+
+
+def test_a_checkpoint_at_verified_weights_is_the_same_of_all_ranks(
+    results: dict[str, list[Any]],
+) -> None:
+    assert all(map(all, of_all(results, one_rank_has_nothing)))
+
+
+def test_full_state_dicts_of_split_masters(results: dict[str, list[Any]]) -> None:
+    assert all(map(all, of_all(results, split_masters)))
+
+
+def test_windows_of_other_lengths_are_an_error_on_all_ranks(results: dict[str, list[Any]]) -> None:
+    """A gradient was divided, and a rate chosen, by what each rank had counted."""
+    for said in results[uneven_windows.__name__]:
+        assert said.startswith("2: the ranks disagree")
+        assert "micro-batches 4" in said
+        assert "micro-batches 1" in said

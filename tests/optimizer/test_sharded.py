@@ -147,7 +147,7 @@ def like_one_process(rank: int, world: int) -> list[Any]:
 
 
 def on_other_meshes(rank: int, world: int) -> dict[str, Any]:
-    """HSDP (replicas of parts); tensor parallel, with plain parameters after it."""
+    """HSDP (replicas of parts); tensor parallel, with plain parameters after it; in FSDP2."""
     even = (12, 8, 8, 3)  # tensor parallel layers take no others
     runs: dict[str, Any] = {}
     for predictor in ("slow_ema", "linear"):
@@ -160,8 +160,19 @@ def on_other_meshes(rank: int, world: int) -> dict[str, Any]:
             model = sharded(make_net(sizes=even), mesh=mesh)
             optimizer = make_optimizer(model, **options)
             runs[f"hsdp {predictor}"] = train(model, optimizer, 25, True, rank, world)
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tensor",))
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        if world == 4:
+            model = make_net(sizes=(12, 8, 3))
+            optimizer = make_optimizer(model, process_group=False, **options)
+            runs[f"alone in both {predictor}"] = train(model, optimizer, 25, noisy=True)
+            both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+            model = parallelize_module(make_net(sizes=(12, 8, 3)), both["tensor"], plan)
+            fully_shard(model, mesh=both["data"])
+            optimizer = make_optimizer(model, **options)
+            run = train(model, optimizer, 25, True, rank // 2, 2)
+            run["losses"] = [loss / 2 for loss in run["losses"]]  # a sum over four ranks
+            runs[f"both {predictor}"] = run
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tensor",))
         model = parallelize_module(make_net(sizes=even), mesh, plan)
         optimizer = make_optimizer(model, **options)
         runs[f"tensor parallel {predictor}"] = train(model, optimizer, 25, True)
@@ -267,13 +278,14 @@ def test_losses_are_those_of_one_process(results: dict[str, list[Any]], number: 
 
 
 @pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
-@pytest.mark.parametrize("kind", ["hsdp", "tensor parallel"])
+@pytest.mark.parametrize("kind", ["hsdp", "tensor parallel", "both"])
 def test_losses_on_other_meshes(results: dict[str, list[Any]], kind: str, predictor: str) -> None:
     found = of_all(results, on_other_meshes)
     assert_same_on_all(found)
     if f"{kind} {predictor}" not in found[0]:
         pytest.skip("needs four ranks")
-    alone, together = (found[0][f"{which} {predictor}"] for which in ("alone", kind))
+    one = "alone in both" if kind == "both" else "alone"
+    alone, together = (found[0][f"{which} {predictor}"] for which in (one, kind))
     assert alone["phases"] == together["phases"]
     assert "correct" in alone["phases"]
     worst = max(abs(a - b) / abs(a) for a, b in zip(alone["losses"], together["losses"]))

@@ -42,6 +42,35 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("predictor", ["none", "slow_ema", "linear", "secant"])
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_graph_older_than_a_step_is_an_error_as_with_adamw(predictor: str, phase: Phase) -> None:
+    """Its gradients would be computed with other weights than those it was made with."""
+    if predictor == "none" and phase in (Phase.PREDICT, Phase.CORRECT):
+        pytest.skip("there is no such phase")
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(DEVICE)
+    frozen = nn.Parameter(torch.ones(3, device=DEVICE))  # without a gradient
+    config = short_config(predictor=predictor, warmup_steps=2, inline=False)
+    optimizer = HybridOptimizer([*model.parameters(), frozen], hybrid=config)
+    x = torch.randn(8, 4, device=DEVICE, requires_grad=True)
+    for _ in range(20):
+        if optimizer.phase is phase:
+            break
+        if optimizer.needs_backward:
+            model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.phase is phase
+    old, other = model(x).square().mean(), (frozen * frozen).sum()
+    if optimizer.needs_backward:
+        model(x).square().mean().backward()
+    optimizer.step()
+    if predictor != "linear":  # which writes every weight again where its cycle begins
+        other.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old.backward()
+
+
 # ------------------------------------------------------------------------------ F: the protocol
 
 

@@ -275,3 +275,14 @@ def test_loading_inside_ends_it() -> None:
     optimizer.train()
     assert_same_weights(weights(optimizer), before)
     train(model, optimizer, 5)
+
+
+def test_a_hook_may_wrap_what_is_saved_inside() -> None:
+    """What was put aside was added after all hooks, and was looked for in what they returned."""
+    _, optimizer, _ = standing()
+    with optimizer.verified_weights():
+        plain = optimizer.state_dict()
+        optimizer.register_state_dict_post_hook(lambda _, made: {"wrapped": made})
+        wrapped = optimizer.state_dict()
+    assert wrapped["wrapped"]["state"].keys() == plain["state"].keys()
+    assert "predicted" in wrapped["wrapped"]["state"][0]

@@ -63,7 +63,7 @@ def verified_weights(optimizer: Any) -> AbstractContextManager[None]:
 def clip_inside(optimizer: Any, max_grad_norm: float | None) -> None:
     """Lets the step itself clip by the global norm, so that it sees the norm that was clipped.
 
-    A limit that the optimizer was made with stays.
+    A limit that the optimizer was made with stays; one that was set here gives way to the next.
 
     Args:
         optimizer: A HybridOptimizer, or a wrapper of one.
@@ -73,6 +73,8 @@ def clip_inside(optimizer: Any, max_grad_norm: float | None) -> None:
         ValueError: A limit that is negative or not finite.
     """
     binding = unwrap(optimizer)._binding
-    if max_grad_norm and binding.settings.max_grad_norm is None:
+    before, limit = binding.settings.max_grad_norm, max_grad_norm or None
+    if (before is None or binding.clipped_outside) and before != limit:
+        settings = dataclasses.replace(binding.settings, max_grad_norm=limit)
         binding.unbind()
-        binding.settings = dataclasses.replace(binding.settings, max_grad_norm=max_grad_norm)
+        binding.settings, binding.clipped_outside = settings, True
