@@ -39,11 +39,14 @@ LOSS_SCALE = _entry("loss_scale")  # what the coming gradient was multiplied wit
 # Finite gradients since the scale last changed; -1: it never does.
 GROWTH_TRACKER = _entry("growth_tracker")
 FOUND_INF = _entry("found_inf")  # 1: a GradScaler found the coming gradient not finite
-# Running statistics over real steps: logarithm of the norm, change of the loss.
+# Running statistics over real steps: logarithm of the norm, change of the loss; whether the last
+# number was limited.
 NORM_COUNT, NORM_MEAN, NORM_VARIANCE = map(_entry, ("norm_count", "norm_mean", "norm_variance"))
+NORM_LIMITED = _entry("norm_limited")
 LOSS = _entry("loss")  # observed for the coming step; NaN when none was
 LOSS_PREVIOUS = _entry("loss_previous")
 LOSS_COUNT, LOSS_MEAN, LOSS_VARIANCE = map(_entry, ("loss_count", "loss_mean", "loss_variance"))
+LOSS_LIMITED = _entry("loss_limited")
 # Size and direction of base updates: running means of squares and of inner products.
 UPDATE_COUNT, UPDATE_SQUARE = map(_entry, ("update_count", "update_square"))
 GRADIENT_SQUARE = _entry("gradient_square")  # at the slow EMA's rate

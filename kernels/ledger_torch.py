@@ -75,17 +75,19 @@ def _rate(updates: Number) -> Number:
     return clamp(1.0 / (updates + 1.0), running.SLOWEST_RATE.value)
 
 
-def _average(entries: Entries, name: str, value: Number, floor: Number, condition: Truth) -> None:
-    """Takes a number into a count, a mean and a variance."""
-    before, mean, variance = (entries[f"{name}_{part}"] for part in ("count", "mean", "variance"))
-    rate = _rate(before)
-    deviation = value - mean
+def _average(entries: Entries, name: str, value: Number, floor: Number, condition: Truth) -> Number:
+    """`_average` of ``running``, where a condition holds."""
+    names = [f"{name}_{part}" for part in ("count", "mean", "variance", "limited")]
+    before, mean, variance, last = (entries[part] for part in names)
+    rate, away = _rate(before), value - mean
     far = running.FAR.value * larger(sqrt(variance), floor)
-    limited = larger(smaller(deviation, far), -far)
-    deviation = where(before > 1.5, limited, deviation)
+    limited = (before > 1.5) & (far > 0) & (last == 0) & (abs(away) > far)
+    deviation = where(limited, larger(smaller(away, far), -far), away)
     variance = (1.0 - rate) * (variance + rate * deviation * deviation)
-    changed = {"count": before + 1.0, "mean": mean + rate * deviation, "variance": variance}
-    enter(entries, condition, **{f"{name}_{part}": value for part, value in changed.items()})
+    flag = where(limited, beside(away, 1.0), beside(away, 0.0))
+    values = (before + 1.0, mean + rate * deviation, variance, flag)
+    enter(entries, condition, **dict(zip(names, values)))
+    return where(condition, away - deviation, beside(away, 0.0))
 
 
 def observe_torch(
@@ -118,9 +120,9 @@ def observe_torch(
     least = beside(norm, rules.NORM_DEVIATION_FLOOR.value)
     _average(entries, "norm", log(where(known, norm, 1.0)), least, known)
     loss, previous = entries["loss"], entries["loss_previous"]
-    least = rules.LOSS_DEVIATION_FLOOR.value * smaller(abs(previous), abs(loss))
-    _average(entries, "loss", loss - previous, least, finite(loss) & finite(previous))
-    enter(entries, finite(loss), loss_previous=loss)
+    least = rules.LOSS_DEVIATION_FLOOR.value * abs(previous)
+    taken = _average(entries, "loss", loss - previous, least, finite(loss) & finite(previous))
+    enter(entries, finite(loss), loss_previous=loss - taken)
 
     if measured:
         step = running.DIRECTION_RATE.value

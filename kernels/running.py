@@ -34,8 +34,9 @@ from triton_hybrid.kernels.sums import column_total
 SLOWEST_RATE = tl.constexpr(0.05)
 """Floor of the averaging rate of running statistics: a memory of about 20 steps."""
 FAR = tl.constexpr(5.0)
-"""Standard deviations by which a number counts at most. Unlimited, one loss of ten times the usual
-was as good as no loss for 300 steps: nothing seemed high beside it."""
+"""Standard deviations by which a lone number counts at most. Unlimited, one loss of ten times the
+usual was as good as no loss for 300 steps: nothing seemed high beside it. The second in a row is
+another level, or other noise, and is believed."""
 DIRECTION_RATE = tl.constexpr(0.2)
 """Averaging rate of the inner products behind the confidence: about 5 steps."""
 SLOW_WARMUP = tl.constexpr(4.0)
@@ -68,16 +69,22 @@ def slow_share(ledger, norm, clip):
 
 @triton.jit
 def _average(cells, value, floor):
-    """Takes a number into a count, a mean and a variance that lie side by side."""
+    """Takes a number into a count, a mean and a variance that lie side by side, limited to `FAR`.
+
+    Not the second in a row, nor where nothing is known of their spread. Returns what that takes
+    from the number, 0 for most.
+    """
     count, mean, known = tl.load(cells), tl.load(cells + 1), tl.load(cells + 2)
     rate = tl.maximum(1.0 / (count + 1.0), SLOWEST_RATE)
-    deviation = value - mean
+    away = value - mean
     far = FAR * tl.maximum(tl.sqrt(known), floor)
-    deviation = tl.where(count > 1.5, between(deviation, -far, far), deviation)
-    variance = (1.0 - rate) * (known + rate * deviation * deviation)
+    limited = (count > 1.5) & (far > 0) & (tl.load(cells + 3) == 0) & (tl.abs(away) > far)
+    deviation = tl.where(limited, between(away, -far, far), away)
     tl.store(cells, count + 1.0)
     tl.store(cells + 1, mean + rate * deviation)
-    tl.store(cells + 2, variance)
+    tl.store(cells + 2, (1.0 - rate) * (known + rate * deviation * deviation))
+    tl.store(cells + 3, limited.to(tl.float64))
+    return away - deviation
 
 
 @triton.jit
@@ -93,8 +100,8 @@ def observe(
     previous = tl.load(ledger + LOSS_PREVIOUS)
     if tl.abs(loss) < float("inf"):
         if tl.abs(previous) < float("inf"):
-            floor = LOSS_DEVIATION_FLOOR * tl.minimum(tl.abs(previous), tl.abs(loss))
-            _average(ledger + LOSS_COUNT, loss - previous, floor)
+            floor = LOSS_DEVIATION_FLOOR * tl.abs(previous)
+            loss -= _average(ledger + LOSS_COUNT, loss - previous, floor)
         tl.store(ledger + LOSS_PREVIOUS, loss)
 
     if MEASURE:

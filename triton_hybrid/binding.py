@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from itertools import compress
+from itertools import compress, repeat
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Binding:
         self._params: list[tuple[Tensor, UpdateRule]] = []
         self._state: State = {}
         self._installs = 0
+        self._moved: list[list[bool]] = []  # whether each tensor had a gradient before, by batch
         self.unread = UnreadGradients()
         self._plans: dict[Any, StepPlan] = {}  # by all that decides
 
@@ -209,7 +210,8 @@ class Binding:
 
     def kept(self) -> dict[str, Any]:
         """What to make another binding of: of pickled optimizers."""
-        return {"_settings": self.settings, "_alone": self.ranks.alone}
+        kept = {"_settings": self.settings, "_alone": self.ranks.alone}
+        return {**kept, "_clipped_outside": self.clipped_outside}
 
     def at_home_on_host(self, name: str) -> bool:
         """Whether state of this name is at home in host memory."""
@@ -343,6 +345,8 @@ class Binding:
             engine.offload.fetch(self.plan(engine))
         if self._watches(engine):
             engine.find_writes()
+        stands = self.progress.controller.stands
+        self._moved = [batch.tensors.present for batch in engine.batches] if stands else []
 
     def _watches(self, engine: Engine) -> bool:
         """Whether what others write before the coming step would be taken for ours."""
@@ -354,8 +358,13 @@ class Binding:
     def close(self, engine: Engine) -> None:
         """After it: what was left in the weights is noted, and memory goes back."""
         controller, offload = self.progress.controller, engine.offload
-        for batch in engine.batches:  # an older graph that needs these weights is an error, then
-            increment_version(compress(batch.wholes, batch.tensors.present))
+        # An older graph that needs these weights is an error, then; a rollback writes those that a
+        # prediction had moved, with a gradient now or not.
+        for batch, before in zip(engine.batches, self._moved or repeat(None)):
+            present = batch.tensors.present
+            increment_version(compress(batch.wholes, present))
+            if before is not None and before is not present:
+                increment_version(compress(batch.wholes, before))
         if self._watches(engine):
             engine.note_weights(every=not controller.stands)
         engine.scatter()

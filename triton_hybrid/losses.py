@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -38,7 +37,10 @@ class Losses:
         # NaN in the ledger means "not observed"; an observed NaN is a divergence.
         value = torch.where(value.isnan(), torch.full_like(value, math.inf), self._sign * value)
         entry, seen = self._entry, self._count
-        entry.copy_((entry * seen + value) / (seen + 1) if seen else value, non_blocking=True)
+        if seen:
+            mean = (entry * seen + value) / (seen + 1)
+            value = torch.where(entry.isnan(), value, mean)  # `forget_infinite`
+        entry.copy_(value, non_blocking=True)
         self._count += 1
 
     def end(self) -> None:
@@ -51,6 +53,16 @@ class Losses:
             self._entry.fill_(math.nan)
             self._count = 0
 
+    def forget_infinite(self) -> None:
+        """The same where one was not finite; nobody waits to learn whether."""
+        if self._count:
+            unknown = torch.full_like(self._entry, math.nan)
+            self._entry.copy_(torch.where(self._entry.isfinite(), self._entry, unknown))
+
+    def go_on(self, last: Losses) -> None:
+        """Goes on from the losses of another ledger, whose entries this one has."""
+        self._count, self.read = last._count, last.read
+
 
 class Observed:
     """What a loop says of its losses, whether there is a ledger yet or not."""
@@ -58,6 +70,7 @@ class Observed:
     def __init__(self) -> None:
         self._early: list[Tensor | float] = []
         self._losses: Losses | None = None
+        self._last: Losses | None = None  # before the engine was let go
 
     def observe(self, loss: Tensor | float) -> None:
         """Notes a loss."""
@@ -70,8 +83,10 @@ class Observed:
 
     def bind(self, losses: Losses | None) -> None:
         """From now on they go there, also what was observed before; None: they wait."""
-        self._losses = losses
+        self._last, self._losses = self._losses or self._last, losses
         if losses is not None:
+            if self._last is not None:
+                losses.go_on(self._last)
             for loss in self._early:
                 losses.observe(loss)
             self._early.clear()
@@ -82,14 +97,14 @@ class Observed:
         if self._losses is not None:
             self._losses.forget()
 
-    def forget_unread(self, params: Iterable[Tensor]) -> None:
-        """Before gradients are dropped: with those that no step has read, their losses go.
+    def forget_unread(self) -> None:
+        """Where gradients are dropped that no step has read: their loss, if it is not finite.
 
-        A GradScaler leaves a step out, or the loop does, where the loss is not finite.
+        A GradScaler leaves a step out, or the loop does. Of a finite loss nobody knows whether its
+        gradient is dropped or yet to come; averaged into the next it does little.
         """
-        losses = self._losses
-        unread = losses is None or not losses.read
-        if unread and any(param.grad is not None for param in params):
-            self.forget()
+        losses = self._losses or self._last
+        if losses is not None and not losses.read:
+            losses.forget_infinite()
         if losses is not None:
             losses.read = False

@@ -287,8 +287,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         return self._binding.last_of_window
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; micro-batches that are thrown away no longer count, nor do their losses."""
-        self._binding.observed.forget_unread(every_parameter(self.param_groups))
+        """As in torch; micro-batches that are thrown away no longer count, nor an infinite loss."""
+        self._binding.observed.forget_unread()
         super().zero_grad(set_to_none)
         self._binding.begin_window(self.param_groups)
 
@@ -363,6 +363,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         if unpickled:
             ranks = Ranks(state.pop("_alone", None))
             self._binding = Binding(state.pop("_settings"), ranks)
+            self._binding.clipped_outside = state.pop("_clipped_outside", False)
         self._forget_swaps()
         rules = [] if unpickled else [group["base"] for group in self.param_groups]
         super().__setstate__(state)

@@ -22,7 +22,8 @@ from triton_hybrid.reference_secant import SecantReference, Watch, flat
 
 Tensors = Sequence[Tensor]
 
-LEDGER = """norm_count norm_mean norm_variance loss_count loss_mean loss_variance gradients
+LEDGER = """norm_count norm_mean norm_variance norm_limited loss_count loss_mean loss_variance
+    loss_limited gradients
     update_square update_count gradient_square slow_count slow_noise update_slow update_update
     slow_slow confidence signal moved stretch jump_square rejections cooldown blocked nonfinite
     accepted rejected largest_lr"""
@@ -215,17 +216,20 @@ class Reference:
         """Running mean and variance of the gradient's logarithmic norm and the loss's change."""
         ledger, change = self.ledger, loss - self.ledger.loss_previous
         logarithm = math.log(norm) if norm > 0 else math.nan
-        least = 1e-3 * min(abs(ledger.loss_previous), abs(loss))
+        least, taken = 1e-3 * abs(ledger.loss_previous), 0.0
         for name, value, floor in (("norm", logarithm, 0.4), ("loss", change, least)):
             if math.isfinite(value):
-                parts = [f"{name}_{part}" for part in ("count", "mean", "variance")]
-                count, mean, variance = (getattr(ledger, part) for part in parts)
+                parts = [f"{name}_{part}" for part in ("count", "mean", "variance", "limited")]
+                count, mean, variance, last = (getattr(ledger, part) for part in parts)
                 rate, far = max(1.0 / (count + 1.0), 0.05), 5.0 * max(math.sqrt(variance), floor)
-                deviation = min(max(value - mean, -far), far) if count > 1 else value - mean
+                limited = count > 1 and far > 0 and not last and abs(value - mean) > far
+                deviation = math.copysign(far, value - mean) if limited else value - mean
                 variance = (1.0 - rate) * (variance + rate * deviation**2)
-                for part, new in zip(parts, (count + 1, mean + rate * deviation, variance)):
+                news = count + 1, mean + rate * deviation, variance, limited
+                for part, new in zip(parts, news):
                     setattr(ledger, part, new)
-        ledger.loss_previous = loss if math.isfinite(loss) else ledger.loss_previous
+                taken = value - mean - deviation  # of the loss, which is the last
+        ledger.loss_previous = loss - taken if math.isfinite(loss) else ledger.loss_previous
 
     # ------------------------------------------------------------------------------- Predict
 

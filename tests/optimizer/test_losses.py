@@ -51,7 +51,31 @@ def test_one_high_loss_hides_no_later_one(factor: float, backend: str) -> None:
     assert rejected == tried > 0
 
 
-@pytest.mark.parametrize("who", ["scaler", "loop"])
+LEVELS: dict[str, Callable[[int], float]] = {
+    "zeros, then zeros and ones": lambda step: float(step > 4 and step % 2),
+    "another level": lambda step: 1.0 if step < 50 else 10.0,
+    "another level, and noise": lambda step: 1.0 if step < 50 else 10.0 + math.sin(7.0 * step),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", LEVELS)
+def test_another_level_of_losses_is_believed(kind: str, backend: str) -> None:
+    """With every number limited, it was learnt in dozens of steps, or never where all were 0."""
+    param = nn.Parameter(torch.zeros(5, device=DEVICE))
+    optimizer = HybridOptimizer([param], hybrid=fast_config(), backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(100):
+        param.grad = (1.0 + 0.3 * torch.randn(5, generator=generator)).to(DEVICE)
+        optimizer.observe_loss(LEVELS[kind](number))
+        optimizer.step()
+        optimizer.zero_grad()
+    stats = optimizer.stats()
+    assert stats.predicted_steps > 40
+    assert stats.rollbacks <= 4
+
+
+@pytest.mark.parametrize("who", ["scaler", "loop", "loop, before the gradient"])
 @pytest.mark.parametrize("inline", [True, False])
 def test_the_loss_of_a_step_that_is_left_out_goes_with_its_gradient(who: str, inline: bool) -> None:
     """It was averaged into the next one: an infinite one rolled good predictions back."""
@@ -67,8 +91,11 @@ def test_the_loss_of_a_step_that_is_left_out_goes_with_its_gradient(who: str, in
         odd = number % 5 == 4
         if odd:
             loss, skipped = loss * math.inf, skipped + 1
-        loss.backward()
         optimizer.observe_loss(loss.detach())
+        if odd and who == "loop, before the gradient":
+            optimizer.zero_grad()
+            continue
+        loss.backward()
         if who == "scaler":
             scaler.scale(torch.zeros((), device=DEVICE))  # which a loop would call backward() on
             scaler.step(optimizer)
@@ -172,6 +199,39 @@ def test_an_interrupted_step_leaves_no_factor_behind(what: str) -> None:
     assert engine.scalars.hyperparameters[0].tolist() == engine.hyperparameters[0]
     step()
     assert all(bool(param.isfinite().all()) for param in model.parameters())
+
+
+def test_an_interrupted_quasi_newton_move_is_taken_back(monkeypatch: Any) -> None:
+    """A move that nothing had limited stayed, and was taken for what somebody has written."""
+    model = make_model()
+    config = fast_config(predictor="secant", inline=False)
+    optimizer = HybridOptimizer(model.parameters(), lr=3e-3, hybrid=config)
+    x, y = next(make_batches())
+
+    def step() -> None:
+        if optimizer.needs_backward:
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.observe_loss(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    while optimizer.phase is not Phase.PREDICT or optimizer._progress.gradients < 9:
+        step()
+    before = [param.detach().clone() for param in model.parameters()]
+
+    def stop(*_: Any) -> None:
+        assert not all(map(torch.equal, before, model.parameters()))
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("triton_hybrid.predictors.secant.limit", stop)
+        with pytest.raises(Stop):
+            optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    for _ in range(20):
+        step()
+    assert optimizer.stats().acceptance_rate > 0.5
 
 
 class _Stopping:

@@ -71,6 +71,23 @@ def test_a_graph_older_than_a_step_is_an_error_as_with_adamw(predictor: str, pha
         old.backward()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_rollback_raises_versions_of_what_has_no_gradient_any_more(backend: str) -> None:
+    params = [nn.Parameter(torch.ones(4, device=DEVICE)) for _ in range(2)]
+    optimizer = HybridOptimizer(params, hybrid=short_config(), backend=backend)
+    while optimizer.phase is not Phase.CORRECT:
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    params[0].grad, params[1].grad = torch.ones_like(params[0]), None
+    moved, graph = params[1].detach().clone(), (params[1] * params[1]).sum()
+    optimizer.observe_loss(float("inf"))
+    optimizer.step()
+    assert not torch.equal(moved, params[1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        graph.backward()
+
+
 # ------------------------------------------------------------------------------ F: the protocol
 
 

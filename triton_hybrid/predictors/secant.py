@@ -44,7 +44,7 @@ from triton_hybrid.config import HybridConfig
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.pairs import LONGEST_HISTORY
 from triton_hybrid.kernels.secant import products_size
-from triton_hybrid.kernels.trial import TRIAL, judge, limit, new_trial, solve
+from triton_hybrid.kernels.trial import ORDERS, TRIAL, judge, limit, new_trial, solve
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.predictors.bases import BASES, Passes
 from triton_hybrid.predictors.predictor import Predictor
@@ -135,13 +135,28 @@ class Secant(Predictor):
         self._products.zero_()
         engine.add_up(lambda batch, own: passes.products(batch, self._trial, own), self._products)
         solution = solve(self._products, self._trial, self.config.history)
-        for batch in engine.batches:
-            passes.move(batch, self._trial, solution)
-        engine.over_ranks(scalars.sums)
-        cooldown = float(self.config.full_steps)
-        orders = limit(scalars.ledger, self._trial, scalars.sums, self._products, cooldown)
-        for batch in engine.batches:
-            passes.place(batch, orders)
+        cooldown, placed = float(self.config.full_steps), False
+        try:
+            for batch in engine.batches:
+                passes.move(batch, self._trial, solution)
+            engine.over_ranks(scalars.sums)
+            orders = limit(scalars.ledger, self._trial, scalars.sums, self._products, cooldown)
+            for batch in engine.batches:
+                passes.place(batch, orders)
+            placed = True
+        finally:
+            if not placed and bool(solution[0] > 0):
+                self._take_back()  # interrupted: a move that nothing has limited would stay
+
+    def _take_back(self) -> None:
+        """Puts the weights back to the snapshot, whatever of a move is in them."""
+        ledger = self.engine.scalars.ledger
+        orders = torch.zeros(len(ORDERS), dtype=torch.float64, device=ledger.device)
+        for batch in self.engine.batches:
+            self._passes.place(batch, orders)
+        self._trial[TRIAL.index("ready")] = 0.0
+        for name in ("moved", "stretch", "jump_square"):
+            ledger[INDEX[name]] = 0.0
 
     def forget(self) -> None:
         for name in ("slot", "pairs", "based", "again", "turned"):
