@@ -8,8 +8,7 @@ clipping; a non-finite gradient must change nothing), so between them lies eithe
 What an update does is the rule's (`UpdateRule`); clipping, weight decay, masters, the slow EMA and
 the measurements are the same for every rule, and written here once. With AdamW the
 update moves 28 bytes a parameter, in FP32 and in 16 bit with FP32 masters; the first part reads
-the gradient once more, the slow EMA adds 8 bytes, and masters that follow an accepted prediction
-(`placement`) none.
+the gradient once more, the slow EMA adds 8 bytes, masters after a prediction (`placement`) none.
 """
 
 from __future__ import annotations
