@@ -104,7 +104,8 @@ class Observed:
         gradient is dropped or yet to come; averaged into the next it does little.
         """
         losses = self._losses or self._last
-        if losses is not None and not losses.read:
+        if losses is None:
+            return
+        if not losses.read:
             losses.forget_infinite()
-        if losses is not None:
-            losses.read = False
+        losses.read = False

@@ -30,7 +30,16 @@ from triton_hybrid.flat_shards import (
 )
 from triton_hybrid.kernels.ledger import FINGERPRINT_COLUMN, PART_COLUMN
 from triton_hybrid.kernels.residue import UNMOVED
-from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, RESIDUE, SNAPSHOT, Member, State
+from triton_hybrid.state import (
+    MASTER,
+    PREDICTION,
+    REMAINDER,
+    RESIDUE,
+    SNAPSHOT,
+    Member,
+    State,
+    adopt_parameter,
+)
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -138,11 +147,9 @@ def fold_writes(param: Any, entry: dict[str, Any]) -> None:
     if RESIDUE.name in entry:
         entry[RESIDUE.name] = torch.full_like(entry[RESIDUE.name], UNMOVED)
     if SNAPSHOT.name in entry:
-        its = param.detach().to(entry[SNAPSHOT.name].dtype)
-        if MASTER.name in entry:
-            master = entry[MASTER.name]
-            its = torch.where(master.to(param.dtype) == param, master, its)
-        entry[SNAPSHOT.name] = its.clone()
+        weight = entry.get(MASTER.name, param).detach()
+        entry[SNAPSHOT.name] = weight.to(entry[SNAPSHOT.name].dtype, copy=True)
+        adopt_parameter(param, entry[SNAPSHOT.name])
 
 
 def saved_parts(
