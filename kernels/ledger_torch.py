@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,6 +90,18 @@ def _average(entries: Entries, name: str, value: Number, floor: Number, conditio
     return where(condition, away - deviation, beside(away, 0.0))
 
 
+def _follow(entries: Entries, loss: Number, change: Number, condition: Truth) -> None:
+    """`_follow` of ``running``, where a condition holds."""
+    n, noise, early = (entries[name] for name in ("losses", "loss_noise", "loss_early"))
+    rate, late = 1.0 / (n / running.EARLY.value + 1.0), entries["loss_late"]
+    noise = noise + rate * (0.5 * change * change - noise)
+    late = late + (loss - late) / (n / running.LATE.value + 1.0)
+    reach = sqrt(noise * running.APART.value / (n + 1.0))
+    apart = larger(smaller(early + rate * (loss - early) - late, reach), -reach)
+    means = {"loss_late": late, "loss_early": late + apart}
+    enter(entries, condition, losses=n + 1.0, loss_noise=noise, **means)
+
+
 def observe_torch(
     entries: Entries,
     norm: Number,
@@ -122,7 +134,10 @@ def observe_torch(
     loss, previous = entries["loss"], entries["loss_previous"]
     least = rules.LOSS_DEVIATION_FLOOR.value * abs(previous)
     taken = _average(entries, "loss", loss - previous, least, finite(loss) & finite(previous))
-    enter(entries, finite(loss), loss_previous=loss - taken)
+    loss = loss - taken
+    enter(entries, finite(loss), loss_previous=loss)
+    change = where(finite(previous), loss - previous, beside(loss, 0.0))
+    _follow(entries, loss, change, finite(loss))
 
     if measured:
         step = running.DIRECTION_RATE.value
@@ -168,13 +183,27 @@ def move_loss_scale_torch(entries: Entries, nonfinite: Truth) -> None:
     enter(entries, dynamic, loss_scale=moved, growth_tracker=counted)
 
 
+def is_flat_torch(entries: Mapping[str, Number]) -> Truth:
+    """`is_flat` in plain torch."""
+    n, apart = entries["losses"], entries["loss_early"] - entries["loss_late"]
+    flat = n * apart * apart < entries["loss_noise"] * rules.FLAT.value
+    return (n >= rules.LEAST_LOSSES.value) & flat
+
+
+def is_sure_torch(entries: Mapping[str, Number], threshold: float) -> Truth:
+    """Whether the model is confident enough; where the loss is flat that counts for nothing."""
+    confidence = entries["confidence"]
+    return where(is_flat_torch(entries), beside(confidence, 0.0), confidence) >= threshold
+
+
 def gate_torch(entries: Entries, threshold: float) -> Truth:
     """Whether the weights may move."""
     fresh = entries["stretch"] == 0
     calm = (entries["cooldown"] == 0) & (entries["nonfinite"] == 0)
-    sure = entries["confidence"] >= threshold
     going_on = negate(fresh) & (entries["moved"] > 0)
-    return ((fresh & calm & sure) | going_on) & (entries["written"] == 0)
+    return ((fresh & calm & is_sure_torch(entries, threshold)) | going_on) & (
+        entries["written"] == 0
+    )
 
 
 def reject_torch(entries: Entries, cooldown: float, rejected: Truth) -> None:

@@ -101,3 +101,30 @@ def test_the_optimizer_is_its_reference(
     assert predictor != "auto" or stats.predictor == reference.model
     if predictor in ("slow_ema", "linear"):
         assert stats.confidence == pytest.approx(ledger.confidence, abs=1e-3)
+
+
+def test_where_losses_are_flat_both_stop_predicting() -> None:
+    """At a floor the losses are noise; once they fall again, both predict again."""
+    shapes, config = ((7, 5), (7,)), HybridConfig(warmup_steps=4, full_steps=3)
+    generator = torch.Generator().manual_seed(0)
+    theirs = [torch.full(shape, CENTRE, dtype=torch.float64) for shape in shapes]
+    ours = [nn.Parameter(tensor.clone()) for tensor in theirs]
+    reference = Reference(theirs, config, "adamw", lr=1e-3)
+    optimizer = HybridOptimizer(ours, lr=1e-3, hybrid=config)
+    reference.options.lr, counts = 1e-3, []
+    for step in range(900):
+        assert optimizer.phase is reference.phases.phase, f"step {step}"
+        noise = float(torch.randn((), generator=generator))
+        loss = 5.0 + noise - 0.1 * max(step - 700, 0)
+        for param, weight in zip(ours, theirs):
+            weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            param.grad = weight.grad.clone()
+        optimizer.observe_loss(loss)
+        optimizer.step()
+        reference.step([weight.grad for weight in theirs], loss)  # type: ignore[misc]
+        counts.append(optimizer.stats().predicted_steps)
+    for param, weight in zip(ours, theirs):
+        torch.testing.assert_close(param.detach(), weight, rtol=1e-4, atol=1e-4)
+    assert counts[390] > 100, "too few losses to say"
+    assert counts[690] - counts[410] < 40, "the loss is flat"
+    assert counts[890] - counts[790] > 30, "it falls"

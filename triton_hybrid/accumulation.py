@@ -29,7 +29,7 @@ from triton_hybrid.checks import Configuration, is_int, require, warn
 from triton_hybrid.distributed import Ranks
 from triton_hybrid.flat_shards import gradient_beside
 from triton_hybrid.noise_scale import NoiseScale, squared_norm
-from triton_hybrid.shards import by_share
+from triton_hybrid.shards import by_share, version_of
 
 SHARE = 1 / 16
 """Longest window, as a part of the noise scale. Windows of k micro-batches take 1 + k / noise times
@@ -312,12 +312,7 @@ def rate_factor(count: int, maximum: int, noise: float) -> float:
 def _marks(params: Sequence[Tensor]) -> Marks:
     """Of the gradients that are there."""
     grads = ((place, gradient_beside(param)) for place, param in enumerate(params))
-    # A DTensor grows in its part, and its own version stays.
-    return [
-        (place, _serial(grad), getattr(grad, "_local_tensor", grad)._version)
-        for place, grad in grads
-        if grad is not None
-    ]
+    return [(place, _serial(grad), version_of(grad)) for place, grad in grads if grad is not None]
 
 
 def _serial(grad: Any) -> int:

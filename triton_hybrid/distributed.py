@@ -76,9 +76,14 @@ class Ranks:
         """What to make another by: a group cannot be pickled, but that there is none can."""
         return False if self.group is False else None
 
+    @property
+    def zero(self) -> Any:
+        """The ZeroRedundancyOptimizer that made the optimizer, or None."""
+        return self._zero()
+
     def all_of(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """All parameters, where ZeroRedundancyOptimizer gives an optimizer some of them."""
-        zero = self._zero()
+        zero = self.zero
         return params if zero is None else [p for its in zero.param_groups for p in its["params"]]
 
     @property

@@ -20,7 +20,7 @@ import torch
 from triton_hybrid.capturing import SCALED
 from triton_hybrid.engine import Engine
 from triton_hybrid.groups import every_parameter, first_device
-from triton_hybrid.hooked import HookedStep, eager
+from triton_hybrid.hooked import HookedStep, eager, evaluated
 from triton_hybrid.kernels.capture import CAPTURED_ON
 from triton_hybrid.kernels.launch import on_device
 from triton_hybrid.optimizer import HybridOptimizer
@@ -133,7 +133,7 @@ class GraphedSteps:
         phase, groups = optimizer.phase, optimizer.param_groups
         if phase is Phase.PREDICT:
             binding.unread.mention(groups)
-        loss = optimizer._evaluate(closure) if phase.needs_gradient else None
+        loss = evaluated(optimizer, closure) if phase.needs_gradient else None
         started = time.perf_counter()
         engine = binding.bind(groups, optimizer.state)  # uploads what has changed
         if engine is None:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
@@ -53,6 +54,18 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Switches autocast off on a kind of device."""
     on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else _NOTHING
+
+
+def evaluated(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
+    """What a closure returns, if there is one; a loss of one number is observed."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        loss = closure()
+    if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
+        optimizer.observe_loss(loss)
+    optimizer._binding.closure_ran()
+    return loss
 
 
 class HookedStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from triton_hybrid.capturing import refuse_number
 from triton_hybrid.checks import check_loss
 from triton_hybrid.kernels.ledger import INDEX
+from triton_hybrid.shards import is_dtensor
 
 
 class Losses:
@@ -26,6 +28,7 @@ class Losses:
 
     def __init__(self, ledger: Tensor, sign: float | None) -> None:
         self._entry, self._sign, self._count = ledger[INDEX["loss"]], sign, 0
+        self._left: Tensor | None = None  # how many of these the mean is of; None: all
         self.device, self.read = ledger.device, False
 
     def observe(self, loss: Tensor | float) -> None:
@@ -36,32 +39,35 @@ class Losses:
         value = torch.as_tensor(known, dtype=torch.float64, device=self.device)
         # NaN in the ledger means "not observed"; an observed NaN is a divergence.
         value = torch.where(value.isnan(), torch.full_like(value, math.inf), self._sign * value)
-        entry, seen = self._entry, self._count
-        if seen:
+        entry, seen = self._entry, self._count if self._left is None else self._left
+        if self._count:
             mean = (entry * seen + value) / (seen + 1)
             value = torch.where(entry.isnan(), value, mean)  # `forget_infinite`
         entry.copy_(value, non_blocking=True)
         self._count += 1
+        self._left = None if self._left is None else self._left + 1
 
     def end(self) -> None:
         """A step has read them, and their gradients."""
-        self._count, self.read = 0, True
+        self._count, self._left, self.read = 0, None, True
 
     def forget(self) -> None:
         """No step will read the gradients that they belong to."""
         if self._count:
             self._entry.fill_(math.nan)
-            self._count = 0
+            self._count, self._left = 0, None
 
     def forget_infinite(self) -> None:
         """The same where one was not finite; nobody waits to learn whether."""
         if self._count:
+            seen, finite = self._count if self._left is None else self._left, self._entry.isfinite()
+            self._left = finite * seen
             unknown = torch.full_like(self._entry, math.nan)
-            self._entry.copy_(torch.where(self._entry.isfinite(), self._entry, unknown))
+            self._entry.copy_(torch.where(finite, self._entry, unknown))
 
     def go_on(self, last: Losses) -> None:
         """Goes on from the losses of another ledger, whose entries this one has."""
-        self._count, self.read = last._count, last.read
+        self._count, self._left, self.read = last._count, last._left, last.read
 
 
 class Observed:
@@ -69,12 +75,16 @@ class Observed:
 
     def __init__(self) -> None:
         self._early: list[Tensor | float] = []
+        self._unread = 0  # of these, whose gradients were dropped
         self._losses: Losses | None = None
         self._last: Losses | None = None  # before the engine was let go
 
     def observe(self, loss: Tensor | float) -> None:
         """Notes a loss."""
         check_loss(loss)
+        if is_dtensor(loss):  # of ``loss_parallel``; every rank observes it
+            its: Any = loss
+            loss = its.detach().full_tensor()
         if self._losses is None:
             self._early.append(loss.detach() if isinstance(loss, Tensor) else loss)
         else:
@@ -87,13 +97,19 @@ class Observed:
         if losses is not None:
             if self._last is not None:
                 losses.go_on(self._last)
-            for loss in self._early:
+            for number, loss in enumerate(self._early, 1):
                 losses.observe(loss)
-            self._early.clear()
+                if number == self._unread:
+                    losses.forget_infinite()
+            self._forget_early()
+
+    def _forget_early(self) -> None:
+        self._early.clear()
+        self._unread = 0
 
     def forget(self) -> None:
         """Forgets what was observed since the last gradient step."""
-        self._early.clear()
+        self._forget_early()
         if self._losses is not None:
             self._losses.forget()
 
@@ -104,8 +120,9 @@ class Observed:
         gradient is dropped or yet to come; averaged into the next it does little.
         """
         losses = self._losses or self._last
-        if losses is None:
+        if losses is not None and losses.read:
+            losses.read = False
             return
-        if not losses.read:
+        self._unread = len(self._early)
+        if losses is not None:
             losses.forget_infinite()
-        losses.read = False

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -34,12 +33,14 @@ from triton_hybrid.groups import (
     is_trained,
     own_options,
 )
-from triton_hybrid.hooked import HookedStep, eager, without_autocast
+from triton_hybrid.hooked import HookedStep, eager, evaluated, without_autocast
 from triton_hybrid.hyperparameters import FRESH_RATES
+from triton_hybrid.kernels.ledger_torch import is_sure_torch
 from triton_hybrid.phases import NOBODY_ASKED, Phase, Report
 from triton_hybrid.rules import OPTIONS
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.verified import VerifiedWeights
+from triton_hybrid.zero import join_checkpoints
 
 
 class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
@@ -128,6 +129,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         check_group(defaults)
         self._binding = Binding(settings, Ranks.of(process_group))
         super().__init__(params, defaults)
+        join_checkpoints(self, self._binding.ranks.zero)
         settings.warn_about_idle_gpu(first_device(self.param_groups))
 
     @eager
@@ -147,7 +149,9 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         """
         binding, scaler = self._binding, self._scaler()
         self._forget_swaps()
-        loss = self._evaluate(closure) if self.phase.needs_gradient else None
+        if self.hybrid.inline:  # a step that was interrupted may have left a Predict phase
+            self._progress.controller.need_gradient()
+        loss = evaluated(self, closure) if self.phase.needs_gradient else None
         started = time.perf_counter()
         engine = binding.bind(self.param_groups, self.state)
         if engine is None:
@@ -210,16 +214,15 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         decision = entry["decision"] if verified else 0  # else it is that of an earlier step
         if progress.controller.wants_report and not entry["moved"]:
             engine.choice.choose(entry)
-        missed = int(entry["skipped"]) - progress.known_skips - int(entry["nonfinite"] > 0)
-        progress.known_skips = int(entry["skipped"])
+        before, progress.known_skips = progress.known_skips, int(entry["skipped"])
         return Report(
             skipped=entry["nonfinite"] > 0 and decision != 2,
-            missed=missed,
+            missed=progress.known_skips - before - int(entry["nonfinite"] > 0),
             # No decision: the move was rolled back at once, or the device's gate let none happen.
             rejected=self.phase is Phase.CORRECT and decision not in (1, 3, 4),
             shortened=decision == 4,
             written=decision == 3 or entry["written"] > 0,
-            confident=entry["confidence"] >= self.hybrid.confidence_threshold,
+            confident=is_sure_torch(entry, self.hybrid.confidence_threshold),
             cooldown=int(entry["cooldown"]),
         )
 
@@ -231,7 +234,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     @property
     def needs_backward(self) -> bool:
         """Whether the next `step()` reads gradients; constant until `step()` runs."""
-        return self.phase.needs_gradient
+        return self.hybrid.inline or self.phase.needs_gradient
 
     @property
     def hybrid(self) -> HybridConfig:
@@ -388,13 +391,3 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     @property
     def _engine(self) -> Engine | None:
         return self._binding.engine
-
-    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            loss = closure()
-        if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
-            self.observe_loss(loss)
-        self._binding.closure_ran()
-        return loss

@@ -23,7 +23,7 @@ from triton_hybrid.reference_secant import SecantReference, Watch, flat
 Tensors = Sequence[Tensor]
 
 LEDGER = """norm_count norm_mean norm_variance norm_limited loss_count loss_mean loss_variance
-    loss_limited gradients
+    loss_limited losses loss_early loss_late loss_noise gradients
     update_square update_count gradient_square slow_count slow_noise update_slow update_update
     slow_slow confidence signal moved stretch jump_square rejections cooldown blocked nonfinite
     accepted rejected largest_lr"""
@@ -109,7 +109,7 @@ class Reference:
         report = Report(
             skipped=bool(ledger.nonfinite) and decision != "rejected",
             rejected=correct and decision != "accepted",
-            confident=ledger.confidence >= self.config.confidence_threshold,
+            confident=self.sure(),
             cooldown=int(ledger.cooldown),
         )
         if self.takes_other():
@@ -229,7 +229,26 @@ class Reference:
                 for part, new in zip(parts, news):
                     setattr(ledger, part, new)
                 taken = value - mean - deviation  # of the loss, which is the last
-        ledger.loss_previous = loss - taken if math.isfinite(loss) else ledger.loss_previous
+        if math.isfinite(loss):
+            self.follow(loss - taken)
+
+    def follow(self, loss: float) -> None:
+        """Means of earlier and of later losses, and half the squared changes: their noise."""
+        ledger, n = self.ledger, self.ledger.losses
+        change = loss - ledger.loss_previous if math.isfinite(ledger.loss_previous) else 0.0
+        ledger.loss_noise += 4.0 / (n + 4.0) * (0.5 * change**2 - ledger.loss_noise)
+        ledger.loss_late += 10.0 / (n + 10.0) * (loss - ledger.loss_late)
+        apart = ledger.loss_early + 4.0 / (n + 4.0) * (loss - ledger.loss_early) - ledger.loss_late
+        reach = math.sqrt(50.2 * ledger.loss_noise / (n + 1))
+        ledger.loss_early = ledger.loss_late + min(max(apart, -reach), reach)
+        ledger.losses, ledger.loss_previous = n + 1, loss
+
+    def sure(self) -> bool:
+        """Whether the model is confident enough, which is worth nothing where losses are flat."""
+        ledger, threshold = self.ledger, self.config.confidence_threshold
+        apart = (ledger.loss_early - ledger.loss_late) ** 2 * ledger.losses
+        flat = ledger.losses >= 400 and apart < 5.58 * ledger.loss_noise
+        return bool((0.0 if flat else ledger.confidence) >= threshold)
 
     # ------------------------------------------------------------------------------- Predict
 
@@ -255,8 +274,7 @@ class Reference:
     def predict(self, first: bool) -> None:
         """Moves the weights by one predicted step, unless the ledger forbids it."""
         o, ledger, config = self.options, self.ledger, self.config
-        sure = ledger.confidence >= config.confidence_threshold
-        fresh = not ledger.stretch and not ledger.cooldown and not ledger.nonfinite and sure
+        fresh = not ledger.stretch and not ledger.cooldown and not ledger.nonfinite and self.sure()
         if not (fresh or (ledger.stretch and ledger.moved)):
             return
         decayed = 1.0 - o.lr / ledger.largest_lr if ledger.largest_lr else 0.0
@@ -362,11 +380,12 @@ class Reference:
 
 
 def findable(start: Tensor, moved: Tensor) -> Tensor:
-    """Weights after a displacement, but where one byte cannot tell what was there before.
+    """Weights after a displacement, but where one byte might not tell what was there before.
 
     It has room for 127 units in the last place by which a subtraction misses it.
     """
     bits = torch.int64 if start.dtype == torch.float64 else torch.int32
     after = start + moved
     lost = start.view(bits) - (after - moved).view(bits)
-    return torch.where(lost.abs() < 128, after, start)
+    near = (moved.abs() <= start.abs() * 127.0) | (start == 0)
+    return torch.where(near & (lost.abs() < 128), after, start)

@@ -47,6 +47,15 @@ def is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
+def version_of(tensor: Any) -> int:
+    """A number that grows with each write in place.
+
+    Autograd adds to a DTensor as a whole, fully_shard to the part alone: one version stays.
+    """
+    own = int(tensor._version)
+    return own + int(tensor._local_tensor._version) if is_dtensor(tensor) else own
+
+
 def is_managed(param: Any) -> bool:
     """Whether others may have laid a parameter out over ranks: a DTensor, or one of FSDP1."""
     return is_dtensor(param) or handle_of(param) is not None

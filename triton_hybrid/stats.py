@@ -10,6 +10,7 @@ from typing import Any
 
 from triton_hybrid.checkpoint import Progress
 from triton_hybrid.kernels.ledger import INDEX, START
+from triton_hybrid.kernels.ledger_torch import is_flat_torch
 from triton_hybrid.phases import PHASES, Phase
 
 
@@ -29,6 +30,8 @@ class HybridStats:
         rollbacks: Predictions rolled back.
         horizon: Present factor on predicted displacements; halved by every rejection.
         confidence: Share of the newest motion, in norm, that the model had predicted.
+        loss_flat: Whether the observed losses neither fall nor rise by more than their noise, for
+            which nothing is predicted then.
         signal: Share of the squared gradient that is known to be signal; the rest is noise, and
             what parameters without a slow EMA have of it.
         predictor: The model in use, where ``auto`` has chosen.
@@ -56,6 +59,7 @@ class HybridStats:
     rollbacks: int
     horizon: float
     confidence: float
+    loss_flat: bool
     signal: float
     predictor: str
     deterministic: bool | None
@@ -97,6 +101,7 @@ class HybridStats:
             skipped_nonfinite=int(entry["skipped"]),
             horizon=entry["horizon"],
             confidence=entry["confidence"],
+            loss_flat=bool(is_flat_torch(entry)),
             signal=entry["signal"],
             loss_scale=entry["loss_scale"],
             predictor=chosen[0],
@@ -131,7 +136,7 @@ class HybridStats:
             f"{self.predicted_steps} predicted ({100 * self.predicted_fraction:.1f}% of steps)\n"
             f"phases: {phases}\n"
             f"predictor {self.predictor}{f' ({self.reason})' if self.reason else ''}\n"
-            f"confidence {self.confidence:.2f}, "
+            f"confidence {self.confidence:.2f}{', the loss is flat' if self.loss_flat else ''}, "
             f"signal {self.signal:.3f}, horizon {self.horizon:g}\n"
             f"{accepted}, {self.rollbacks} rollbacks"
             f"{f' ({causes})' if causes else ''}, "

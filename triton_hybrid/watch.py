@@ -19,13 +19,14 @@ from triton_hybrid.checks import warn
 from triton_hybrid.groups import PARAMS, every_parameter
 from triton_hybrid.kernels.likeness import likeness
 from triton_hybrid.rules import RULES
-from triton_hybrid.shards import all_zero, is_dtensor, local
+from triton_hybrid.shards import all_zero, is_dtensor, local, version_of
 from triton_hybrid.state import State
 
 Groups = Sequence[dict[str, Any]]
 FEW = 8
 """Parameters of a group that are looked at for gradients which nobody reads."""
-_PROPERTIES = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "shape")))
+_TRAINED = operator.attrgetter("requires_grad")
+_PROPERTIES = _TRAINED, operator.attrgetter("dtype"), operator.attrgetter("shape")
 
 
 class _OtherTensorError(Exception):
@@ -59,6 +60,7 @@ class Watch:
         self._params = every_parameter(groups)
         self._here = here = self._read()
         self._changing = len(here) < len(self._params) or any(map(is_dtensor, self._params))
+        self._trained = [*map(_TRAINED, self._params)]
         self._settings = _settings(groups)
         self._places = [*map(Tensor.data_ptr, here)]
         self._kinds, self._alike = _kinds(here), likeness(here)
@@ -82,8 +84,11 @@ class Watch:
             return True
         if _settings(groups) != self._settings:
             return True
-        # Lazy parameters and parts of parameters may be others now.
+        # Lazy parameters and parts of parameters may be others now; a part says nothing of whether
+        # its parameter is frozen.
         here = self._read() if self._changing else self._here
+        if self._changing and [*map(_TRAINED, self._params)] != self._trained:
+            return True
         if [*map(Tensor.data_ptr, here)] != self._places:
             return True
         if not self._alike(*here):
@@ -122,7 +127,7 @@ def _few_gradients(groups: Groups) -> list[Any]:
     """Which gradients some parameters have, and how often those were written."""
     # To look at all of them would be the longest check of a Predict step.
     some = (param for its in map(PARAMS, groups) for param in its[:: len(its) // FEW + 1])
-    return [param.grad is not None and (id(param.grad), param.grad._version) for param in some]
+    return [param.grad is not None and (id(param.grad), version_of(param.grad)) for param in some]
 
 
 def _entries(state: Mapping[Tensor, Any]) -> list[Any]:
@@ -137,4 +142,7 @@ def _settings(groups: Groups) -> list[Any]:
 
 
 def _kinds(params: Sequence[Tensor]) -> list[Any]:
-    return [*map(Tensor.stride, params), *(read(p) for read in _PROPERTIES for p in params)]
+    return [
+        *map(Tensor.stride, params),
+        *(read(p) for read in _PROPERTIES for p in params),
+    ]

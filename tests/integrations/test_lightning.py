@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -109,6 +109,30 @@ def test_automatic_inline_is_the_plain_loop(window: int, tmp_path: Path) -> None
     assert found.stats().predicted_steps == optimizer.stats().predicted_steps > 0
     assert found._binding.engine is not None
     assert found._binding.engine.read()["loss_count"] > 0
+
+
+class StopsInAWindow(Callback):  # type: ignore[misc]
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+        trainer.should_stop = args[1] == 4
+
+
+def test_another_fit_begins_with_a_window_of_its_own(tmp_path: Path) -> None:
+    """Losses of a window that the last one had left open were in its first mean."""
+    heard: list[list[float]] = []
+    observe = HybridOptimizer.observe_loss
+    model = Model(inline=True, manual=False)
+    for callbacks in ([], [StopsInAWindow()], []):
+        heard.append([])
+        model.net.load_state_dict(make_model().state_dict())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                HybridOptimizer,
+                "observe_loss",
+                lambda its, loss: (heard[-1].append(float(loss)), observe(its, loss))[1],
+            )
+            fit(model, tmp_path, 1, accumulate_grad_batches=3, callbacks=callbacks)
+    assert heard[2] == heard[0]
+    assert heard[1] == heard[0][: len(heard[1])]
 
 
 @pytest.mark.parametrize("inline", [True, False], ids=["inline", "stepped"])

@@ -220,6 +220,63 @@ def test_plain_trainer_with_the_callback(accumulation: int, tmp_path: Path) -> N
         assert_same_weights(weights_of(model), before)
 
 
+def test_each_training_has_the_arguments_of_its_time(tmp_path: Path) -> None:
+    """A search sets other ones for each trial; all had the rates of the first."""
+    trainer = HybridTrainer(
+        args=arguments(tmp_path, max_steps=3, lr_scheduler_type="constant"),
+        train_dataset=ROWS,
+        model_init=lambda: make_model(),
+        hybrid=fast_config(inline=False),
+    )
+    for lr, beta1, eps, limit in ((1e-2, 0.9, 1e-8, 1.0), (1e-4, 0.5, 1e-6, 0.1)):
+        its = trainer.args
+        its.learning_rate, its.adam_beta1, its.adam_epsilon = lr, beta1, eps
+        its.max_grad_norm = limit
+        trainer.train()
+        optimizer = find(trainer.optimizer)
+        assert optimizer is not None
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["betas"], group["eps"]) == (lr, (beta1, 0.999), eps)
+        assert optimizer._settings.max_grad_norm == limit
+        assert not optimizer.hybrid.inline
+
+
+class Stop(TrainerCallback):
+    """Ends a training by an exception, once, in the middle of a window."""
+
+    armed = True
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.armed and state.global_step == 2:
+            self.armed = False
+            raise RuntimeError("stopped")
+
+
+def test_a_training_after_one_that_was_stopped_hears_its_own_losses(tmp_path: Path) -> None:
+    """The hook stayed on the old model, and the old window's losses in the first mean."""
+    heard: list[float] = []
+
+    class Listening(HybridOptimizer):
+        def observe_loss(self, loss: Any) -> None:
+            heard.append(float(loss))
+            super().observe_loss(loss)
+
+    options = {"lr": 1e-2, "hybrid": fast_config()}
+    trainer = Trainer(
+        args=arguments(tmp_path, gradient_accumulation_steps=3, logging_steps=1, max_steps=6),
+        train_dataset=ROWS,
+        model_init=lambda: make_model(),
+        optimizer_cls_and_kwargs=(Listening, options),
+        callbacks=[HybridCallback(), Stop()],
+    )
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer.train()
+    heard.clear()
+    trainer.train()
+    logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert heard == pytest.approx(logs, rel=1e-4)
+
+
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -108,11 +108,15 @@ def test_a_trajectory_steps_along_the_same_slopes_again(backend: Checked) -> Non
 
 CLOSED = (
     {"confidence": 0.25}, {"confidence": math.nan}, {"cooldown": 1.0}, {"nonfinite": 1.0},
-    {"stretch": 2.0, "moved": 0.0},
+    {"stretch": 2.0, "moved": 0.0}, {"losses": 400.0, "loss_noise": 1.0},
+    {"losses": 450.0, "loss_noise": 0.1, "loss_early": 2.03, "loss_late": 2.0},
 )  # fmt: skip
 OPEN: tuple[dict[str, float], ...] = (
     {},
     {"confidence": 0.5},
+    {"losses": 399.0, "loss_noise": 1.0},
+    {"losses": 450.0},
+    {"losses": 450.0, "loss_noise": 0.1, "loss_early": 2.04, "loss_late": 2.0},
     {"stretch": 1.0, "moved": 1.0, "confidence": 0.0, "cooldown": 3.0, "nonfinite": 1.0},
 )
 

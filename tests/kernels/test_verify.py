@@ -117,7 +117,8 @@ ENTRIES = {
     "stretch": (0.0, 0.0, 2.0), "moved": (0.0, 1.0), "cooldown": (0.0, 0.0, 4.0),
     "nonfinite": (0.0, 0.0, 1.0), "confidence": (0.75, 0.25), "jump_square": (0.0, 4.0),
     "update_square": (0.0, 1.0, 9.0), "horizon": (1.0, 0.5), "rejections": (0.0, 1.0, 12.0),
-    "rejected": (0.0, 3.0),
+    "rejected": (0.0, 3.0), "losses": (0.0, 500.0), "loss_late": (0.0, 1.0),
+    "loss_noise": (0.0, 1.0),
 }  # fmt: skip
 
 

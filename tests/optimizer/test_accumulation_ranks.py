@@ -14,7 +14,13 @@ from ranks import of_all, run_on_ranks
 from test_fsdp1 import wrapped
 from test_sharded import make_net, sharded
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from triton_hybrid import AccumulationConfig, HybridConfig, HybridOptimizer
@@ -114,10 +120,15 @@ def _like_one_process(rank: int, world: int) -> dict[str, Any]:
         "fsdp2": sharded,
         "fsdp1": wrapped,
         "fsdp1 flat": lambda net: wrapped(net, orig=False),
+        "tensor": lambda net: parallelize_module(net, mesh, plan),
     }
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tensor",))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     found = {}
     for kind, way in ways.items():
-        model = way(make_net())
+        # All ranks of a tensor parallel model see the same batch, as one process does.
+        parted = kind not in ("alone", "tensor")
+        model = way(make_net(sizes=(12, 8, 14, 3)))
         options: dict[str, Any] = {
             "lr": 1e-2,
             "hybrid": HybridConfig(predictor="none"),
@@ -136,13 +147,13 @@ def _like_one_process(rank: int, world: int) -> dict[str, Any]:
         for _ in range(12):
             for count in range(1, 5):  # noqa: B007
                 x = torch.randn(16, 12, generator=generator)
-                x = x if kind == "alone" else x.chunk(world)[rank]
+                x = x.chunk(world)[rank] if parted else x
                 loss = (model(x) - x[:, :3].sin()).square().mean()
                 loss.backward()
                 total = loss.detach().clone()
-                if kind != "alone":
+                if parted:
                     dist.all_reduce(total)
-                losses.append(float(total) / (1 if kind == "alone" else world))
+                losses.append(float(total) / (world if parted else 1))
                 if optimizer.window_complete:
                     break
             lengths.append(count)
@@ -179,7 +190,7 @@ def results() -> dict[str, list[Any]]:
     return run_on_ranks(RANKS, scenarios)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp2", "fsdp1", "fsdp1 flat"])
+@pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp2", "fsdp1", "fsdp1 flat", "tensor"])
 def test_windows_and_noise_are_those_of_one_process(
     results: dict[str, list[Any]], kind: str
 ) -> None:

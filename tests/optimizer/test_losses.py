@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -159,6 +160,36 @@ def test_losses_of_steps_without_parameters_to_train_are_not_kept() -> None:
     assert observed(optimizer) != math.inf
 
 
+@pytest.mark.parametrize("bound", ["bound", "checkpoint", "limit"])
+def test_infinite_losses_whose_gradients_are_dropped_weigh_nothing(bound: str) -> None:
+    """Neither where a loss waits for an engine, nor in the mean of what comes after them."""
+    model = make_model()
+    optimizer = HybridOptimizer(model.parameters(), hybrid=fast_config())
+    for loss in loop(optimizer, model, 20):
+        optimizer.observe_loss(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if optimizer.phase is Phase.CORRECT:
+            break
+    if bound == "checkpoint":
+        saved, optimizer = optimizer.state_dict(), HybridOptimizer(model.parameters())
+        optimizer.load_state_dict(saved)
+    elif bound == "limit":
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, device=DEVICE))]})
+    for _ in range(3):
+        optimizer.observe_loss(math.inf)
+        optimizer.zero_grad()
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.observe_loss(1.0)
+    optimizer.observe_loss(2.0)
+    engine = optimizer._binding.bind(optimizer.param_groups, optimizer.state)
+    assert engine is not None
+    assert observed(optimizer) == 1.5
+    optimizer.step()
+    assert optimizer.stats().rollbacks == 0
+
+
 # -------------------------------------------------------------------------------- interrupted steps
 
 
@@ -232,6 +263,49 @@ def test_an_interrupted_quasi_newton_move_is_taken_back(monkeypatch: Any) -> Non
     for _ in range(20):
         step()
     assert optimizer.stats().acceptance_rate > 0.5
+
+
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear", "secant"])
+def test_an_inline_step_after_an_interrupted_prediction_reads_its_gradient(predictor: str) -> None:
+    """It was a Predict step: the closure was not called, or a gradient was thrown away."""
+    model = make_model()
+    optimizer = HybridOptimizer(model.parameters(), hybrid=fast_config(predictor=predictor))
+    x, y = next(make_batches())
+    calls = 0
+
+    def closure() -> Any:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    while not optimizer.stats().predicted_steps:
+        optimizer.step(closure)
+    engine = optimizer._engine
+    assert engine is not None
+    engine.predict = stop  # type: ignore[method-assign]
+    interrupted = False
+    for _ in range(60):
+        with contextlib.suppress(Stop):
+            optimizer.step(closure)
+            continue
+        interrupted = True
+        break
+    assert interrupted
+    del engine.predict
+    calls = 0
+    assert optimizer.needs_backward
+    assert optimizer.step(closure) is not None
+    assert calls == 1
+    before = optimizer.stats().predicted_steps
+    for _ in range(20):
+        optimizer.step(closure)
+    assert optimizer.stats().predicted_steps > before
 
 
 class _Stopping:

@@ -23,11 +23,13 @@ class HybridLightningCallback(Callback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses a stepped optimizer under automatic optimization.
+        """Begins with a fresh window; refuses a stepped optimizer under automatic optimization.
 
         Raises:
             ValueError: There is one.
         """
+        if isinstance(pl_module, HybridLightningMixin):
+            pl_module._begin()  # where the last training ended, a window may have been open
         stepped = [opt for opt in _optimizers(trainer) if not opt.hybrid.inline]
         if stepped and pl_module.automatic_optimization:
             raise ValueError(
@@ -76,6 +78,9 @@ class HybridLightningMixin:
 
     _window: Tensor | None = None  # loss of the accumulation window so far
     _stepped = False  # whether the present batch ended in a step
+
+    def _begin(self) -> None:
+        self._window, self._stepped = None, False
 
     def configure_callbacks(self) -> list[Any]:
         """Adds a `HybridLightningCallback`."""

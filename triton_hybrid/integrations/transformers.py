@@ -60,15 +60,20 @@ class HybridCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         drawn = state.global_step * args.gradient_accumulation_steps
         self.batches = known["attributes"]["batches"] if isinstance(known, dict) else drawn
         state.stateful_callbacks[type(self).__name__] = self.state()
-        if self.observes and self._hook is None:
+        self._stop_listening()  # to the model of a training that an exception has ended
+        if self.observes:
             hook = kwargs["model"].register_forward_hook(self._note_loss, with_kwargs=True)
             self._hook = hook
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leaves the verified weights."""
+    def _stop_listening(self) -> None:
+        self._losses.clear()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leaves the verified weights."""
+        self._stop_listening()
         _to_verified(kwargs.get("optimizer"))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -121,7 +126,8 @@ class HybridTrainerMixin:
 
     Args:
         hybrid: The optimizer's phases, where the trainer makes it; None: ``inline=False`` and the
-            defaults. Its learning rate, betas, epsilon, and weight decay are the trainer's.
+            defaults. Its learning rate, betas, epsilon, and weight decay are the trainer's, as its
+            ``args`` have them when it makes one.
         optimizer_options: Further options of an optimizer that the trainer makes.
 
     Raises:
@@ -139,16 +145,11 @@ class HybridTrainerMixin:
         its: Any = self
         if its.is_deepspeed_enabled:
             raise ValueError("deepspeed: not supported, must be None: it has its own optimizer")
+        self._options: dict[str, Any] | None = None  # of the optimizers that the trainer makes
         if its.optimizer is None and its.optimizer_cls_and_kwargs is None:
             config = HybridConfig(inline=False) if hybrid is None else hybrid
-            options = {
-                "lr": its.args.learning_rate,
-                "betas": (its.args.adam_beta1, its.args.adam_beta2),
-                "eps": its.args.adam_epsilon,
-                "hybrid": config,
-                **(optimizer_options or {}),
-            }
-            its.optimizer_cls_and_kwargs = (HybridOptimizer, options)
+            self._options = {"hybrid": config, **(optimizer_options or {})}
+            self._name_optimizer()
         if not any(isinstance(c, HybridCallback) for c in its.callback_handler.callbacks):
             its.add_callback(HybridCallback())
         self._stream: Iterator[Any] | None = None
@@ -164,12 +165,25 @@ class HybridTrainerMixin:
         found.observes = False  # the trainer itself knows the loss
         return found
 
+    def _name_optimizer(self) -> None:
+        """Tells the trainer what to make; a search sets other ``args`` for each of its trials."""
+        its: Any = self
+        if self._options is None:
+            return
+        options = {
+            "lr": its.args.learning_rate,
+            "betas": (its.args.adam_beta1, its.args.adam_beta2),
+            "eps": its.args.adam_epsilon,
+        }
+        its.optimizer_cls_and_kwargs = HybridOptimizer, {**options, **self._options}
+
     # Everything below overrides Trainer's methods; their arguments are documented there.
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Clips inside the step instead of outside."""
         its: Any = self
         trainer: Any = super()
+        self._name_optimizer()
         made = trainer.create_optimizer(*args, **kwargs)
         if find(made) is not None:
             clip_inside(made, its.args.max_grad_norm)
@@ -228,6 +242,9 @@ class HybridTrainerMixin:
         optimizer = find(its.optimizer)
         if inputs is SKIPPED and optimizer is not None:
             optimizer.train()
+            scaler = its.accelerator.scaler
+            if scaler is not None:  # after a checkpoint it steps only once it has scaled something
+                scaler.scale(torch.zeros((), device=its.args.device))
             return torch.zeros((), device=its.args.device)
         trainer: Any = super()
         loss: Tensor = trainer.training_step(model, inputs, *args, **kwargs)

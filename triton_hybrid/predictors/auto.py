@@ -38,8 +38,8 @@ REST = 8
 """Steps that are not looked at after one was found noisy, once enough are known: the two passes for
 one step of each Full phase took 9% of the processor time of a small network, on a busy machine."""
 AVERAGES = (
-    "norm_count", "loss_count", "update_count", "gradient_square", "slow_count", "slow_noise",
-    "update_slow", "update_update", "slow_slow",
+    "norm_count", "loss_count", "losses", "update_count", "gradient_square", "slow_count",
+    "slow_noise", "update_slow", "update_update", "slow_slow",
 )  # fmt: skip
 """What begins anew with the slow EMA, which `secant` does not keep up."""
 

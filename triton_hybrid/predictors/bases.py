@@ -60,13 +60,13 @@ class Passes:
         )
         self._away = engine.config.offload != "none"  # bases and twins, between the moves
         self._fresh = False  # whether bases were made that were not in the state
-        for batch in engine.batches if self.allowed else ():
-            if batch.tensors.has("last_gradient") and not batch.aliased:
-                matrices = self._matrices(batch)
-                if matrices:
-                    self._bases[batch] = Bases(batch.tensors, matrices, history, self._away)
-        if engine.reduce is None and not self._bases:
+        noting = [b for b in engine.batches if b.tensors.has("last_gradient") and not b.aliased]
+        found = {batch: self._matrices(batch) for batch in noting if self.allowed}
+        if engine.reduce is None and not any(found.values()):
             self.allowed = False
+        # Those without a matrix, too: the trust radius measures all moves alike, without decay.
+        for batch, matrices in found.items() if self.allowed else ():
+            self._bases[batch] = Bases(batch.tensors, matrices, history, self._away)
 
     def _matrices(self, batch: Batch) -> list[Matrix]:
         found = []

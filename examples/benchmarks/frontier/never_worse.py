@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.optim import AdamW, Optimizer
 
 from frontier.report import STATISTICS, format_estimate, markdown_table
-from frontier.swap_tasks import SWAP_TASKS
+from frontier.swap_tasks import SWAP_TASKS, Told
 from lib.environment import environment
 from lib.files import replacing, write_json
 from lib.progress import progress
@@ -35,6 +35,7 @@ GAIN = 1.1
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": AdamW,
     "hybrid": HybridOptimizer,
+    "hybrid-told": Told,
     "hybrid-none": partial(HybridOptimizer, hybrid=HybridConfig(predictor="none")),
     "adamw-gain": lambda params, lr, **others: AdamW(params, lr=GAIN * lr, **others),
 }
@@ -47,8 +48,8 @@ HOW = (
     f"*not worse*: the interval ends at {MARGIN} or below; *worse*: it ends above and begins above "
     "1; else *undecided*. A run that diverged where AdamW's did not makes it *worse*. Of the seeds "
     f"those are worse whose ratio is above {ROUNDING}.",
-    "`hybrid` has its defaults and is told no loss. Controls: `hybrid-none` is AdamW up to "
-    f"rounding, `adamw-gain` is AdamW at {GAIN} times the learning rate.",
+    "`hybrid` has its defaults and is told no loss, `hybrid-told` each one. Controls: "
+    f"`hybrid-none` is AdamW up to rounding, `adamw-gain` is AdamW at {GAIN} times the rate.",
 )
 
 

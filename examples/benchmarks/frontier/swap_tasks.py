@@ -17,12 +17,20 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from torch.nn.functional import mse_loss
 from torch.optim import Optimizer
 
+from triton_hybrid import HybridOptimizer
+
+
+class Told(HybridOptimizer):
+    """One that is told its losses; the others are not."""
+
+
 Measures = dict[str, float]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Problem = tuple[Callable[[int], None], Callable[[], Measures]]  # a step by index; a measurement
 
 HELD_OUT = 1024
 DIMENSIONS, NOISE, SHIFT = 8, 0.1, 1.0  # inputs of regression, noise of targets, move of inputs
+WIDTH = 16  # of the linear map
 MODES = torch.tensor([[2.0, 1.0], [-1.0, 1.5], [0.5, -2.0]])
 SHARES, SPREAD = torch.tensor([0.5, 0.3, 0.2]), 0.3  # of the mixture's modes
 STATES, FEATURES, DISCOUNT, TARGET_EVERY = 20, 8, 0.9, 25
@@ -55,6 +63,28 @@ def _regression(seed: int, make: MakeOptimizer, size: int, shift_at: int) -> Pro
     def measure() -> Measures:
         x = held_out + SHIFT * shifted
         return {"held-out error": float(mse_loss(model(x), teachers[shifted](x)))}
+
+    return step, measure
+
+
+def linear_with_noise(seed: int, make: MakeOptimizer, steps: int) -> Problem:
+    """A linear map from batches of 16 with noise: soon there is nothing left to learn.
+
+    The held-out error is without noise: what the noise of the gradients leaves at this rate.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
+    held_out = torch.randn(HELD_OUT, WIDTH, generator=generator)
+    model = _perceptron(seed, WIDTH, WIDTH)
+    optimizer = make(model.parameters())
+
+    def step(index: int) -> None:
+        x = torch.randn(16, WIDTH, generator=generator)
+        noise = torch.randn(16, WIDTH, generator=generator)
+        _update(optimizer, mse_loss(model(x), x @ teacher + noise))
+
+    def measure() -> Measures:
+        return {"held-out error": float(mse_loss(model(held_out), held_out @ teacher))}
 
     return step, measure
 
@@ -155,6 +185,8 @@ SWAP_TASKS = {
     "gan-momentum": SwapTask(adversarial, 1000, 1e-3, tails=(0.5,)),
     "td": SwapTask(temporal_difference, 800, 3e-3),
     "shift": SwapTask(shifting_regression, 600, 3e-3, tails=(0.1, 0.5)),
+    # Nothing but noise is left of the gradients after the first hundreds, and the rate stays.
+    "floor": SwapTask(linear_with_noise, 2000, 3e-3, tails=(0.25,)),
 }
 
 
@@ -180,4 +212,6 @@ def _mixture(count: int, generator: torch.Generator) -> Tensor:
 def _update(optimizer: Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
+    if isinstance(optimizer, Told):
+        optimizer.observe_loss(loss)
     optimizer.step()
