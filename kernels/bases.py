@@ -140,7 +140,7 @@ class Bases:
         moved = [torch.zeros_like(param, dtype=dtype) for param in tensors.shapes]
         tensors.set_row("displacement", moved)
         matrices = {matrix.index for matrix in self.matrices}
-        longest = max([tensors.lengths[index] for index in matrices], default=0)
+        longest = max((tensors.lengths[index] for index in matrices), default=0)
         ones = torch.ones(longest, dtype=dtype, device=tensors.device)
         rows = {"param": list(tensors.flat["displacement"]), "exp_avg": [], "exp_avg_sq": []}
         for index, length in enumerate(tensors.lengths):

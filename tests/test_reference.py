@@ -111,17 +111,18 @@ def test_where_losses_are_flat_both_stop_predicting() -> None:
     ours = [nn.Parameter(tensor.clone()) for tensor in theirs]
     reference = Reference(theirs, config, "adamw", lr=1e-3)
     optimizer = HybridOptimizer(ours, lr=1e-3, hybrid=config)
-    reference.options.lr, counts = 1e-3, []
+    counts = []
     for step in range(900):
         assert optimizer.phase is reference.phases.phase, f"step {step}"
         noise = float(torch.randn((), generator=generator))
         loss = 5.0 + noise - 0.1 * max(step - 700, 0)
-        for param, weight in zip(ours, theirs):
-            weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            param.grad = weight.grad.clone()
+        drawn: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+        gradients = [torch.randn(shape, **drawn) for shape in shapes]
+        for param, gradient in zip(ours, gradients):
+            param.grad = gradient.clone()
         optimizer.observe_loss(loss)
         optimizer.step()
-        reference.step([weight.grad for weight in theirs], loss)  # type: ignore[misc]
+        reference.step(gradients, loss)
         counts.append(optimizer.stats().predicted_steps)
     for param, weight in zip(ours, theirs):
         torch.testing.assert_close(param.detach(), weight, rtol=1e-4, atol=1e-4)

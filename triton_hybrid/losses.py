@@ -39,13 +39,18 @@ class Losses:
         value = torch.as_tensor(known, dtype=torch.float64, device=self.device)
         # NaN in the ledger means "not observed"; an observed NaN is a divergence.
         value = torch.where(value.isnan(), torch.full_like(value, math.inf), self._sign * value)
-        entry, seen = self._entry, self._count if self._left is None else self._left
+        entry, seen = self._entry, self._seen
         if self._count:
             mean = (entry * seen + value) / (seen + 1)
             value = torch.where(entry.isnan(), value, mean)  # `forget_infinite`
         entry.copy_(value, non_blocking=True)
         self._count += 1
         self._left = None if self._left is None else self._left + 1
+
+    @property
+    def _seen(self) -> int | Tensor:
+        """How many the mean is of."""
+        return self._count if self._left is None else self._left
 
     def end(self) -> None:
         """A step has read them, and their gradients."""
@@ -60,8 +65,8 @@ class Losses:
     def forget_infinite(self) -> None:
         """The same where one was not finite; nobody waits to learn whether."""
         if self._count:
-            seen, finite = self._count if self._left is None else self._left, self._entry.isfinite()
-            self._left = finite * seen
+            finite = self._entry.isfinite()
+            self._left = finite * self._seen
             unknown = torch.full_like(self._entry, math.nan)
             self._entry.copy_(torch.where(finite, self._entry, unknown))
 

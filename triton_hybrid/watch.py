@@ -142,7 +142,4 @@ def _settings(groups: Groups) -> list[Any]:
 
 
 def _kinds(params: Sequence[Tensor]) -> list[Any]:
-    return [
-        *map(Tensor.stride, params),
-        *(read(p) for read in _PROPERTIES for p in params),
-    ]
+    return [*map(Tensor.stride, params), *(read(p) for read in _PROPERTIES for p in params)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from torch.optim.optimizer import Optimizer
+
 from triton_hybrid.checkpoint import PROGRESS, check_checkpoint
-from triton_hybrid.groups import every_parameter
 
 
 def join_checkpoints(optimizer: Any, zero: Any) -> None:
@@ -32,21 +33,9 @@ def join_checkpoints(optimizer: Any, zero: Any) -> None:
         if its is not None:
             for group, loaded in zip(its.param_groups, zero.param_groups):
                 group[PROGRESS] = loaded.get(PROGRESS) or {}
-            its._load_tensors(_state_dict(its), [group["base"] for group in its.param_groups])
+            given = Optimizer.state_dict(its)
+            check_checkpoint(given, its.param_groups)
+            its._load_tensors(given, [group["base"] for group in its.param_groups])
 
     zero.register_state_dict_pre_hook(lay_out)
     zero.register_load_state_dict_post_hook(take)
-
-
-def _state_dict(optimizer: Any) -> dict[str, Any]:
-    """What a part was given, as a checkpoint of its own."""
-    params = every_parameter(optimizer.param_groups)
-    numbers = {param: number for number, param in enumerate(params)}
-    groups = [
-        {**group, "params": [numbers[param] for param in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    state = {numbers[param]: dict(entry) for param, entry in optimizer.state.items() if entry}
-    made = {"state": state, "param_groups": groups}
-    check_checkpoint(made, optimizer.param_groups)
-    return made
