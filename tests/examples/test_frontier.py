@@ -387,7 +387,28 @@ def test_command_without_a_file_or_anything(path: Path, capsys: pytest.CaptureFi
     assert command.main(["report", str(path), "--output", str(path.parent)]) == 2
     assert "runs.jsonl: does not exist" in capsys.readouterr().err
     assert command.main([]) == 2
-    assert "give one of: run, report, pairs, never-worse, cost, --quick" in capsys.readouterr().err
+    commands = "run, report, pairs, never-worse, cost, again, --quick"
+    assert f"give one of: {commands}" in capsys.readouterr().err
+
+
+def test_recorded_runs_are_made_again(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that was recorded otherwise is seen; runs of others are not made."""
+    words = "--tasks digits-fullbatch --lrs 1e-2 --budgets 3 --seeds 0 1"
+    assert command.main(flags(path, f"{words} --optimizers adamw lion")) == 0
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for line in lines:
+        line["final"] *= 2 - line["seed"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = path.parent / "again.jsonl"
+    words = ["again", str(path), "--optimizers", "adamw", "--output", str(again)]
+    assert command.main(words) == 0
+    made = [json.loads(text) for text in again.read_text().splitlines()]
+    assert {line["optimizer"] for line in made} == {"adamw"}
+    assert {line["seed"] for line in made} == {0, 1}
+    table = capsys.readouterr().out
+    assert all(figure in table for figure in ("0.7071", "0.5000", "1.0000"))
+    assert command.main([*words, "--seeds", "7"]) == 2
+    assert "no recorded run" in capsys.readouterr().err
 
 
 def test_cost_compares_optimizers_with_the_first(path: Path) -> None:
@@ -405,6 +426,7 @@ def test_cost_compares_optimizers_with_the_first(path: Path) -> None:
     [
         ("cost --tasks lm --optimizers adamw", False),
         ("pairs runs.jsonl --optimizer hybrid", False),
+        ("again runs.jsonl --optimizers hybrid", False),
         ("run --tasks lm --optimizers adamw --budgets 1", False),
         ("report runs.jsonl", True),
         ("never-worse", True),

@@ -5,6 +5,7 @@ r"""Measures optimizers against the frontier of tuned AdamW.
     python examples/benchmarks/frontier.py report runs.jsonl --output report
     python examples/benchmarks/frontier.py never-worse --seeds 0 1 2 3 --output report
     python examples/benchmarks/frontier.py cost --tasks lm --optimizers adamw hybrid --output FILE
+    python examples/benchmarks/frontier.py again runs.jsonl --optimizers hybrid --output new.jsonl
     python examples/benchmarks/frontier.py --quick [--output report]
 
 `run` trains every combination of tasks, optimizers, learning rates, budgets and seeds that the
@@ -14,7 +15,7 @@ into a table, plots and a summary; `pairs` compares one optimizer with others at
 with no frontier of AdamW. ``--quick`` does both on a small task within a minute.
 `never-worse` asks another question: whether HybridOptimizer with its defaults, put in AdamW's place
 at the same learning rate, is worse. `cost` measures what a gradient and its step take of the
-processor.
+processor. `again` makes recorded runs once more with the code of today, and compares their losses.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
+from frontier.again import run_again, select
 from frontier.cost import measure_cost
 from frontier.drivers import SCHEDULES
 from frontier.judge import tune
@@ -122,6 +124,19 @@ class CostOptions:
     task_option: Settings = ()  # for all tasks, or for the one named
     optimizer_option: Settings = ()  # for all optimizers, or for the one named
     threads: Count = 1
+
+
+@dataclass(frozen=True)
+class AgainOptions:
+    """Make recorded runs once more with the code of today."""
+
+    files: Positional[tuple[Path, ...]]
+    optimizers: Optimizers  # whose runs
+    output: File  # file of runs as JSON lines; it is continued
+    seeds: Annotated[tuple[int, ...] | None, whole_number(0, many=True)] = None  # None: all
+    lrs: Rates = None  # None: all that were recorded
+    workers: Count = 1  # runs at a time
+    threads: Count = 1  # of each run
 
 
 @dataclass(frozen=True)
@@ -242,13 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not arguments:
-            raise ValueError("give one of: run, report, pairs, never-worse, cost, --quick")
+            raise ValueError("give one of: run, report, pairs, never-worse, cost, again, --quick")
         if "--quick" in arguments:
             quick_command(parse(QuickOptions, arguments, prog=NAME).output)
             return 0
         commands = {
             "run": RunOptions, "report": ReportOptions, "pairs": PairsOptions,
-            "never-worse": NeverWorseOptions, "cost": CostOptions,
+            "never-worse": NeverWorseOptions, "cost": CostOptions, "again": AgainOptions,
         }  # fmt: skip
         options = parse(commands, arguments, prog=NAME, description=__doc__)
         check_output(options)
@@ -262,6 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = with_options(options)
             table = measure_cost(*measured, options.gradients, options.rounds, options.output)
             Console().print(table)
+        elif isinstance(options, AgainOptions):
+            lines = load_lines(options.files)
+            runs = select(lines, options.optimizers, options.seeds, options.lrs)
+            Console().print(run_again(runs, options.output, options.workers, options.threads))
         elif isinstance(options, PairsOptions):
             write_pairs(load_lines(options.files), options.optimizer, options.output)
         else:
