@@ -321,9 +321,12 @@ class Engine:
         self.beta1s = {group["betas"][0] for group in groups}
         if rows != self.hyperparameters:  # of rates on the device, what follows writes the columns
             idle = [row[HYPER["lr"]] == 0 for row in self.hyperparameters if self._seen]
-            for index, row in enumerate(rows):
-                if row[HYPER["lr"]] == 0 and index not in on_device and not (idle and idle[index]):
+            rests = [row[HYPER["lr"]] == 0 for row in rows]
+            for index, rest in enumerate(rests):
+                if rest and index not in on_device and not (idle and idle[index]):
                     self._stay(index)
+            if rests != idle:
+                self.predictor.rates_changed()
             self.hyperparameters = rows
             refill(table, torch.tensor(rows, dtype=torch.float64, device="cpu"))
         for index, lr in on_device.items():

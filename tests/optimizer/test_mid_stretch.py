@@ -102,3 +102,33 @@ def test_at_rate_0_nothing_moves_on(predictor: str, base: str) -> None:
     optimizer.step()
     accepted = optimizer.stats().rollbacks == 0
     assert_same_weights(weights(optimizer), predicted if accepted else verified)
+
+
+@pytest.mark.parametrize("predictor", ["slow_ema", "linear"])
+def test_at_rate_0_between_two_predictions_a_group_stays(predictor: str) -> None:
+    """Its slope is that of a move which ends there; a trajectory's is found once for a stretch."""
+    config: Any = fast_config(
+        predictor=predictor, full_steps=3, max_predict_steps=4, correction_interval=3, inline=False
+    )
+    params = [
+        nn.Parameter(torch.arange(20.0, dtype=torch.float64, device=DEVICE) / 20 - k)
+        for k in range(2)
+    ]
+    optimizer = HybridOptimizer([{"params": [p]} for p in params], lr=1e-2, hybrid=config)
+
+    def feed() -> None:
+        if optimizer.needs_backward:
+            sum(((p - 1) ** 2).sum() for p in params).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    while not optimizer.stats().steps_per_phase["predict"]:
+        feed()
+    assert optimizer.phase is Phase.PREDICT
+    optimizer.param_groups[1]["lr"] = 0.0
+    moved, stays = (param.detach().clone() for param in params)
+    while optimizer.phase is not Phase.FULL:
+        feed()
+    assert optimizer.stats().rollbacks == 0
+    assert same_bits(params[1].detach(), stays)
+    assert not same_bits(params[0].detach(), moved)

@@ -165,6 +165,10 @@ class Predictor(Choice):
     def move_held(self) -> None:
         """Takes note that the weights stay where the prediction led."""
 
+    def rates_changed(self) -> None:
+        """Takes note that other learning rates are 0 now: what stays has no slope."""
+        self._slopes_known = False
+
     def coefficients(self, batch: Batch) -> Tensor | None:
         """A number for each tensor that the displacement takes, FP32 ``[tensors]``, or None."""
         return None
@@ -241,7 +245,7 @@ class Predictor(Choice):
         engine, sums = self.engine, self.engine.scalars.sums
         # A trajectory makes the same step again, along the same slopes, bit for bit.
         known = self.follows_trajectory and not first and self._slopes_known
-        self._slopes_known = True
+        self._slopes_known = not engine.rates_on_device
         for batch in engine.batches:
             if batch in self.left:
                 sums[batch.tensors.place].zero_()
