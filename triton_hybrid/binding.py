@@ -18,7 +18,13 @@ from triton_hybrid.checkpoint import PROGRESS, Progress
 from triton_hybrid.config import Settings
 from triton_hybrid.distributed import MICRO_BATCHES, Ranks, Standing
 from triton_hybrid.engine import Engine
-from triton_hybrid.groups import check_group, check_parameter, every_parameter, is_trained
+from triton_hybrid.groups import (
+    check_group,
+    check_parameter,
+    every_parameter,
+    is_trained,
+    with_kernels,
+)
 from triton_hybrid.kernels.ledger import INDEX
 from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.losses import Observed
@@ -120,8 +126,8 @@ class Binding:
         standing = ledger.get("moved", 0.0) > 0
         known, present = ({id(param) for param, _ in pairs} for pairs in (old, self._params))
         # Those that a checkpoint was made of may be frozen before they are bound here at all.
-        frozen = [(p, RULES[g["base"]].kernels) for g in groups for p in g["params"]]
-        gone = [(p, rule) for p, rule in (*old, *frozen) if id(p) not in present and p in state]
+        its = (*old, *with_kernels(groups))
+        gone = [(p, rule) for p, rule in its if id(p) not in present and p in state]
         others = [leave(param, state[param], rule, standing) for param, rule in gone]
         others.append(bool(old) and known != present)
         others += [not state.get(m.param) and not is_part(m.param) for m in members]
@@ -188,10 +194,10 @@ class Binding:
                 self.engine.find_writes()  # checkpoints of parts hold no fingerprints
             self._note(self.engine)
             self.engine.offload.synchronise()
-            bound = {id(param) for param, _ in self._params}
-            others = bound != {*map(id, filter(is_trained, every_parameter(groups)))}
-            if others and self.progress.ledger["moved"] > 0:
-                self.progress.ledger["written"] = 1.0  # as the next step will find
+            every, bound = every_parameter(groups), {id(param) for param, _ in self._params}
+            others = bound != {*map(id, filter(is_trained, every))}
+            places = [index for index, param in enumerate(every) if id(param) in bound]
+            self.progress.bound = places if others and self.progress.ledger["moved"] else None
         progress = self.progress.to_dict()
         if self.windows is not None:
             progress["windows"] = self.windows.state()
@@ -203,6 +209,8 @@ class Binding:
         saved = groups[0].get(PROGRESS) if groups else None
         if saved:
             self.progress = Progress.from_dict(saved, self.settings.config)
+            if self.progress.bound is not None:
+                self._params = [*map(with_kernels(groups).__getitem__, self.progress.bound)]
         elif self.progress.gradients:
             self.restart()
         if self.windows is not None and saved and "windows" in saved:
@@ -231,20 +239,10 @@ class Binding:
             return True
         return self.windows.ask(every_parameter(groups))
 
-    @property
-    def last_of_window(self) -> bool:
-        """Whether it will have them after one more micro-batch."""
-        return self.windows is None or self.windows.closing
-
     def begin_window(self, groups: Groups) -> None:
         """Forgets the micro-batches of gradients that are no more."""
         if self.windows is not None:
             self.windows.drop(every_parameter(groups))
-
-    def closure_ran(self) -> None:
-        """Counts what a closure has computed."""
-        if self.windows is not None:
-            self.windows.closure_ran()
 
     def stats(self, state: State) -> HybridStats:
         """Counters and measurements. Waits for the device."""

@@ -48,6 +48,9 @@ class Progress:
     ledger: dict[str, float] = field(default_factory=dict)  # of the device, as read last
     predictor: dict[str, Any] | None = None  # its state; None before the first step
     known_skips: int = 0  # skipped gradients that the host knows of
+    # Of a checkpoint: places, among all parameters, of those that took part in the prediction's
+    # step, where others are trained now. None: the same.
+    bound: list[int] | None = None
 
     @property
     def gradients(self) -> int:
@@ -68,6 +71,7 @@ class Progress:
             "seconds": {phase.value: self.seconds[phase] for phase in PHASES},
             "ledger": dict(self.ledger),
             "model": dict(self.predictor or {}),
+            **({} if self.bound is None else {"bound": list(self.bound)}),
         }
 
     @classmethod
@@ -89,6 +93,7 @@ class Progress:
             ledger={name: float(value) for name, value in ledger.items()},
             predictor=model or None,
             known_skips=int(ledger.get("skipped", 0)),
+            bound=saved.get("bound"),
         )
 
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from triton_hybrid.checks import check_choice, check_flag, check_number, require
 from triton_hybrid.flat_shards import check_flat, whole_shape
 from triton_hybrid.kernels.rows import TRITON_DTYPES
+from triton_hybrid.kernels.update_rule import UpdateRule
 from triton_hybrid.rules import OPTIONS, RULES
 from triton_hybrid.shards import check_dtensor, is_dtensor
 
@@ -275,6 +276,11 @@ def _parts(name: str, outputs: int, inputs: int, blocks: Mapping[str, int]) -> i
 def every_parameter(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """The parameters of all groups."""
     return [*itertools.chain.from_iterable(map(PARAMS, groups))]
+
+
+def with_kernels(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, UpdateRule]]:
+    """The parameters of all groups, each with the kernels of its base rule."""
+    return [(param, RULES[group["base"]].kernels) for group in groups for param in group["params"]]
 
 
 def is_trained(param: Tensor) -> bool:

@@ -64,7 +64,9 @@ def evaluated(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
         loss = closure()
     if isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1):
         optimizer.observe_loss(loss)
-    optimizer._binding.closure_ran()
+    windows = optimizer._binding.windows
+    if windows is not None:
+        windows.closure_ran()
     return loss
 
 

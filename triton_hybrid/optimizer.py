@@ -287,7 +287,8 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     @property
     def last_of_window(self) -> bool:
         """Whether the coming micro-batch completes the window: all others are for `no_sync`."""
-        return self._binding.last_of_window
+        windows = self._binding.windows
+        return windows is None or windows.closing
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; micro-batches that are thrown away no longer count, nor an infinite loss."""

@@ -67,6 +67,27 @@ def test_other_parameters_and_a_checkpoint(predictor: str, when: str, change: st
             assert same_bits(twin[0].weight.detach(), verified)
 
 
+@PREDICTORS
+@pytest.mark.parametrize("inline", [True, False])
+def test_frozen_only_while_it_is_saved(predictor: str, inline: bool) -> None:
+    """As a GAN's discriminator is in the generator's step: no step ever sees it."""
+    config = fast_config(predictor=predictor, inline=inline)
+    model, twin = make_model(), make_model()
+    optimizer, other = (
+        HybridOptimizer(its.parameters(), lr=1e-2, hybrid=config) for its in (model, twin)
+    )
+    until(optimizer, model, Phase.CORRECT)
+    model.requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    model.requires_grad_(True)
+    for _ in range(8):
+        train(model, optimizer, 1)
+        train(twin, other, 1)
+        assert other.phase is optimizer.phase
+        assert_same_weights(weights(optimizer), weights(other))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "split", "fp32"])
 def test_what_was_written_before_a_prediction_is_verified(precision: str) -> None:
     params, optimizer = small_run(precision, inline=False)
