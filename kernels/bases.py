@@ -263,7 +263,7 @@ def _turn(basis: Tensor | None, gram: Tensor | None) -> Tensor | None:
     # On the host, which waits for none of the many small steps that they take.
     known = gram.cpu()
     if not bool(known.isfinite().all()):  # squares that FP64 has no room for
-        known = torch.eye(len(known), dtype=known.dtype)
+        known = torch.eye(len(known), dtype=known.dtype, device="cpu")
     turn: Tensor = torch.linalg.eigh(known).eigenvectors.to(gram.device)
     basis.copy_(_orthogonal(basis.to(turn) @ turn))
     return turn.to(basis.dtype)

@@ -38,7 +38,7 @@ def newton_schulz_torch(
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    least = torch.as_tensor(eps, device=x.device).clamp(min=SMALLEST_NORM)
+    least = torch.as_tensor(eps, dtype=torch.float64, device=x.device).clamp(min=SMALLEST_NORM)
     wide = torch.promote_types(x.dtype, torch.float32)
     # Rounded as torch.optim.Muon does: later steps blow a difference of 0.2% up to 4%.
     norm = torch.linalg.matrix_norm(x, dtype=wide).to(x.dtype).to(wide)

@@ -40,7 +40,8 @@ def write(vector: Tensor, entries: Mapping[str, Number]) -> None:
 def vector_of(numbers: list[Number], device: torch.device) -> Tensor:
     """An FP64 vector of numbers."""
     if any(isinstance(number, Tensor) for number in numbers):
-        return torch.stack([torch.as_tensor(its, device=device).double() for its in numbers])
+        wide: Any = {"dtype": torch.float64, "device": device}
+        return torch.stack([torch.as_tensor(its, **wide) for its in numbers])
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 

@@ -47,7 +47,7 @@ def settle_torch(tensors: TensorSet, scalars: Scalars, orders: Tensor, history: 
             snapshot = _note(cells, "snapshot", w, restart)
             _note(cells, "last_gradient", g, restart)
         if placed:
-            share = torch.as_tensor(fraction, device=w.device).to(w.dtype)
+            share = torch.as_tensor(fraction, dtype=w.dtype, device=w.device)
             at = torch.where(share == 0.0, snapshot, snapshot + share * (w - snapshot))
             moves = cells.spread(parts) & (share != 1.0)
             cells.put_weight(torch.where(moves, at, w))

@@ -244,7 +244,12 @@ class Windows:
 
     def drop(self, params: Sequence[Tensor]) -> None:
         """Begins a new window: the gradients are used, or thrown away."""
-        self.count, self._begun, self._marks = 0, False, _marks(params)
+        self.restart()
+        self._marks = _marks(params)
+
+    def restart(self) -> None:
+        """Forgets the window's micro-batches; one that has none yet has been begun once."""
+        self.count, self._begun = 0, self._begun and not self.count
 
     def state(self) -> dict[str, Any]:
         """Everything that must survive a checkpoint, as plain numbers."""

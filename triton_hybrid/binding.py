@@ -23,6 +23,7 @@ from triton_hybrid.groups import (
     check_parameter,
     every_parameter,
     is_trained,
+    places_of_others,
     with_kernels,
 )
 from triton_hybrid.kernels.ledger import INDEX
@@ -32,8 +33,8 @@ from triton_hybrid.phases import Phase, PhaseController
 from triton_hybrid.predictors import PREDICTORS
 from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.rules import RULES
-from triton_hybrid.shards import Shards, is_part, local, only_initialises
-from triton_hybrid.standing import continues, leave
+from triton_hybrid.shards import Shards, local, only_initialises
+from triton_hybrid.standing import compare_whole, continues, leave
 from triton_hybrid.state import DECLARED, Home, Member, State, StepPlan, state_bytes
 from triton_hybrid.stats import HybridStats
 from triton_hybrid.watch import Groups, UnreadGradients, Watch
@@ -128,9 +129,11 @@ class Binding:
         # Those that a checkpoint was made of may be frozen before they are bound here at all.
         its = (*old, *with_kernels(groups))
         gone = [(p, rule) for p, rule in its if id(p) not in present and p in state]
-        others = [leave(param, state[param], rule, standing) for param, rule in gone]
+        others = [compare_whole(p, state[p]) for p in every_parameter(groups) if p in state]
+        others += [leave(param, state[param], rule, standing) for param, rule in gone]
         others.append(bool(old) and known != present)
-        others += [not state.get(m.param) and not is_part(m.param) for m in members]
+        # Ranks with nothing of a parameter may have loaded nothing of its state either.
+        others += [not state.get(m.param) and local(m.param).numel() > 0 for m in members]
         choice, masters = self._choice(), self.settings.master_weights
         for member in members if standing else ():
             base, entry = RULES[member.group["base"]], state.get(member.param, {})
@@ -142,19 +145,18 @@ class Binding:
             ledger["written"] = 1.0  # those who stay are verified, but nothing is learnt from it
         shards = Shards(members, state, self.ranks)
         reduce = self.ranks.reduce if shards.some and self.ranks.together else None
-        progress = self.progress
         made = shards.members, shards.state, len(groups), self.settings
         try:
-            engine = Engine(*made, progress.predictor, reduce)
+            engine = Engine(*made, self.progress.predictor, reduce)
         except torch.OutOfMemoryError:
             choice = self._choice()
             if not choice.do_without():
                 raise
-            progress.predictor = {**(progress.predictor or {}), **choice.saved()}
+            self.progress.predictor = {**(self.progress.predictor or {}), **choice.saved()}
             choice.release(shards.state)
-            engine = Engine(*made, progress.predictor, reduce)
+            engine = Engine(*made, self.progress.predictor, reduce)
         shards.publish()
-        engine.restore(progress.ledger, progress.predictor)
+        engine.restore(self.progress.ledger, self.progress.predictor)
         self.observed.bind(engine.losses)
         self._state, self._installs = state, engine.offload.installs
         self._watch, self.engine = Watch(groups, state), engine
@@ -194,10 +196,9 @@ class Binding:
                 self.engine.find_writes()  # checkpoints of parts hold no fingerprints
             self._note(self.engine)
             self.engine.offload.synchronise()
-            every, bound = every_parameter(groups), {id(param) for param, _ in self._params}
-            others = bound != {*map(id, filter(is_trained, every))}
-            places = [index for index, param in enumerate(every) if id(param) in bound]
-            self.progress.bound = places if others and self.progress.ledger["moved"] else None
+            left_out = places_of_others(groups, [param for param, _ in self._params])
+            self.progress.left_out = left_out if self.progress.ledger["moved"] else None
+            self.progress.losses = self.observed.count
         progress = self.progress.to_dict()
         if self.windows is not None:
             progress["windows"] = self.windows.state()
@@ -209,8 +210,9 @@ class Binding:
         saved = groups[0].get(PROGRESS) if groups else None
         if saved:
             self.progress = Progress.from_dict(saved, self.settings.config)
-            if self.progress.bound is not None:
-                self._params = [*map(with_kernels(groups).__getitem__, self.progress.bound)]
+            if self.progress.left_out is not None:
+                self._params = with_kernels(groups, self.progress.left_out)
+            self.observed.restore(self.progress.losses, every_parameter(groups))
         elif self.progress.gradients:
             self.restart()
         if self.windows is not None and saved and "windows" in saved:
@@ -249,8 +251,8 @@ class Binding:
         engine, ledger = self.engine, self.progress.ledger
 
         def hosted(name: str) -> bool:
-            away = engine is not None and engine.offload.is_away(name)
-            return away or self.at_home_on_host(name)
+            away = engine and engine.offload.is_away(name)
+            return bool(away) or self.at_home_on_host(name)
 
         dicts = {p: its for p, its in state.items() if isinstance(its, dict)}
         here = {p: {k: local(v) for k, v in its.items()} for p, its in dicts.items()}

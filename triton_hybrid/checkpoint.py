@@ -21,13 +21,14 @@ from triton_hybrid.flat_shards import joined
 from triton_hybrid.groups import bare_name, every_parameter
 from triton_hybrid.phases import PHASES, Phase, PhaseController
 from triton_hybrid.rules import RULES
-from triton_hybrid.shards import forget_fingerprints, placed
+from triton_hybrid.shards import keep_whole_fingerprint, placed
 from triton_hybrid.state import DECLARED, State
 
 VERSION = 2
 """Of checkpoints; those of release 0.1.0, which name none, are read as well."""
 PROGRESS = "hybrid_progress"
 """Key of every parameter group that carries phase, counters and ledger in checkpoints."""
+LEFT_OUT = "left_out"
 
 ROW_NAMES = {old: new for rule in RULES.values() for old, new in rule.checkpoint_names.items()}
 """Names of rows in torch's optimizers, and ours."""
@@ -48,9 +49,10 @@ class Progress:
     ledger: dict[str, float] = field(default_factory=dict)  # of the device, as read last
     predictor: dict[str, Any] | None = None  # its state; None before the first step
     known_skips: int = 0  # skipped gradients that the host knows of
-    # Of a checkpoint: places, among all parameters, of those that took part in the prediction's
-    # step, where others are trained now. None: the same.
-    bound: list[int] | None = None
+    # Where a prediction stands, the places, among all parameters, of those that took no part in the
+    # steps before it: whoever loads it may train others.
+    left_out: list[int] | None = None
+    losses: int = 0  # observed since the last gradient step; the ledger has their mean
 
     @property
     def gradients(self) -> int:
@@ -71,7 +73,8 @@ class Progress:
             "seconds": {phase.value: self.seconds[phase] for phase in PHASES},
             "ledger": dict(self.ledger),
             "model": dict(self.predictor or {}),
-            **({} if self.bound is None else {"bound": list(self.bound)}),
+            LEFT_OUT: self.left_out,
+            "losses": self.losses,
         }
 
     @classmethod
@@ -93,7 +96,8 @@ class Progress:
             ledger={name: float(value) for name, value in ledger.items()},
             predictor=model or None,
             known_skips=int(ledger.get("skipped", 0)),
-            bound=saved.get("bound"),
+            left_out=saved.get(LEFT_OUT),
+            losses=int(saved.get("losses", 0)),
         )
 
 
@@ -204,7 +208,7 @@ def load_rows(
                 key = ROW_NAMES.get(key, key)
                 place = torch.device("cpu") if hosted(key) else param.device
                 entry[key] = placed(key, value, param, place)
-        forget_fingerprints(param, entry)
+        keep_whole_fingerprint(param, entry)
 
 
 def _trajectory_slot(state_dict: Mapping[str, Any]) -> int | None:

@@ -37,6 +37,7 @@ ENTRIES = (
 """What is summed. The last three must be the same everywhere: their squares are summed too."""
 COMPARED = 3
 _MODULUS = 1 << 20
+_WIDE: Any = {"dtype": torch.float64, "device": "cpu"}
 """What is compared is smaller, so that FP64 holds the sum of squares over 2^13 ranks exactly."""
 
 Standing = Mapping[str, Any]
@@ -165,7 +166,7 @@ class Ranks:
         found = found + bad + (some < self.size)
         if isinstance(seen, float):
             loss = loss / seen if seen else math.nan
-            known = torch.tensor([loss, written, found, square, found], dtype=torch.float64)
+            known = torch.tensor([loss, written, found, square, found], **_WIDE)
         else:  # nothing over nothing is NaN, too
             known = torch.stack([loss / seen, written, found, square, found])
         ledger.index_copy_(0, self._places, known[:3])
@@ -203,7 +204,7 @@ class Ranks:
         known = [count, count * count, float(present), *compared]
         known += [number * number for number in compared]
         if device.type == "cpu":
-            sent = torch.tensor([*own, *known], dtype=torch.float64)
+            sent = torch.tensor([*own, *known], **_WIDE)
         else:
             # Filled in on the device: a copy from pageable memory would wait for it.
             wide: Any = {"dtype": torch.float64, "device": device}

@@ -45,7 +45,7 @@ def torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     groups = []
     for group in state_dict["param_groups"]:
         blocks = group["blocks"]
-        if base == "muon" and {1} != set(torch.tensor(blocks).flatten().tolist()):
+        if base == "muon" and {1} != set(torch.tensor(blocks, device="cpu").flatten().tolist()):
             raise ValueError(f"blocks={blocks!r}: must be (1, 1), torch.optim.Muon has none")
         keys = (*ALWAYS, *KEPT[base])
         groups.append({key: group[key] for key in keys if key in group})

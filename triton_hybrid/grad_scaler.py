@@ -17,6 +17,7 @@ class ScaledByOthers:
     param_groups: list[dict[str, Any]]
     _binding: Binding
     _placeholder: Tensor | None = None  # a parameter with a gradient of zeros that is ours
+    _asked = False  # whether a GradScaler has asked since the last step; it may leave one out
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -32,11 +33,23 @@ class ScaledByOthers:
         params = [param for param in every_parameter(self.param_groups) if param.requires_grad]
         reads = self._binding.progress.controller.phase.needs_gradient
         if reads or any(param.grad is not None for param in params):
+            self._asked = True
             return any(param.dtype == torch.float16 for param in params)
         if params:
             self._placeholder = min(params, key=Tensor.numel)
             self._placeholder.grad = torch.zeros_like(self._placeholder)
         return True
+
+    def _drop_what_was_left_out(self) -> None:
+        """Where a GradScaler has left out a step: its losses and its window ended with it.
+
+        Whoever clears gradients by the model (transformers does) says nothing of it.
+        """
+        if self._asked:
+            self._asked = False
+            self._binding.observed.forget()
+            if self._binding.windows is not None:
+                self._binding.windows.restart()
 
     def _take_back(self) -> None:
         """Takes the gradient of zeros away."""
@@ -47,6 +60,7 @@ class ScaledByOthers:
     def _scaler(self) -> tuple[Any, Any] | None:
         """What a GradScaler has set for this step: scale and flag; None without one."""
         self._take_back()
+        self._asked = False
         scale, flag = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is None and flag is None:
             return None

@@ -278,9 +278,19 @@ def every_parameter(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     return [*itertools.chain.from_iterable(map(PARAMS, groups))]
 
 
-def with_kernels(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, UpdateRule]]:
-    """The parameters of all groups, each with the kernels of its base rule."""
-    return [(param, RULES[group["base"]].kernels) for group in groups for param in group["params"]]
+def with_kernels(
+    groups: Sequence[Mapping[str, Any]], left_out: Sequence[int] = ()
+) -> list[tuple[Tensor, UpdateRule]]:
+    """The parameters of all groups but those at some places, with their base rules' kernels."""
+    bases = ((param, group["base"]) for group in groups for param in group["params"])
+    out = {*left_out}
+    return [(p, RULES[base].kernels) for place, (p, base) in enumerate(bases) if place not in out]
+
+
+def places_of_others(groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]) -> list[int]:
+    """Places, among all parameters, of those that are not among some."""
+    some = {*map(id, params)}
+    return [place for place, param in enumerate(every_parameter(groups)) if id(param) not in some]
 
 
 def is_trained(param: Tensor) -> bool:

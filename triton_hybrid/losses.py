@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,6 +71,15 @@ class Losses:
             unknown = torch.full_like(self._entry, math.nan)
             self._entry.copy_(torch.where(finite, self._entry, unknown))
 
+    @property
+    def count(self) -> int:
+        """How many the mean is of. Waits for the device where one was not finite."""
+        return int(self._seen)
+
+    def begin_with(self, count: int) -> None:
+        """Goes on from a mean in the ledger of as many."""
+        self._count = count
+
     def go_on(self, last: Losses) -> None:
         """Goes on from the losses of another ledger, whose entries this one has."""
         self._count, self._left, self.read = last._count, last._left, last.read
@@ -83,6 +93,7 @@ class Observed:
         self._unread = 0  # of these, whose gradients were dropped
         self._losses: Losses | None = None
         self._last: Losses | None = None  # before the engine was let go
+        self._loaded = 0  # how many the mean of a checkpoint is of
 
     def observe(self, loss: Tensor | float) -> None:
         """Notes a loss."""
@@ -102,11 +113,25 @@ class Observed:
         if losses is not None:
             if self._last is not None:
                 losses.go_on(self._last)
+            elif self._loaded:
+                losses.begin_with(self._loaded)
+            self._loaded = 0
             for number, loss in enumerate(self._early, 1):
                 losses.observe(loss)
                 if number == self._unread:
                     losses.forget_infinite()
             self._forget_early()
+
+    @property
+    def count(self) -> int:
+        """How many the mean in the ledger is of. Waits for the device, where that knows."""
+        losses = self._losses or self._last
+        return self._loaded if losses is None else losses.count
+
+    def restore(self, count: int, params: Sequence[Tensor]) -> None:
+        """Goes on from a loaded mean of as many, where their gradients are there, too."""
+        kept = any(param.grad is not None for param in params)
+        self._last, self._losses, self._loaded = None, None, count if kept else 0
 
     def _forget_early(self) -> None:
         self._early.clear()

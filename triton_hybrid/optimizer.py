@@ -258,6 +258,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         Raises:
             ValueError: More than one element.
         """
+        self._drop_what_was_left_out()
         self._binding.observed.observe(loss)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
@@ -282,6 +283,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
         It does not divide the loss: the step divides by the number of micro-batches that it got.
         True without ``accumulation``, and where the coming step reads no gradient.
         """
+        self._drop_what_was_left_out()
         return self._binding.window_complete(self.param_groups)
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from triton_hybrid.checkpoint import PROGRESS
 from triton_hybrid.kernels.ledger import PART_COLUMN
+from triton_hybrid.shards import is_managed
 from triton_hybrid.standing import fingerprint
 from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, State
 
@@ -82,8 +83,9 @@ def take_predictions(state: State, params: Iterable[Tensor]) -> list[Pending]:
         if VERIFIED in entry:
             returns = {name: entry.pop(f"{PREDICTED}_{name}", None) for name in MOVED}
             known = {name: value for name, value in returns.items() if value is not None}
-            known[PREDICTED] = entry.pop(PREDICTED)
-            pending.append((param, entry, entry.pop(VERIFIED), known))
+            known[PREDICTED], verified = entry.pop(PREDICTED), entry.pop(VERIFIED)
+            if not is_managed(param):  # else `compare_whole` finds that it does not stand
+                pending.append((param, entry, verified, known))
     return pending
 
 

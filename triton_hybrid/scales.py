@@ -40,7 +40,7 @@ class Scales:
         """Takes over what a GradScaler says of the coming gradient."""
         for cell, value in ((self._loss_scale, grad_scale), (self._found_inf, found_inf)):
             if value is not None:
-                cell.copy_(torch.as_tensor(value).reshape(()))
+                cell.copy_(torch.as_tensor(value, dtype=cell.dtype).reshape(()))
 
     def give_back(self) -> None:
         """Ends what `borrow` began."""

@@ -134,11 +134,26 @@ def placed(key: str, value: Tensor, param: Any, device: torch.device) -> Tensor:
     return value.detach().to(device=device, copy=True)
 
 
+WHOLE = "whole_fingerprint"
+"""How a prediction left the whole parameter of which a checkpoint is, where it is loaded in parts;
+until these are there to be compared with it."""
+
+
 def forget_fingerprints(param: Any, entry: dict[str, Any]) -> None:
     """Of saved or loaded parts: those of other parts would be those of other weights."""
     if is_managed(param) and PREDICTION.name in entry:
         entry[PREDICTION.name] = entry[PREDICTION.name].clone()
         entry[PREDICTION.name][FINGERPRINT_COLUMN.value :] = 0.0
+
+
+def keep_whole_fingerprint(param: Any, entry: dict[str, Any]) -> None:
+    """Of loaded parts: checkpoints of parts have no fingerprints, so it is that of the whole."""
+    row = entry.get(PREDICTION.name)
+    if is_managed(param) and row is not None and row.shape == PREDICTION.shape:
+        noted = row[FINGERPRINT_COLUMN.value :].clone()
+        if row[PART_COLUMN.value] > 0 and noted.any():
+            entry[WHOLE] = noted
+    forget_fingerprints(param, entry)
 
 
 @torch.no_grad()
@@ -341,7 +356,7 @@ def only_initialises(members: Sequence[Member], ranks: Ranks) -> bool:
     found = [not all_zero(params), any(param.grad is not None for param in params)]
     if ranks.apart or any(map(is_part, params)):
         # Zero here alone may be the part of a gradient that is not, and so may be none.
-        others = torch.tensor(found, dtype=torch.float64)
+        others = torch.tensor(found, dtype=torch.float64, device="cpu")
         found = ranks.reduce(others.to(local(params[0]).device)).tolist()
     return bool(found[1]) and not found[0]
 

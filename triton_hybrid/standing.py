@@ -18,7 +18,7 @@ from triton_hybrid.predictors.orthogonal import TURNED
 from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.shards import local
+from triton_hybrid.shards import WHOLE, local, whole_of
 from triton_hybrid.state import (
     DIRECTION,
     MASTER,
@@ -51,6 +51,29 @@ def as_predicted(param: Tensor, entry: Group) -> bool:
         return False
     part, *noted = entry[PREDICTION.name][PART_COLUMN.value :].tolist()
     return part > 0 and any(noted) and not is_written(param, entry)
+
+
+@torch.no_grad()
+def compare_whole(param: Tensor, entry: dict[str, Any]) -> bool:
+    """Compares parts with what the prediction of a whole parameter's checkpoint had left.
+
+    All ranks that hold parts ask together. Where the weights are others, as those of a checkpoint
+    written at the verified weights, no prediction stands in them.
+
+    Returns:
+        Whether that is so.
+    """
+    noted = entry.pop(WHOLE, None)
+    if noted is None:
+        return False
+    part = local(param.detach())
+    as_left = torch.equal(fingerprint(whole_of(part, param)), noted.to(part.device))
+    row = entry[PREDICTION.name] = entry[PREDICTION.name].clone()
+    if as_left and part.numel():
+        row[FINGERPRINT_COLUMN.value :] = fingerprint(part)
+    elif not as_left:
+        row[PART_COLUMN.value :] = 0.0
+    return not as_left
 
 
 def weight_before(param: Tensor, entry: Group, rule: UpdateRule) -> Tensor:

@@ -26,8 +26,9 @@ from triton_hybrid.resume import (
 )
 from triton_hybrid.rules import RULES
 from triton_hybrid.shards import is_managed, local, saved_parts
-from triton_hybrid.standing import is_written, weight_before
+from triton_hybrid.standing import compare_whole, is_written, weight_before
 from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, moved_again
+from triton_hybrid.zero import from_owners
 
 Swap = tuple[Tensor, Tensor, Tensor]
 """A tensor, what it held, and what it holds meanwhile."""
@@ -39,6 +40,7 @@ class VerifiedWeights:
     param_groups: list[dict[str, Any]]
     state: Any
     _binding: Binding
+    _alone = False  # whether ZeRO's other ranks must be told what was loaded into this part
 
     @contextmanager
     def verified_weights(self) -> Iterator[None]:
@@ -47,7 +49,8 @@ class VerifiedWeights:
         A parameter that somebody has written to since the prediction shows what they wrote.
         Afterwards the prediction stands again, but for elements that were written to meanwhile. A
         `step` inside takes its gradient for one at the verified weights: the prediction is dropped,
-        and nothing is blamed for it. Keeps copies of what was moved; waits for the device.
+        and nothing is blamed for it. Keeps copies of what was moved; waits for the device. With a
+        ZeroRedundancyOptimizer all ranks enter and leave it together.
         """
         inner = self._binding.swaps is not None
         self.eval()
@@ -71,10 +74,12 @@ class VerifiedWeights:
         for tensor, held, shown in swaps:
             tensor.copy_(torch.where(_bits(tensor) == _bits(shown), held, tensor))
         put_back(binding.pending)
+        if self._alone and (zero := binding.ranks.zero) is not None:
+            zero._sync_params()
 
     def _forget_swaps(self) -> None:
         """Goes on from the weights as they are."""
-        self._binding.swaps, self._binding.pending = None, []
+        self._binding.swaps, self._binding.pending, self._alone = None, [], False
 
     def _return_predictions(self) -> None:
         """Ends `_with_predictions`, where a state was loaded."""
@@ -113,6 +118,9 @@ def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> 
     binding.save(groups)  # host memory up to date, the ledger read
     if not _stands(binding):
         return []
+    its = every_parameter(groups)
+    if any([compare_whole(param, state[param]) for param in its if param in state]):
+        binding.progress.ledger["written"] = 1.0
     swaps = []
     for param, base in ((param, group["base"]) for group in groups for param in group["params"]):
         entry = {key: local(row) for key, row in state.get(param, {}).items()}
@@ -127,6 +135,9 @@ def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> 
             swaps.append(_swap(entry[MASTER.name], verified))
         if REMAINDER.name in entry:
             swaps.append(_swap(entry[REMAINDER.name], remainder_of(verified, param.detach())))
+    zero = binding.ranks.zero
+    for tensor, held in () if zero is None else from_owners(zero, its):
+        swaps.append((tensor, held, tensor.clone()))
     return swaps
 
 

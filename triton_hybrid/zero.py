@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from triton_hybrid.checkpoint import PROGRESS, check_checkpoint
+from triton_hybrid.checkpoint import LEFT_OUT, PROGRESS, check_checkpoint
 
 
 def join_checkpoints(optimizer: Any, zero: Any) -> None:
@@ -32,10 +35,34 @@ def join_checkpoints(optimizer: Any, zero: Any) -> None:
         its = part()
         if its is not None:
             for group, loaded in zip(its.param_groups, zero.param_groups):
-                group[PROGRESS] = loaded.get(PROGRESS) or {}
+                # Places among the parameters of the part that was asked say nothing of others.
+                group[PROGRESS] = {**(loaded.get(PROGRESS) or {}), LEFT_OUT: None}
             given = Optimizer.state_dict(its)
             check_checkpoint(given, its.param_groups)
+            its._forget_swaps()
             its._load_tensors(given, [group["base"] for group in its.param_groups])
+            its._alone = True
+            its.train()
 
     zero.register_state_dict_pre_hook(lay_out)
     zero.register_load_state_dict_post_hook(take)
+
+
+@torch.no_grad()
+def from_owners(zero: Any, own: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Takes the parameters of the other parts as their owners hold them now.
+
+    All ranks ask together.
+
+    Args:
+        zero: The ZeroRedundancyOptimizer.
+        own: The parameters of this rank's part.
+
+    Returns:
+        Each of the others with what it held before.
+    """
+    mine = {*map(id, own)}
+    every = [param for group in zero.param_groups for param in group["params"]]
+    before = [(param.detach(), param.detach().clone()) for param in every if id(param) not in mine]
+    zero._sync_params()
+    return before

@@ -235,8 +235,8 @@ class Quadratic:
         self.optimizer = HybridOptimizer([self.param], accumulation=accumulation, **options)
         self.generator = torch.Generator().manual_seed(0)
 
-    def run(self, windows: int, noise: float) -> list[int]:
-        """Lengths of windows at a noise scale."""
+    def run(self, windows: int, noise: float, early: bool = False) -> list[int]:
+        """Lengths of windows at a noise scale; ``early``: asked for before the drop."""
         lengths = []
         for _ in range(windows):
             for count in range(1, 100):  # noqa: B007
@@ -249,6 +249,7 @@ class Quadratic:
                     break
             lengths.append(count)
             self.optimizer.step()
+            assert not early or self.optimizer.last_of_window in (True, False)
             self.optimizer.zero_grad()
         return lengths
 
@@ -256,7 +257,7 @@ class Quadratic:
 def test_windows_shrink_and_grow_with_the_noise() -> None:
     run = Quadratic(AccumulationConfig(8))
     assert run.run(1, 0.5) == [8], "nothing is known yet"
-    quiet = run.run(400, 0.5)
+    quiet = run.run(400, 0.5, early=True)
     assert set(quiet) == {1, 2}
     assert quiet.count(2) / len(quiet) < 0.04, "windows that only measure become rare"
     assert quiet[: FIRST_INTERVAL + 1] == [1] * FIRST_INTERVAL + [2]
@@ -364,11 +365,18 @@ def test_clipping_outside_is_no_micro_batch() -> None:
     assert optimizer.stats().micro_batches == 3
 
 
-def test_a_step_that_a_scaler_left_out_ends_its_window() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_step_that_a_scaler_left_out_ends_its_window(in_place: bool) -> None:
     """FP32 gradients: the scaler does not call step, and the loop clears the model's gradients."""
     model, optimizer, batches = with_a_window()
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1.0)
+    scaler.scale(torch.zeros((), device=DEVICE))
     kept = [param.grad for param in model.parameters()]  # nothing lands where they were
-    model.zero_grad()
+    assert kept[0] is not None
+    kept[0].fill_(math.inf)
+    scaler.step(optimizer)
+    assert optimizer.stats().windows == 0
+    model.zero_grad(set_to_none=not in_place)
     assert train(model, optimizer, 3, batches) == [3]
     assert len(kept) == 4
 

@@ -170,6 +170,30 @@ def test_a_checkpoint_in_mid_window_goes_on(
         assert str(mine[name]) == str(theirs[name])
 
 
+def test_a_checkpoint_in_mid_window_has_the_losses_so_far() -> None:
+    """They are of gradients: without those, of nothing."""
+
+    def mean_with(optimizer: HybridOptimizer, loss: float) -> float:
+        engine = optimizer._binding.bind(optimizer.param_groups, optimizer.state)
+        assert engine is not None
+        optimizer.observe_loss(loss)
+        return float(engine.scalars.ledger[INDEX["loss"]])
+
+    model, optimizer = make(AccumulationConfig(4, minimum=4))
+    train(model, optimizer, 6, make_batches())
+    saved, copied = copy.deepcopy((optimizer.state_dict(), model))
+    for mine, theirs in zip(copied.parameters(), model.parameters()):
+        mine.grad = copy.deepcopy(theirs.grad)
+    resumed = HybridOptimizer(copied.parameters(), accumulation=AccumulationConfig(4, minimum=4))
+    resumed.load_state_dict(saved)
+    means = [mean_with(each, 6.0) for each in (optimizer, resumed)]
+    assert means[0] == means[1]
+    assert 2.0 < means[0] < 6.0
+    copied.zero_grad()
+    resumed.load_state_dict(saved)
+    assert mean_with(resumed, 6.0) == 6.0
+
+
 def test_a_copy_goes_on_too() -> None:
     model, optimizer = make(AccumulationConfig(4))
     train(model, optimizer, 9)

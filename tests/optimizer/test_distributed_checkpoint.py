@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from training import assert_same_state, assert_same_weights, fast_config, state_copy, weights
 
-from triton_hybrid import HybridOptimizer, split_param_groups
+from triton_hybrid import HybridOptimizer, Phase, split_param_groups
 
 FOLDER = Path()
 
@@ -114,20 +116,60 @@ def loading(rank: int, world: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for predictor, base, stop in runs():
         model, optimizer = run_of(predictor, base, world)
-        weights, state = get_state_dict(model, optimizer)
-        content = {"weights": weights, "optimizer": state}
-        dcp.load(content, checkpoint_id=str(FOLDER / f"{predictor}-{stop}"))
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=content["weights"],
-            optim_state_dict=content["optimizer"],
-        )
+        load(model, optimizer, FOLDER / f"{predictor}-{stop}")
         gradients = optimizer.stats().gradient_evaluations
         phase = optimizer.phase.value
         rest = train(model, optimizer, MORE, True, rank, world, source_at(gradients))
         results[f"{predictor} {stop}"] = {"phase": phase, **rest}
     return results
+
+
+WAYS = "as it stands", "at the verified weights", "written by others"
+WHOLE_RUNS = [(predictor, way) for predictor in ("slow_ema", "linear") for way in WAYS]
+
+
+def saving_whole(rank: int, world: int) -> dict[str, Any]:
+    """Saves runs of one process while a prediction stands, and goes on with them."""
+    results: dict[str, Any] = {}
+    for predictor, way in WHOLE_RUNS:
+        model, optimizer = run_of(predictor, "adamw", world)
+        steps, source = 0, batches(noisy=True)
+        while optimizer.phase is not Phase.CORRECT or steps < 12:
+            train(model, optimizer, 1, True, rank, world, source)
+            steps += 1
+        if way == WAYS[2]:
+            nn.init.constant_(model[0].weight, 0.25)
+        with optimizer.verified_weights():
+            verified = [param.detach().clone() for param in model.parameters()]
+        with optimizer.verified_weights() if way == WAYS[1] else nullcontext():
+            saved = get_state_dict(model, optimizer)
+            dcp.save({"weights": saved[0], "optimizer": saved[1]}, checkpoint_id=FOLDER / way)
+        rest = train(model, optimizer, MORE, True, rank, world, source)
+        results[f"{predictor} {way}"] = {"verified": verified, **rest}
+        os.rename(FOLDER / way, FOLDER / f"{predictor} {way}")
+    return results
+
+
+def loading_whole(rank: int, world: int) -> dict[str, Any]:
+    """Goes on with them where every rank holds its parts."""
+    results: dict[str, Any] = {}
+    for predictor, way in WHOLE_RUNS:
+        model, optimizer = run_of(predictor, "adamw", world)
+        load(model, optimizer, FOLDER / f"{predictor} {way}")
+        source = source_at(optimizer.stats().gradient_evaluations)
+        with optimizer.verified_weights():
+            verified = [param.full_tensor().clone() for param in model.parameters()]
+        rest = train(model, optimizer, MORE, True, rank, world, source)
+        results[f"{predictor} {way}"] = {"verified": verified, **rest}
+    return results
+
+
+def load(model: nn.Module, optimizer: HybridOptimizer, where: Path) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    content = {"weights": weights, "optimizer": state}
+    dcp.load(content, checkpoint_id=where)
+    weights, state = content["weights"], content["optimizer"]
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
 
 
 def in_memory(rank: int, world: int) -> list[Any]:
@@ -155,13 +197,14 @@ def in_memory(rank: int, world: int) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[Any]]]:
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, list[Any]]]:
     global FOLDER  # the forked processes see it
     FOLDER = tmp_path_factory.mktemp("checkpoints")
     return {
         4: run_on_ranks(4, [saving]),
         2: run_on_ranks(2, [loading, in_memory]),
-        1: run_on_ranks(1, [loading]),
+        1: run_on_ranks(1, [loading, saving_whole]),
+        "parts": run_on_ranks(2, [loading_whole]),
     }
 
 
@@ -174,6 +217,18 @@ def test_a_run_goes_on_with_fewer_ranks(resumed: Any, name: str, world: int) -> 
     assert after["phases"] == before["phases"]
     worst = max(abs(a - b) / abs(a) for a, b in zip(before["losses"], after["losses"]))
     assert worst < 1e-5
+
+
+@pytest.mark.parametrize(("predictor", "way"), WHOLE_RUNS)
+def test_a_run_of_whole_parameters_goes_on_in_parts(resumed: Any, predictor: str, way: str) -> None:
+    """What stands there is what stood; what others wrote, or put back, is no prediction."""
+    before = of_all(resumed[1], saving_whole)[0][f"{predictor} {way}"]
+    after = of_all(resumed["parts"], loading_whole)[0][f"{predictor} {way}"]
+    assert_same_weights(before["verified"], after["verified"])
+    if way != "at the verified weights":  # there the prediction does not return
+        assert after["phases"] == before["phases"]
+        worst = max(abs(a - b) / abs(a) for a, b in zip(before["losses"], after["losses"]))
+        assert worst < 1e-5
 
 
 def test_they_were_saved_in_the_middle_of_a_cycle(resumed: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -155,20 +157,42 @@ def zero_checkpoints(rank: int, world: int) -> list[Any]:
         for stop in (5, 6, 7, 21):
             model, zero = make(predictor)
             go_on(model, zero, stop)
-            zero.consolidate_state_dict(to=0)
-            saved = [zero.state_dict() if rank == 0 else None]
-            dist.broadcast_object_list(saved)
-            twin, other = make(predictor)
-            twin.load_state_dict(model.state_dict())
-            other.load_state_dict(saved[0])
-            phases = zero.optim.phase.value, other.optim.phase.value
-            found.append((phases, go_on(model, zero, 9), go_on(twin, other, 9)))
+            phase, twins = zero.optim.phase.value, []
+            for inside in (False, True):
+                with zero.optim.verified_weights() if inside else nullcontext():
+                    zero.consolidate_state_dict(to=0)
+                    state = zero.state_dict() if rank == 0 else None
+                    saved = copy.deepcopy([state, model.state_dict()])
+                shown = [*saved[1].values()]
+                dist.broadcast_object_list(saved)  # the model is rank 0's, as people save it
+                twin, other = make(predictor)
+                twin.load_state_dict(saved[1])
+                other.load_state_dict(saved[0])
+                twins.append((shown, twin, other))
+            end = go_on(model, zero, 9)
+            found += [(phase, shown, end, go_on(*pair, 9)) for shown, *pair in twins]
+    return found
+
+
+def clearing(rank: int, world: int) -> dict[str, Any]:
+    """The state of one parameter is cleared while a prediction stands."""
+    found = {}
+    for kind in ("alone", "fsdp2"):
+        model = laid_out(kind, world)
+        config, group = fast_config(), False if kind == "alone" else None
+        optimizer = HybridOptimizer(model.parameters(), 1e-2, hybrid=config, process_group=group)
+        its = (rank, world) if kind == "fsdp2" else (0, 1)
+        source = batches(noisy=True)
+        while optimizer.phase is not Phase.CORRECT:
+            train(model, optimizer, 1, True, *its, source)
+        optimizer.state.pop(model[2].weight)
+        found[kind] = train(model, optimizer, 20, True, *its, source)
     return found
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    return run_on_ranks(2, [freezing, losses_in_parts, solving, zero_checkpoints])
+    return run_on_ranks(2, [freezing, losses_in_parts, solving, zero_checkpoints, clearing])
 
 
 @pytest.mark.parametrize("kind", LAYOUTS[1:])
@@ -197,9 +221,18 @@ def test_a_solver_with_weight_decay_is_that_of_one_process(results: Any, kind: s
 
 
 def test_checkpoints_of_zero_go_on(results: Any) -> None:
-    for found in of_all(results, zero_checkpoints):
-        assert {phases[0] for phases, *_ in found} >= {"full", "predict", "correct"}
-        for (before, after), its, ours in found:
-            assert before == after
-            assert ours[:2] == its[:2]
-            assert all(map(torch.equal, ours[2], its[2]))
+    """Also those written at the verified weights, which are the same on all ranks."""
+    mine, theirs = of_all(results, zero_checkpoints)
+    assert {phase for phase, *_ in mine} >= {"full", "predict", "correct"}
+    outside, inside = ([shown for _, shown, *_ in mine[first::2]] for first in (0, 1))
+    assert sum(not all(map(torch.equal, *pair)) for pair in zip(outside, inside)) > 0
+    for (_, here, its, ours), (_, there, *_) in zip(mine, theirs, strict=True):
+        assert all(map(torch.equal, here, there))
+        assert ours[:2] == its[:2]
+        assert all(map(torch.equal, ours[2], its[2]))
+
+
+def test_cleared_state_of_parts_is_noticed(results: Any) -> None:
+    for found in of_all(results, clearing):
+        assert found["fsdp2"]["phases"] == found["alone"]["phases"]
+        assert found["fsdp2"]["losses"] == pytest.approx(found["alone"]["losses"], rel=1e-5)

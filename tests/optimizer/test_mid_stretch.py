@@ -68,6 +68,34 @@ def test_other_parameters_and_a_checkpoint(predictor: str, when: str, change: st
 
 
 @PREDICTORS
+@pytest.mark.parametrize("change", ["freeze", "thaw"])
+def test_after_loading_other_layers_are_trained(predictor: str, change: str) -> None:
+    """Layers that took no part in the prediction: which did, a checkpoint must say."""
+
+    def made() -> tuple[nn.Module, HybridOptimizer]:
+        model = make_model()
+        groups = [{"params": [*model[2].parameters()]}, {"params": [*model[0].parameters()]}]
+        groups[1]["lr"] = 0.0 if change == "freeze" else 1e-2
+        return model, HybridOptimizer(groups, lr=1e-2, hybrid=fast_config(predictor=predictor))
+
+    (model, optimizer), (twin, other) = made(), made()
+    if change == "thaw":
+        train(model, optimizer, 3)
+        model[0].requires_grad_(False)
+        twin[0].requires_grad_(False)
+    until(optimizer, model, Phase.CORRECT)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for its in (model, twin):
+        its[0].weight.requires_grad_(change == "thaw")
+    for _ in range(10):
+        train(model, optimizer, 1)
+        train(twin, other, 1)
+        assert other.phase is optimizer.phase
+        assert_same_weights(weights(optimizer), weights(other))
+
+
+@PREDICTORS
 @pytest.mark.parametrize("inline", [True, False])
 def test_frozen_only_while_it_is_saved(predictor: str, inline: bool) -> None:
     """As a GAN's discriminator is in the generator's step: no step ever sees it."""

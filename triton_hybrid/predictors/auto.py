@@ -208,7 +208,8 @@ class Auto(Choice):
         rates = state.get("rates", ())
         self._pending = bool(state.get("pending")) and len(rates) == self._rates.numel()
         if self._pending:
-            self._rates.copy_(torch.tensor(rates, dtype=torch.float64).view_as(self._rates))
+            known = torch.tensor(rates, dtype=torch.float64, device="cpu")
+            self._rates.copy_(known.view_as(self._rates))
         if self.active is self._quiet and self._obstacle:
             self._take(self._noisy)
 

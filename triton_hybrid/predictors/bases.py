@@ -87,9 +87,10 @@ class Passes:
 
     def agree(self) -> bool:
         """Whether pairs in bases can be read, on every rank."""
-        incomplete = torch.tensor([float(self._fresh or not self.allowed)], dtype=torch.float64)
-        if self._engine.reduce is not None:
-            incomplete = self._engine.reduce(incomplete.to(self._engine.device))
+        engine, here = self._engine, float(self._fresh or not self.allowed)
+        incomplete = torch.tensor([here], dtype=torch.float64, device=engine.device)
+        if engine.reduce is not None:
+            incomplete = engine.reduce(incomplete)
         return not bool(incomplete > 0)
 
     def settle(self, orders: Tensor, trial: Tensor) -> None:
