@@ -35,8 +35,9 @@ def join_checkpoints(optimizer: Any, zero: Any) -> None:
         its = part()
         if its is not None:
             for group, loaded in zip(its.param_groups, zero.param_groups):
+                saved = loaded.get(PROGRESS) or {}
                 # Places among the parameters of the part that was asked say nothing of others.
-                group[PROGRESS] = {**(loaded.get(PROGRESS) or {}), LEFT_OUT: None}
+                group[PROGRESS] = {**saved, LEFT_OUT: None} if saved else {}
             given = Optimizer.state_dict(its)
             check_checkpoint(given, its.param_groups)
             its._forget_swaps()

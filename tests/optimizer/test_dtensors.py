@@ -174,6 +174,31 @@ def zero_checkpoints(rank: int, world: int) -> list[Any]:
     return found
 
 
+def zero_takes_over(rank: int, world: int) -> Any:
+    """Training goes on from the checkpoint of a ZeroRedundancyOptimizer of AdamW."""
+    model = DistributedDataParallel(make_net())
+    kinds: list[Any] = [torch.optim.AdamW, HybridOptimizer]
+    saved: list[Any] = [None]
+    losses = []
+    for kind in kinds:
+        zero = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=kind, lr=1e-2)
+        if saved[0] is not None:
+            zero.load_state_dict(saved[0])
+        source = batches(noisy=False)
+        for _ in range(5):
+            x, target = (piece.chunk(world)[rank] for piece in next(source))
+            loss = (model(x) - target).square().mean()
+            loss.backward()
+            zero.step()
+            zero.zero_grad()
+            losses.append(float(loss))
+        zero.consolidate_state_dict(to=0)
+        saved = [copy.deepcopy(zero.state_dict()) if rank == 0 else None]
+        dist.broadcast_object_list(saved)
+    steps = {float(its["step"]) for its in saved[0]["state"].values()}
+    return losses, sorted(steps)
+
+
 def clearing(rank: int, world: int) -> dict[str, Any]:
     """The state of one parameter is cleared while a prediction stands."""
     found = {}
@@ -192,7 +217,9 @@ def clearing(rank: int, world: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    return run_on_ranks(2, [freezing, losses_in_parts, solving, zero_checkpoints, clearing])
+    return run_on_ranks(
+        2, [freezing, losses_in_parts, solving, zero_checkpoints, zero_takes_over, clearing]
+    )
 
 
 @pytest.mark.parametrize("kind", LAYOUTS[1:])
@@ -230,6 +257,12 @@ def test_checkpoints_of_zero_go_on(results: Any) -> None:
         assert all(map(torch.equal, here, there))
         assert ours[:2] == its[:2]
         assert all(map(torch.equal, ours[2], its[2]))
+
+
+def test_zero_takes_over_from_adamw(results: Any) -> None:
+    for losses, steps in of_all(results, zero_takes_over):
+        assert steps == [10.0]
+        assert losses[-1] < losses[0]
 
 
 def test_cleared_state_of_parts_is_noticed(results: Any) -> None:
