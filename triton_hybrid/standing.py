@@ -63,7 +63,7 @@ def compare_whole(param: Tensor, entry: dict[str, Any]) -> bool:
     Returns:
         Whether that is so.
     """
-    noted = entry.pop(WHOLE, None)
+    noted = entry.pop(WHOLE, None) if isinstance(entry, dict) else None
     if noted is None:
         return False
     part = local(param.detach())
