@@ -129,7 +129,8 @@ class Binding:
         # Those that a checkpoint was made of may be frozen before they are bound here at all.
         its = (*old, *with_kernels(groups))
         gone = [(p, rule) for p, rule in its if id(p) not in present and p in state]
-        others = [compare_whole(p, state[p]) for p in every_parameter(groups) if p in state]
+        here = every_parameter(groups) if standing else []
+        others = [compare_whole(param, state[param]) for param in here if param in state]
         others += [leave(param, state[param], rule, standing) for param, rule in gone]
         others.append(bool(old) and known != present)
         # Ranks with nothing of a parameter may have loaded nothing of its state either.

@@ -21,7 +21,7 @@ from triton_hybrid.flat_shards import joined
 from triton_hybrid.groups import bare_name, every_parameter
 from triton_hybrid.phases import PHASES, Phase, PhaseController
 from triton_hybrid.rules import RULES
-from triton_hybrid.shards import keep_whole_fingerprint, placed
+from triton_hybrid.shards import mark_fingerprint, placed
 from triton_hybrid.state import DECLARED, State
 
 VERSION = 2
@@ -208,7 +208,7 @@ def load_rows(
                 key = ROW_NAMES.get(key, key)
                 place = torch.device("cpu") if hosted(key) else param.device
                 entry[key] = placed(key, value, param, place)
-        keep_whole_fingerprint(param, entry)
+        mark_fingerprint(param, entry)
 
 
 def _trajectory_slot(state_dict: Mapping[str, Any]) -> int | None:

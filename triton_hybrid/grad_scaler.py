@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class ScaledByOthers:
     param_groups: list[dict[str, Any]]
     _binding: Binding
     _placeholder: Tensor | None = None  # a parameter with a gradient of zeros that is ours
-    _asked = False  # whether a GradScaler has asked since the last step; it may leave one out
+    _asked: tuple[Tensor, Any] | None = None  # a parameter, its gradient when a GradScaler asked
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -33,7 +34,8 @@ class ScaledByOthers:
         params = [param for param in every_parameter(self.param_groups) if param.requires_grad]
         reads = self._binding.progress.controller.phase.needs_gradient
         if reads or any(param.grad is not None for param in params):
-            self._asked = True
+            read = next((param for param in params if param.grad is not None), None)
+            self._asked = None if read is None else (read, weakref.ref(read.grad))
             return any(param.dtype == torch.float16 for param in params)
         if params:
             self._placeholder = min(params, key=Tensor.numel)
@@ -43,10 +45,14 @@ class ScaledByOthers:
     def _drop_what_was_left_out(self) -> None:
         """Where a GradScaler has left out a step: its losses and its window ended with it.
 
-        Whoever clears gradients by the model (transformers does) says nothing of it.
+        Whoever clears gradients by the model (transformers does) says nothing of it. As long as the
+        gradients are there it may only have asked: others do before they clip.
         """
-        if self._asked:
-            self._asked = False
+        if self._asked is None:
+            return
+        param, gradient = self._asked
+        if param.grad is None or param.grad is not gradient():
+            self._asked = None
             self._binding.observed.forget()
             if self._binding.windows is not None:
                 self._binding.windows.restart()
@@ -60,7 +66,7 @@ class ScaledByOthers:
     def _scaler(self) -> tuple[Any, Any] | None:
         """What a GradScaler has set for this step: scale and flag; None without one."""
         self._take_back()
-        self._asked = False
+        self._asked = None
         scale, flag = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is None and flag is None:
             return None

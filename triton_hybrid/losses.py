@@ -94,6 +94,7 @@ class Observed:
         self._losses: Losses | None = None
         self._last: Losses | None = None  # before the engine was let go
         self._loaded = 0  # how many the mean of a checkpoint is of
+        self._doubted = False  # whether gradients were dropped since it was loaded
 
     def observe(self, loss: Tensor | float) -> None:
         """Notes a loss."""
@@ -115,7 +116,9 @@ class Observed:
                 losses.go_on(self._last)
             elif self._loaded:
                 losses.begin_with(self._loaded)
-            self._loaded = 0
+                if self._doubted:
+                    losses.forget_infinite()
+            self._loaded, self._doubted = 0, False
             for number, loss in enumerate(self._early, 1):
                 losses.observe(loss)
                 if number == self._unread:
@@ -131,7 +134,8 @@ class Observed:
     def restore(self, count: int, params: Sequence[Tensor]) -> None:
         """Goes on from a loaded mean of as many, where their gradients are there, too."""
         kept = any(param.grad is not None for param in params)
-        self._last, self._losses, self._loaded = None, None, count if kept else 0
+        self._last, self._losses = None, None
+        self._loaded, self._doubted = count if kept else 0, False
 
     def _forget_early(self) -> None:
         self._early.clear()
@@ -140,6 +144,7 @@ class Observed:
     def forget(self) -> None:
         """Forgets what was observed since the last gradient step."""
         self._forget_early()
+        self._loaded = 0
         if self._losses is not None:
             self._losses.forget()
 
@@ -153,6 +158,6 @@ class Observed:
         if losses is not None and losses.read:
             losses.read = False
             return
-        self._unread = len(self._early)
+        self._unread, self._doubted = len(self._early), True
         if losses is not None:
             losses.forget_infinite()

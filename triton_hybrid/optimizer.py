@@ -289,6 +289,7 @@ class HybridOptimizer(VerifiedWeights, ScaledByOthers, HookedStep, Optimizer):
     @property
     def last_of_window(self) -> bool:
         """Whether the coming micro-batch completes the window: all others are for `no_sync`."""
+        self._drop_what_was_left_out()
         windows = self._binding.windows
         return windows is None or windows.closing
 

@@ -134,26 +134,33 @@ def placed(key: str, value: Tensor, param: Any, device: torch.device) -> Tensor:
     return value.detach().to(device=device, copy=True)
 
 
-WHOLE = "whole_fingerprint"
-"""How a prediction left the whole parameter of which a checkpoint is, where it is loaded in parts;
-until these are there to be compared with it."""
+OF_WHOLE = 2.0
+"""In the place of a 1 in the table of predictions: the fingerprint beside it is not that of parts,
+but how a prediction left the whole parameter of which the checkpoint was."""
+
+
+def is_of_whole(entry: Any) -> bool:
+    """Whether a parameter's fingerprint is that of a whole one, and this one is there in parts."""
+    row = entry.get(PREDICTION.name) if isinstance(entry, dict) else None
+    if row is None or row.shape != PREDICTION.shape:
+        return False
+    return float(row[PART_COLUMN.value]) == OF_WHOLE
 
 
 def forget_fingerprints(param: Any, entry: dict[str, Any]) -> None:
-    """Of saved or loaded parts: those of other parts would be those of other weights."""
-    if is_managed(param) and PREDICTION.name in entry:
+    """Of saved parts: those of other parts would be those of other weights."""
+    if is_managed(param) and PREDICTION.name in entry and not is_of_whole(entry):
         entry[PREDICTION.name] = entry[PREDICTION.name].clone()
         entry[PREDICTION.name][FINGERPRINT_COLUMN.value :] = 0.0
 
 
-def keep_whole_fingerprint(param: Any, entry: dict[str, Any]) -> None:
-    """Of loaded parts: checkpoints of parts have no fingerprints, so it is that of the whole."""
+def mark_fingerprint(param: Any, entry: dict[str, Any]) -> None:
+    """Of what was loaded: checkpoints of parts have no fingerprints, so one is that of a whole."""
     row = entry.get(PREDICTION.name)
-    if is_managed(param) and row is not None and row.shape == PREDICTION.shape:
-        noted = row[FINGERPRINT_COLUMN.value :].clone()
-        if row[PART_COLUMN.value] > 0 and noted.any():
-            entry[WHOLE] = noted
-    forget_fingerprints(param, entry)
+    if row is None or row.shape != PREDICTION.shape or not row[PART_COLUMN.value] > 0:
+        return
+    whole = is_managed(param) and bool(row[FINGERPRINT_COLUMN.value :].any())
+    row[PART_COLUMN.value] = OF_WHOLE if whole else 1.0
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from triton_hybrid.predictors.orthogonal import TURNED
 from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.shards import WHOLE, local, whole_of
+from triton_hybrid.shards import is_of_whole, local, whole_of
 from triton_hybrid.state import (
     DIRECTION,
     MASTER,
@@ -54,7 +54,7 @@ def as_predicted(param: Tensor, entry: Group) -> bool:
 
 
 @torch.no_grad()
-def compare_whole(param: Tensor, entry: dict[str, Any]) -> bool:
+def compare_whole(param: Tensor, entry: Any) -> bool:
     """Compares parts with what the prediction of a whole parameter's checkpoint had left.
 
     All ranks that hold parts ask together. Where the weights are others, as those of a checkpoint
@@ -63,16 +63,15 @@ def compare_whole(param: Tensor, entry: dict[str, Any]) -> bool:
     Returns:
         Whether that is so.
     """
-    noted = entry.pop(WHOLE, None) if isinstance(entry, dict) else None
-    if noted is None:
+    if not is_of_whole(entry):
         return False
-    part = local(param.detach())
-    as_left = torch.equal(fingerprint(whole_of(part, param)), noted.to(part.device))
-    row = entry[PREDICTION.name] = entry[PREDICTION.name].clone()
+    part, row = local(param.detach()), entry[PREDICTION.name].clone()
+    noted, fingerprints = row[FINGERPRINT_COLUMN.value :].to(part.device), FINGERPRINT_COLUMN.value
+    as_left = torch.equal(fingerprint(whole_of(part, param)), noted)
+    row[PART_COLUMN.value], row[fingerprints:] = float(as_left), 0.0
     if as_left and part.numel():
-        row[FINGERPRINT_COLUMN.value :] = fingerprint(part)
-    elif not as_left:
-        row[PART_COLUMN.value :] = 0.0
+        row[fingerprints:] = fingerprint(part)
+    entry[PREDICTION.name] = row
     return not as_left
 
 

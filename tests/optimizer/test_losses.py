@@ -162,7 +162,7 @@ def test_losses_of_steps_without_parameters_to_train_are_not_kept() -> None:
     assert observed(optimizer) != math.inf
 
 
-@pytest.mark.parametrize("bound", ["bound", "checkpoint", "limit"])
+@pytest.mark.parametrize("bound", ["bound", "checkpoint", "limit", "itself"])
 def test_infinite_losses_whose_gradients_are_dropped_weigh_nothing(bound: str) -> None:
     """Neither where a loss waits for an engine, nor in the mean of what comes after them."""
     model = make_model()
@@ -176,6 +176,11 @@ def test_infinite_losses_whose_gradients_are_dropped_weigh_nothing(bound: str) -
     if bound == "checkpoint":
         saved, optimizer = optimizer.state_dict(), HybridOptimizer(model.parameters())
         optimizer.load_state_dict(saved)
+    elif bound == "itself":
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        optimizer.observe_loss(math.inf)
+        optimizer.load_state_dict(optimizer.state_dict())
     elif bound == "limit":
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, device=DEVICE))]})
     for _ in range(3):
