@@ -251,7 +251,7 @@ class Windows:
         """Forgets the window's micro-batches; one that has none yet has been begun once."""
         self.count, self._begun = 0, self._begun and not self.count
 
-    def state(self) -> dict[str, Any]:
+    def state(self, params: Sequence[Tensor]) -> dict[str, Any]:
         """Everything that must survive a checkpoint, as plain numbers."""
         self._receive()
         squares = [math.nan] * self.config.maximum
@@ -260,6 +260,7 @@ class Windows:
         values = {name: float(getattr(self, name)) for name in _COUNTS}
         return {
             **values,
+            "counted": float(_marks(params) == self._marks),  # or a backward pass came since
             "noise": {name: float(x) for name, x in dataclasses.asdict(self.noise).items()},
             "squares": {str(k): square for k, square in enumerate(squares, 1)},
         }
@@ -271,10 +272,11 @@ class Windows:
             setattr(self, name, kind(saved[name]))
         most, self._arriving = self.config.maximum, None
         self._chosen = min(max(self._chosen, self.config.minimum), most)  # another configuration
-        self._marks = _marks(params)
+        marks = _marks(params)
+        self._marks = marks if saved.get("counted", 1.0) else []
         squares = [float(saved["squares"].get(str(k), math.nan)) for k in range(1, most + 1)]
         self._squares = None
-        if not self._marks:
+        if not marks:
             self.count, self._begun = 0, False
         elif self.count:
             device = params[0].device

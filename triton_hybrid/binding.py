@@ -202,7 +202,7 @@ class Binding:
             self.progress.losses = self.observed.count
         progress = self.progress.to_dict()
         if self.windows is not None:
-            progress["windows"] = self.windows.state()
+            progress["windows"] = self.windows.state(every_parameter(groups))
         for group in groups:
             group[PROGRESS] = progress
 

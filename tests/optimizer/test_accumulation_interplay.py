@@ -194,6 +194,18 @@ def test_a_checkpoint_in_mid_window_has_the_losses_so_far() -> None:
     assert mean_with(resumed, 6.0) == 6.0
 
 
+def test_a_gradient_that_was_not_counted_when_it_was_saved_counts_later() -> None:
+    model, optimizer = make(AccumulationConfig(3, minimum=3))
+    batches = make_batches()
+    backward(model, next(batches))
+    assert not optimizer.window_complete
+    backward(model, next(batches))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer.window_complete
+    backward(model, next(batches))
+    assert optimizer.window_complete
+
+
 def test_a_copy_goes_on_too() -> None:
     model, optimizer = make(AccumulationConfig(4))
     train(model, optimizer, 9)
