@@ -23,7 +23,7 @@ from triton_hybrid.groups import (
     check_parameter,
     every_parameter,
     is_trained,
-    places_of_others,
+    places_number,
     with_kernels,
 )
 from triton_hybrid.kernels.ledger import INDEX
@@ -133,6 +133,8 @@ class Binding:
         others = [compare_whole(param, state[param]) for param in here if param in state]
         others += [leave(param, state[param], rule, standing) for param, rule in gone]
         others.append(bool(old) and known != present)
+        before, self.progress.bound = self.progress.bound, -1
+        others.append(before not in (-1, places_number(groups, [m.param for m in members])))
         # Ranks with nothing of a parameter may have loaded nothing of its state either.
         others += [not state.get(m.param) and local(m.param).numel() > 0 for m in members]
         choice, masters = self._choice(), self.settings.master_weights
@@ -197,8 +199,8 @@ class Binding:
                 self.engine.find_writes()  # checkpoints of parts hold no fingerprints
             self._note(self.engine)
             self.engine.offload.synchronise()
-            left_out = places_of_others(groups, [param for param, _ in self._params])
-            self.progress.left_out = left_out if self.progress.ledger["moved"] else None
+            bound = places_number(groups, [param for param, _ in self._params])
+            self.progress.bound = bound if self.progress.ledger["moved"] else -1
             self.progress.losses = self.observed.count
         progress = self.progress.to_dict()
         if self.windows is not None:
@@ -210,9 +212,7 @@ class Binding:
         """The inverse of `save`; a checkpoint of another optimizer begins a run."""
         saved = groups[0].get(PROGRESS) if groups else None
         if saved:
-            self.progress = Progress.from_dict(saved, self.settings.config)
-            if self.progress.left_out is not None:
-                self._params = with_kernels(groups, self.progress.left_out)
+            self._params, self.progress = [], Progress.from_dict(saved, self.settings.config)
             self.observed.restore(self.progress.losses, every_parameter(groups))
         elif self.progress.gradients:
             self.restart()

@@ -28,7 +28,7 @@ VERSION = 2
 """Of checkpoints; those of release 0.1.0, which name none, are read as well."""
 PROGRESS = "hybrid_progress"
 """Key of every parameter group that carries phase, counters and ledger in checkpoints."""
-LEFT_OUT = "left_out"
+BOUND = "bound"
 
 ROW_NAMES = {old: new for rule in RULES.values() for old, new in rule.checkpoint_names.items()}
 """Names of rows in torch's optimizers, and ours."""
@@ -49,9 +49,9 @@ class Progress:
     ledger: dict[str, float] = field(default_factory=dict)  # of the device, as read last
     predictor: dict[str, Any] | None = None  # its state; None before the first step
     known_skips: int = 0  # skipped gradients that the host knows of
-    # Where a prediction stands, the places, among all parameters, of those that took no part in the
-    # steps before it: whoever loads it may train others.
-    left_out: list[int] | None = None
+    # Of a checkpoint in which a prediction stands: a number for the places of the parameters that
+    # were trained (`places_number`), for whoever loads it may train others; else -1.
+    bound: int = -1
     losses: int = 0  # observed since the last gradient step; the ledger has their mean
 
     @property
@@ -73,7 +73,7 @@ class Progress:
             "seconds": {phase.value: self.seconds[phase] for phase in PHASES},
             "ledger": dict(self.ledger),
             "model": dict(self.predictor or {}),
-            LEFT_OUT: self.left_out,
+            BOUND: self.bound,
             "losses": self.losses,
         }
 
@@ -96,7 +96,7 @@ class Progress:
             ledger={name: float(value) for name, value in ledger.items()},
             predictor=model or None,
             known_skips=int(ledger.get("skipped", 0)),
-            left_out=saved.get(LEFT_OUT),
+            bound=int(saved.get(BOUND, -1)),
             losses=int(saved.get("losses", 0)),
         )
 

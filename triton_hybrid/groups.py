@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -278,19 +279,15 @@ def every_parameter(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     return [*itertools.chain.from_iterable(map(PARAMS, groups))]
 
 
-def with_kernels(
-    groups: Sequence[Mapping[str, Any]], left_out: Sequence[int] = ()
-) -> list[tuple[Tensor, UpdateRule]]:
-    """The parameters of all groups but those at some places, with their base rules' kernels."""
-    bases = ((param, group["base"]) for group in groups for param in group["params"])
-    out = {*left_out}
-    return [(p, RULES[base].kernels) for place, (p, base) in enumerate(bases) if place not in out]
+def with_kernels(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, UpdateRule]]:
+    """The parameters of all groups, with the kernels of their base rules."""
+    return [(param, RULES[group["base"]].kernels) for group in groups for param in group["params"]]
 
 
-def places_of_others(groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]) -> list[int]:
-    """Places, among all parameters, of those that are not among some."""
+def places_number(groups: Sequence[Mapping[str, Any]], params: Iterable[Tensor]) -> int:
+    """A number for the places that some parameters have among all."""
     some = {*map(id, params)}
-    return [place for place, param in enumerate(every_parameter(groups)) if id(param) not in some]
+    return zlib.crc32(bytes(id(param) in some for param in every_parameter(groups)))
 
 
 def is_trained(param: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from triton_hybrid.checkpoint import LEFT_OUT, PROGRESS, check_checkpoint
+from triton_hybrid.checkpoint import BOUND, PROGRESS, check_checkpoint
 
 
 def join_checkpoints(optimizer: Any, zero: Any) -> None:
@@ -37,7 +37,7 @@ def join_checkpoints(optimizer: Any, zero: Any) -> None:
             for group, loaded in zip(its.param_groups, zero.param_groups):
                 saved = loaded.get(PROGRESS) or {}
                 # Places among the parameters of the part that was asked say nothing of others.
-                group[PROGRESS] = {**saved, LEFT_OUT: None} if saved else {}
+                group[PROGRESS] = {**saved, BOUND: -1} if saved else {}
             given = Optimizer.state_dict(its)
             check_checkpoint(given, its.param_groups)
             its._forget_swaps()
