@@ -110,7 +110,7 @@ class Windows:
             others = [mark[1] for mark in marks] != [mark[1] for mark in self._marks]
             # In place, whoever clips has written; new ones: a GradScaler has left the step out.
             if self.complete and others:
-                self.count, self._begun = 0, False
+                self.restart()
             if not self.complete:
                 self._take_micro_batch(params)
             self._marks = marks

@@ -37,8 +37,8 @@ ENTRIES = (
 """What is summed. The last three must be the same everywhere: their squares are summed too."""
 COMPARED = 3
 _MODULUS = 1 << 20
-_WIDE: Any = {"dtype": torch.float64, "device": "cpu"}
 """What is compared is smaller, so that FP64 holds the sum of squares over 2^13 ranks exactly."""
+_WIDE: Any = {"dtype": torch.float64, "device": "cpu"}
 
 Standing = Mapping[str, Any]
 """Where a rank stands: step, phase, how long it lasts, settings and hyperparameters."""

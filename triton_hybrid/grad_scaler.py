@@ -33,9 +33,9 @@ class ScaledByOthers:
         self._take_back()
         params = [param for param in every_parameter(self.param_groups) if param.requires_grad]
         reads = self._binding.progress.controller.phase.needs_gradient
-        if reads or any(param.grad is not None for param in params):
-            read = next((param for param in params if param.grad is not None), None)
-            self._asked = None if read is None else (read, weakref.ref(read.grad))
+        some = next((param for param in params if param.grad is not None), None)
+        if reads or some is not None:
+            self._asked = None if some is None else (some, weakref.ref(some.grad))
             return any(param.dtype == torch.float16 for param in params)
         if params:
             self._placeholder = min(params, key=Tensor.numel)

@@ -139,12 +139,16 @@ OF_WHOLE = 2.0
 but how a prediction left the whole parameter of which the checkpoint was."""
 
 
+def prediction_of(entry: Any) -> Tensor | None:
+    """What a parameter's state says of its prediction; None of those of other versions."""
+    row: Tensor | None = entry.get(PREDICTION.name) if isinstance(entry, dict) else None
+    return None if row is None or row.shape != PREDICTION.shape else row
+
+
 def is_of_whole(entry: Any) -> bool:
     """Whether a parameter's fingerprint is that of a whole one, and this one is there in parts."""
-    row = entry.get(PREDICTION.name) if isinstance(entry, dict) else None
-    if row is None or row.shape != PREDICTION.shape:
-        return False
-    return float(row[PART_COLUMN.value]) == OF_WHOLE
+    row = prediction_of(entry)
+    return row is not None and float(row[PART_COLUMN.value]) == OF_WHOLE
 
 
 def forget_fingerprints(param: Any, entry: dict[str, Any]) -> None:
@@ -156,8 +160,8 @@ def forget_fingerprints(param: Any, entry: dict[str, Any]) -> None:
 
 def mark_fingerprint(param: Any, entry: dict[str, Any]) -> None:
     """Of what was loaded: checkpoints of parts have no fingerprints, so one is that of a whole."""
-    row = entry.get(PREDICTION.name)
-    if row is None or row.shape != PREDICTION.shape or not row[PART_COLUMN.value] > 0:
+    row = prediction_of(entry)
+    if row is None or not row[PART_COLUMN.value] > 0:
         return
     whole = is_managed(param) and bool(row[FINGERPRINT_COLUMN.value :].any())
     row[PART_COLUMN.value] = OF_WHOLE if whole else 1.0
@@ -170,8 +174,8 @@ def fold_writes(param: Any, entry: dict[str, Any]) -> None:
     Which parts they wrote is a number of each rank, of which checkpoints keep one: who loads them
     would take what was written for the prediction. As it stands, it is no part of the move.
     """
-    part = entry.get(PREDICTION.name)
-    if part is None or part.shape != PREDICTION.shape or part[PART_COLUMN.value] >= 0:
+    part = prediction_of(entry)
+    if part is None or part[PART_COLUMN.value] >= 0:
         return
     entry[PREDICTION.name] = part.clone()
     entry[PREDICTION.name][PART_COLUMN.value] = 1.0

@@ -18,7 +18,7 @@ from triton_hybrid.predictors.orthogonal import TURNED
 from triton_hybrid.predictors.predictor import Choice
 from triton_hybrid.predictors.slow_ema import SlowEMA
 from triton_hybrid.rules.rule import Rule
-from triton_hybrid.shards import is_of_whole, local, whole_of
+from triton_hybrid.shards import is_of_whole, local, prediction_of, whole_of
 from triton_hybrid.state import (
     DIRECTION,
     MASTER,
@@ -47,9 +47,10 @@ def is_written(param: Tensor, entry: Group) -> bool:
 
 def as_predicted(param: Tensor, entry: Group) -> bool:
     """Whether a parameter is as a prediction left it."""
-    if PREDICTION.name not in entry or entry[PREDICTION.name].shape != PREDICTION.shape:
+    row = prediction_of(entry)
+    if row is None:
         return False
-    part, *noted = entry[PREDICTION.name][PART_COLUMN.value :].tolist()
+    part, *noted = row[PART_COLUMN.value :].tolist()
     return part > 0 and any(noted) and not is_written(param, entry)
 
 
@@ -66,11 +67,10 @@ def compare_whole(param: Tensor, entry: Any) -> bool:
     if not is_of_whole(entry):
         return False
     part, row = local(param.detach()), entry[PREDICTION.name].clone()
-    noted, fingerprints = row[FINGERPRINT_COLUMN.value :].to(part.device), FINGERPRINT_COLUMN.value
-    as_left = torch.equal(fingerprint(whole_of(part, param)), noted)
-    row[PART_COLUMN.value], row[fingerprints:] = float(as_left), 0.0
-    if as_left and part.numel():
-        row[fingerprints:] = fingerprint(part)
+    noted = row[FINGERPRINT_COLUMN.value :]
+    as_left = torch.equal(fingerprint(whole_of(part, param)), noted.to(part.device))
+    row[PART_COLUMN.value] = float(as_left)
+    noted.copy_(fingerprint(part) if as_left and part.numel() else torch.zeros_like(noted))
     entry[PREDICTION.name] = row
     return not as_left
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_hybrid.binding import Binding
-from triton_hybrid.groups import every_parameter
+from triton_hybrid.groups import every_parameter, with_kernels
 from triton_hybrid.kernels.fingerprint import INTEGERS
 from triton_hybrid.kernels.ledger import PART_COLUMN
 from triton_hybrid.kernels.multi_tensor import remainder_of
@@ -24,7 +24,6 @@ from triton_hybrid.resume import (
     with_predictions,
     without_predictions,
 )
-from triton_hybrid.rules import RULES
 from triton_hybrid.shards import is_managed, local, saved_parts
 from triton_hybrid.standing import compare_whole, is_written, weight_before
 from triton_hybrid.state import MASTER, PREDICTION, REMAINDER, moved_again
@@ -40,7 +39,7 @@ class VerifiedWeights:
     param_groups: list[dict[str, Any]]
     state: Any
     _binding: Binding
-    _alone = False  # whether ZeRO's other ranks must be told what was loaded into this part
+    _unsent = False  # whether ZeRO's other ranks must be told what was loaded into this part
 
     @contextmanager
     def verified_weights(self) -> Iterator[None]:
@@ -74,12 +73,12 @@ class VerifiedWeights:
         for tensor, held, shown in swaps:
             tensor.copy_(torch.where(_bits(tensor) == _bits(shown), held, tensor))
         put_back(binding.pending)
-        if self._alone and (zero := binding.ranks.zero) is not None:
+        if self._unsent and (zero := binding.ranks.zero) is not None:
             zero._sync_params()
 
     def _forget_swaps(self) -> None:
         """Goes on from the weights as they are."""
-        self._binding.swaps, self._binding.pending, self._alone = None, [], False
+        self._binding.swaps, self._binding.pending, self._unsent = None, [], False
 
     def _return_predictions(self) -> None:
         """Ends `_with_predictions`, where a state was loaded."""
@@ -122,14 +121,14 @@ def _to_verified(binding: Binding, groups: list[dict[str, Any]], state: Any) -> 
     if any([compare_whole(param, state[param]) for param in its if param in state]):
         binding.progress.ledger["written"] = 1.0
     swaps = []
-    for param, base in ((param, group["base"]) for group in groups for param in group["params"]):
+    for param, rule in with_kernels(groups):
         entry = {key: local(row) for key, row in state.get(param, {}).items()}
         if PREDICTION.name not in entry or entry[PREDICTION.name][PART_COLUMN.value] <= 0:
             continue
         param = local(param)
         if not param.numel() or is_written(param, entry):
             continue
-        verified = weight_before(param, entry, RULES[base].kernels)
+        verified = weight_before(param, entry, rule)
         swaps.append(_swap(param.detach(), verified))
         if MASTER.name in entry and not moved_again(entry):
             swaps.append(_swap(entry[MASTER.name], verified))

@@ -42,7 +42,7 @@ def join_checkpoints(optimizer: Any, zero: Any) -> None:
             check_checkpoint(given, its.param_groups)
             its._forget_swaps()
             its._load_tensors(given, [group["base"] for group in its.param_groups])
-            its._alone = True
+            its._unsent = True
             its.train()
 
     zero.register_state_dict_pre_hook(lay_out)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_accumulation import FIXED, make, scaled_backward, train
+from test_accumulation import FIXED, make, scaled_backward, train, with_a_window
 from torch import nn
 from training import (
     assert_same_state,
@@ -212,3 +212,28 @@ def test_a_copy_goes_on_too() -> None:
     model, other = copy.deepcopy((model, optimizer))
     assert train(model, other, 4)
     assert other.stats().micro_batches > optimizer.stats().micro_batches
+
+
+def test_after_a_step_that_was_left_out_the_coming_micro_batch_may_be_the_last() -> None:
+    """Windows of one: it was said not to be, and ran inside ``no_sync()``."""
+    model, optimizer = make(AccumulationConfig(1))
+    backward(model, next(make_batches()))
+    assert optimizer.window_complete
+    assert not optimizer._step_supports_amp_scaling
+    model.zero_grad()
+    assert optimizer.last_of_window
+
+
+def test_whoever_asks_as_a_scaler_does_and_clips_ends_no_window() -> None:
+    """Fabric and Lightning do, before they unscale."""
+    model, optimizer, _ = with_a_window()
+    optimizer.observe_loss(1.0)
+    assert not optimizer._step_supports_amp_scaling
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert optimizer.window_complete
+    optimizer.observe_loss(3.0)
+    engine = optimizer._binding.bind(optimizer.param_groups, optimizer.state)
+    assert engine is not None
+    assert engine.read()["loss"] == 2.0
+    optimizer.step()
+    assert optimizer.stats().micro_batches == 3
